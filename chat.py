@@ -1,0 +1,120 @@
+"""Talks to a finished model in the terminal.
+
+    python chat.py --model output_hf/BiliComments                                  # a conversation
+    python chat.py --model output_hf/BiliComments --prompt "今天吃什么？"           # one question
+    python chat.py --model output_hf/BiliComments --title 标题 --desc 简介 --parent 评论   # a comment, as in training
+    python chat.py --model model/google/gemma-3-270m-from-q4 --completion "今天天气"      # plain text, for base models
+
+In a conversation, RESET starts anew and EXIT (or Ctrl-D) ends it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.files import from_root, shown
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description="Talk to a finished model in the terminal.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a model, such as output_hf/BiliComments")
+    parser.add_argument("--system", help="system prompt (default: the one in the model's training data)")
+    parser.add_argument("--prompt", help="answer this question and end")
+    parser.add_argument("--completion", help="write on from this text, without a chat template, and end")
+    parser.add_argument("--title", help="write a comment under a video with this title, and end")
+    parser.add_argument("--desc", default="", help="the video's description")
+    parser.add_argument("--parent", default="", help="the comment to answer")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest reply")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this weight")
+    parser.add_argument("--seed", type=int, help="for the same replies again")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    return parser
+
+
+def system_messages(model: Path, system: str | None) -> list[dict[str, str]]:
+    """The system message to start with: the one asked for, else the one that the model was trained with, if any."""
+    if system is None:
+        from utils.model import read_json
+
+        record = model / "run.json"
+        system = read_json(record)["data"]["system_prompt"] if record.is_file() else ""
+    return [{"role": "system", "content": system}] if system else []
+
+
+def main(args: argparse.Namespace) -> None:
+    """Loads the model and answers."""
+    path = from_root(args.model)
+    asked = [name for name in ("prompt", "completion", "title") if getattr(args, name) is not None]
+    if len(asked) > 1:
+        raise SystemExit(f"Got --{' and --'.join(asked)}, expected one of them or none.")
+    if (args.desc or args.parent) and args.title is None:
+        raise SystemExit("--desc and --parent belong to a video: give its --title as well.")
+    if not (path / "config.json").is_file():
+        raise SystemExit(
+            f"No model at {shown(path)} (expected a folder with config.json and weights).\n"
+            "Convert a training checkpoint with convert_model.py, or fetch a model with download_pt.py."
+        )
+
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from utils.generate import load_finished, stream
+
+    logging.disable_progress_bar()
+    if args.seed is not None:
+        set_seed(args.seed)
+    model, chat = load_finished(path, args.trust_remote_code)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+
+    def say(input_ids: list[int]) -> str:
+        pieces = []
+        for piece in stream(model, chat.tokenizer, input_ids, args.max_new_tokens, chat.stop_id, **sampling):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return "".join(pieces)
+
+    system = system_messages(path, args.system)
+    if args.completion is not None:
+        print(args.completion, end="", flush=True)
+        say(chat.tokenizer.encode(args.completion))
+    elif args.title is not None:
+        question = comment_prompt(args.title, args.desc, args.parent)
+        system = system or [{"role": "system", "content": SYSTEM_PROMPT}]
+        say(chat.prompt_ids([*system, {"role": "user", "content": question}]))
+    elif args.prompt is not None:
+        say(chat.prompt_ids([*system, {"role": "user", "content": args.prompt}]))
+    else:
+        converse(say, chat, system)
+
+
+def converse(say: Any, chat: Any, system: list[dict[str, str]]) -> None:
+    """Reads questions and answers them until EXIT or the end of the input."""
+    if sys.stdin.isatty():
+        print("RESET starts anew, EXIT ends.")
+    messages = [*system]
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "EXIT":
+            return
+        if text == "RESET":
+            messages = [*system]
+        elif text:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": say(chat.prompt_ids(messages))})
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

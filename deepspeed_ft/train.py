@@ -1,0 +1,350 @@
+"""Supervised fine-tuning of a causal language model with LoRA, 4-bit QLoRA or all weights, on DeepSpeed.
+
+LoRA: arXiv 2106.09685; QLoRA: arXiv 2305.14314; ZeRO: arXiv 1910.02054.
+
+    bash deepspeed_ft/run.sh                                                   # or run_qlora.sh, run_full.sh
+    python deepspeed_ft/train.py --model_name Qwen/Qwen2.5-0.5B --ckpt_id 24   # the same without the launcher
+
+Reads   model/<model_name>/ and data/data_train.json, data/data_test.json (or train.*, test.* in --data_dir; .json,
+        .jsonl, .csv or .parquet in any format that utils/data.py knows).
+Writes  deepspeed_ft/output/DS-<model_name>[-BNB|-FULL]/: the best checkpoint <ckpt_id>/, the newest <ckpt_id>-last/,
+        metrics.jsonl, loss.png, samples.jsonl, and test_<ckpt_id>.jsonl in test mode.
+
+Left out on purpose: loss on prompts (only answers are learnt), label smoothing, mixing of data sets.
+Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.data import DataError, Sample, find_split, load_samples, make_chat, show_sample
+from utils.engine import (
+    add_run_arguments,
+    argument_problems,
+    boolean,
+    choose_precision,
+    fail,
+    load_checkpoint,
+    make_ds_config,
+    make_engine,
+    make_record,
+    open_run,
+    quant_bits,
+    run_dir,
+    save_checkpoint,
+    start_ranks,
+)
+from utils.files import from_root, missing_model, replacing, sha256, shown
+
+SHOWN_REPLIES = 4
+
+
+def sft_loss(logits: Any, target_ids: Any, target_weight: Any) -> Any:
+    """Sum of the cross-entropies of the supervised tokens: -sum_t w_t log p(y_t | y_<t).
+
+    The caller divides by the number of supervised tokens of the whole accumulation window over all ranks, so that a
+    token counts the same however the window is cut into packs and ranks.
+
+    Args:
+        logits: (T, V) at the places before the targets.
+        target_ids: (T,) int64.
+        target_weight: (T,) fp32.
+
+    Returns:
+        () fp32, nats.
+    """
+    from utils.tensors import token_logprobs
+
+    return -(target_weight * token_logprobs(logits, target_ids)).sum()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments; those that all training scripts share come from utils/engine.py."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a language model on conversations (LoRA, QLoRA, full) with DeepSpeed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data_dir", default="data", help="folder with data_train.json and data_test.json")
+    parser.add_argument("--model_name", default="Qwen/Qwen2.5-0.5B", help="model in --model_dir")
+    parser.add_argument("--output_dir", default="deepspeed_ft/output", help="folder of the results")
+    parser.add_argument("--train_mode", type=boolean, default=True, help="True: train")
+    parser.add_argument(
+        "--test_mode", type=boolean, default=False, help="True: answer the held-out comments, at the end"
+    )
+    parser.add_argument("--test_bnb_enabled", type=boolean, default=False, help="True: test on a 4-bit base")
+    add_run_arguments(parser)
+    return parser
+
+
+def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
+    """Loads the training and the held-out samples.
+
+    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash.
+
+    Returns:
+        Training samples, held-out samples, and what run.json says of the data.
+    """
+    train_file, test_file = (find_split(from_root(args.data_dir), split) for split in ("train", "test"))
+    try:
+        train, counts, system_prompt = load_samples(train_file, chat, args.max_tokens, "reading" if show else "")
+        if test_file:
+            test = load_samples(test_file, chat, args.max_tokens).samples
+        else:
+            test = [sample for sample in train if _held_out(sample)]
+            train = [sample for sample in train if not _held_out(sample)]
+    except DataError as error:
+        fail(str(error))
+    if show:
+        lengths = sorted(len(sample.input_ids) for sample in train)
+        print(f"{shown(train_file)}: {', '.join(f'{n} {what}' for what, n in counts.items())}; held out: {len(test)}.")
+        print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
+        print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
+    return (
+        train,
+        test,
+        {
+            "files": {path.name: sha256(path) for path in (train_file, test_file) if path},
+            "train_samples": len(train),
+            "test_samples": len(test),
+            "records": dict(counts),
+            "system_prompt": system_prompt,
+        },
+    )
+
+
+def _held_out(sample: Sample) -> bool:
+    return zlib.crc32(sample.group.encode()) % 20 == 0
+
+
+def build_model(args: argparse.Namespace, path: Path, precision: str, device: str) -> Any:
+    """Loads the base model and makes trainable what is to be trained."""
+    from utils.model import DTYPES, add_lora, load_model
+
+    model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
+    if args.tuner == "lora":
+        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def evaluate(engine: Any, samples: list[Sample], args: argparse.Namespace, attention: dict[str, int | None]) -> float:
+    """Mean loss of the supervised tokens of held-out samples, over all ranks, in nats."""
+    import deepspeed
+    import torch
+
+    from utils.packing import in_order, model_inputs, n_targets, rank_packs
+    from utils.tensors import all_reduced
+
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    engine.eval()
+    loss_sum = 0.0
+    with torch.no_grad():
+        for window in in_order(samples, args.batch_size * args.grad_accum * world_size):
+            for pack in rank_packs(window, args.pack_tokens, rank, world_size):
+                logits = engine(**model_inputs(pack, attention, engine.device)).logits[0]
+                loss_sum += sft_loss(logits, pack.target_ids, pack.target_weight).item()
+    engine.train()
+    return all_reduced(loss_sum) / sum(n_targets(sample) for sample in samples)
+
+
+def show_replies(model: Any, chat: Any, samples: list[Sample], max_new_tokens: int) -> list[dict[str, str]]:
+    """Lets the model answer held-out prompts, greedily. All ranks call it together (ZeRO stage 3 gathers weights)."""
+    from utils.generate import replies
+
+    prompts = [sample.input_ids[: sample.supervised.argmax()].tolist() for sample in samples]
+    texts = replies(model, chat, prompts, max_new_tokens)
+    decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+    return [
+        {
+            "id": sample.id,
+            "prompt": decode(prompt),
+            "reply": text,
+            "real": decode(sample.input_ids[len(prompt) :]).strip(),
+        }
+        for sample, prompt, text in zip(samples, prompts, texts, strict=True)
+    ]
+
+
+def look(engine: Any, chat: Any, samples: list[Sample], args: argparse.Namespace, attention: dict[str, int | None],
+         tracker: Any, step: int) -> dict[str, float]:  # fmt: skip
+    """Measures the held-out loss and shows a few replies, because that is how over-fitting is noticed."""
+    if not samples:
+        return {}
+    loss = evaluate(engine, samples, args, attention)
+    engine.eval()
+    rows = show_replies(engine.module, chat, samples[:SHOWN_REPLIES], args.max_new_tokens)
+    engine.train()
+    if tracker:
+        tracker.log_samples(step, rows)
+        tqdm.write(f"step {step}: held-out loss {loss:.4f}")
+        for row in rows:
+            tqdm.write(f"    {row['reply'][:80]!r}, the real one: {row['real'][:80]!r}")
+    return {"eval/loss": loss}
+
+
+def train(args: argparse.Namespace, model_path: Path) -> None:
+    """Trains, and leaves checkpoints, metrics and sample replies in the run's folder."""
+    rank, world_size = start_ranks(args.seed)
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from utils.model import attention_windows, count_parameters, load_tokenizer, needed_bytes, report_needs
+    from utils.packing import model_inputs, n_targets, rank_packs, windows
+    from utils.tensors import all_reduced
+    from utils.track import Tracker
+    from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
+
+    # Tokenizer and data.
+    template = from_root(args.chat_template).read_text(encoding="utf-8") if args.chat_template else ""
+    chat = make_chat(load_tokenizer(model_path, template, args.trust_remote_code))
+    train_set, test_set, data_facts = load_data(args, chat, show=rank == 0)
+    eval_set = test_set[: args.eval_samples] if args.eval_samples >= 0 else test_set
+
+    # Settings; what was not given depends on the device and the kind of training.
+    precision, device = choose_precision(args.precision), get_accelerator().current_device_name()
+    args.lr = args.lr or (2e-5 if args.tuner == "full" else 2e-4)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
+    ds_config = make_ds_config(args, Path(__file__).with_name("ds_config.json"), precision)
+    stage = ds_config["zero_optimization"]["stage"]
+    record = make_record(args, ds_config, precision, world_size, chat.tokenizer.chat_template, data_facts)
+    folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
+    run, previous = open_run(folder, args, record)
+    progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
+    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"]) if rank == 0 else None
+    if rank == 0:
+        print(report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, stage))
+
+    # Model and engine. While the configuration object lives, transformers shards weights as it reads them.
+    sharding = HfDeepSpeedConfig(ds_config) if stage == 3 and not quant_bits(args) else None
+    model = build_model(args, model_path, precision, device)
+    attention = attention_windows(model.config)
+    window_samples = args.batch_size * args.grad_accum * world_size
+    plan = windows(len(train_set), window_samples, args.epochs, args.seed)
+    total_steps = len(plan) if args.max_steps < 0 else min(args.max_steps, len(plan))
+    engine = make_engine(model, args, ds_config, total_steps)
+    torch.manual_seed(args.seed + rank)  # Until here all ranks drew the same numbers; dropout is each rank's own.
+    if rank == 0:
+        trainable, total = count_parameters(model)
+        print(
+            f"{len(train_set)} samples x {args.epochs} epochs = {total_steps} steps of batch_size {args.batch_size} x "
+            f"grad_accum {args.grad_accum} x {world_size} rank(s) = {window_samples} samples. {precision}, ZeRO stage "
+            f"{stage}; {trainable:,} of {total:,} weights are trained ({trainable / total:.2%})."
+        )
+    if previous:
+        load_checkpoint(engine, run)
+    else:
+        metrics = look(engine, chat, eval_set, args, attention, tracker, 0)
+        if tracker and metrics:
+            tracker.log(0, metrics)
+
+    steps = range(progress["step"] + 1, total_steps + 1)
+    for step in tqdm(steps, "training", initial=steps.start - 1, total=total_steps, unit="step", disable=rank != 0):
+        batch = [train_set[number] for number in plan[step - 1]]
+        n_supervised = sum(n_targets(sample) for sample in batch)
+        metrics = {"train/lr": engine.get_lr()[0]}
+        started = time.perf_counter()
+        loss_sum = 0.0
+        for pack in rank_packs(batch, args.pack_tokens, rank, world_size):
+            logits = engine(**model_inputs(pack, attention, engine.device)).logits[0]
+            loss = sft_loss(logits, pack.target_ids, pack.target_weight)
+            # DeepSpeed averages gradients over the ranks: times world_size makes it their sum.
+            engine.backward(loss * world_size / n_supervised, scale_wrt_gas=False)
+            loss_sum += loss.item()
+        engine.step()
+
+        metrics["train/loss"] = all_reduced(loss_sum) / n_supervised
+        metrics["train/grad_norm"] = float(engine.get_global_grad_norm())
+        metrics["train/tokens_per_sec"] = sum(len(s.input_ids) for s in batch) / (time.perf_counter() - started)
+        if not math.isfinite(metrics["train/loss"]):
+            fail(f"The loss is {metrics['train/loss']} at step {step}. Try a smaller --lr or another --precision.")
+        at_stop = step == total_steps or step % args.eval_steps == 0
+        if at_stop:
+            metrics |= look(engine, chat, eval_set, args, attention, tracker, step)
+        if tracker:
+            tracker.log(step, metrics)
+        held_out, best = metrics.get("eval/loss"), progress["best_eval_loss"]
+        is_best = at_stop and (held_out is None or best is None or held_out < best)
+        progress |= {"step": step} | ({"best_step": step, "best_eval_loss": held_out} if is_best else {})
+        if is_best or step == total_steps or step % args.save_steps == 0:
+            engine.eval()
+            probe = record_probe(engine, [probe_prompt(sample) for sample in (eval_set or train_set)[:PROBE_PROMPTS]])
+            engine.train()
+            save_checkpoint(engine, run, step, record | {"progress": progress}, probe, is_best)
+
+    if tracker:
+        tracker.close()
+        print(
+            f"Best: step {progress['best_step']}, held-out loss {progress['best_eval_loss']}. In {shown(run.dir)}: "
+            f"checkpoints {args.ckpt_id} (best) and {args.ckpt_id}-last, metrics.jsonl, loss.png, samples.jsonl.\n"
+            f"Next: python convert_model.py --zero_model {shown(run.dir)} --org_model {shown(model_path)} "
+            f"--save_model {model_path.name}-BiliComments --t {args.ckpt_id}"
+        )
+    del sharding
+
+
+def test(args: argparse.Namespace, model_path: Path) -> None:
+    """Writes the best checkpoint's replies to the held-out comments beside the real ones."""
+    import torch
+
+    from utils.model import DTYPES, load_model, load_tokenizer
+    from utils.trained import check_tag, rebuild
+
+    folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
+    record = check_tag(folder, args.ckpt_id)
+    chat = make_chat(load_tokenizer(model_path, record["chat_template"], args.trust_remote_code))
+    _, samples, _ = load_data(args, chat, show=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[record["settings"]["precision"]]
+    if args.test_bnb_enabled:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(model_path, dtype, 4, device), folder / args.ckpt_id / "adapter")
+    else:
+        model = rebuild(folder, args.ckpt_id, record, model_path, dtype).to(device)
+    rows = show_replies(model.eval(), chat, tqdm(samples, "answering", unit="reply"), args.max_new_tokens)
+    target = folder / f"test_{args.ckpt_id}.jsonl"
+    with replacing(target) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    for row in rows[:SHOWN_REPLIES]:
+        print(f"\n{row['prompt']}\n  reply: {row['reply']}\n  real:  {row['real']}")
+    print(f"\n{len(rows)} replies beside the real ones: {shown(target)}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Checks what was asked for, trains and tests."""
+    problems = argument_problems(args)
+    if args.test_bnb_enabled and args.tuner == "full":
+        problems.append("--test_bnb_enabled True needs an adapter to put on a 4-bit base: --tuner lora.")
+    if find_split(from_root(args.data_dir), "train") is None:
+        problems.append(
+            f"No training data in {shown(from_root(args.data_dir))} (expected data_train or train with .json, .jsonl, "
+            ".csv or .parquet).\nMake it with: python prepare_data.py --total 2000"
+        )
+    model_path = from_root(args.model_dir) / args.model_name
+    if not (model_path / "config.json").is_file():
+        problems.append(missing_model(from_root(args.model_dir), args.model_name))
+    if problems:
+        fail("\n".join(problems))
+    if args.train_mode:
+        train(args, model_path)
+    if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
+        test(args, model_path)
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

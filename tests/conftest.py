@@ -1,0 +1,193 @@
+"""What several test files share: tiny models, a small data set, training runs in this process and in several."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# Before torch is imported: the tests are many short computations, for which one thread is quicker than two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def load_script(path: str) -> ModuleType:
+    """Imports a script by its path from the repository's root."""
+    name = path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def example_texts() -> list[str]:
+    """Chinese text to train tokenizers on."""
+    return [
+        line
+        for path in sorted((ROOT / "examples/data").rglob("*.json*"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def make_tokenizer(vocab_size: int = 800) -> Any:
+    """A byte-level BPE tokenizer with ChatML's control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(example_texts(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
+    """A random model of two small layers: "llama", "qwen2" (tied embeddings), "gemma3" or "mistral" (windows of 16)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    names = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text", "mistral": "mistral"}
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=kind in ("qwen2", "gemma3"),
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    if kind in ("gemma3", "mistral"):
+        sizes["sliding_window"] = 16
+    if kind == "gemma3":
+        sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names[kind], **sizes, **changes))
+    # Larger than the usual first weights, so that attention is far from uniform and the tests can see its mask.
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.15)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/gemma3, tiny/mistral."""
+    folder = tmp_path_factory.mktemp("model")
+    for kind in ("llama", "qwen2", "gemma3", "mistral"):
+        make_model(kind, len(tokenizer)).save_pretrained(folder / "tiny" / kind)
+        tokenizer.save_pretrained(folder / "tiny" / kind)
+    return folder
+
+
+def make_records(n_videos: int, first: int = 0) -> list[dict[str, Any]]:
+    """Records as prepare_data.py writes them, four comments a video, of different lengths."""
+    from utils.data import SYSTEM_PROMPT, comment_prompt
+
+    records = []
+    for video in range(first, first + n_videos):
+        for number in range(4):
+            prompt = comment_prompt(f"第{video}个视频", "简介" * (video % 5), "前排" if number % 2 else "")
+            answer = f"视频{video}真好看" + "哈" * ((7 * video + 3 * number) % 11 + 1)
+            turns = [("system", SYSTEM_PROMPT), ("user", prompt), ("assistant", answer)]
+            records.append(
+                {
+                    "id": f"{video}-{number}",
+                    "video_id": str(video),
+                    "conversations": [{"from": role, "value": text} for role, text in turns],
+                }
+            )
+    return records
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training records of 12 videos, 8 held-out ones of 2 others."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "data_train.json").write_text(json.dumps(make_records(12)), encoding="utf-8")
+    (folder / "data_test.json").write_text(json.dumps(make_records(2, first=12)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ft() -> ModuleType:
+    """deepspeed_ft/train.py as a module."""
+    return load_script("deepspeed_ft/train.py")
+
+
+@pytest.fixture
+def train_args(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Builds a command line for a short run; keyword arguments are further flags."""
+
+    def build(**flags: Any) -> list[str]:
+        flags = {
+            "model_dir": model_dir,
+            "model_name": "tiny/qwen2",
+            "data_dir": data_dir,
+            "output_dir": tmp_path / "output",
+            "max_steps": 3,
+            "batch_size": 4,
+            "grad_accum": 2,
+            "max_tokens": 256,
+            "pack_tokens": 512,
+            "lora_dropout": 0.0,
+            "lr": 1e-2,
+            "warmup_ratio": 0.0,
+            "lr_scheduler": "constant",
+            "max_new_tokens": 4,
+            "eval_samples": 4,
+        } | flags
+        return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+    return build
+
+
+def launch(script: str, arguments: list[str], ranks: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in `ranks` processes under torchrun, as one node."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | environment
+    return subprocess.run(
+        [*command, str(ROOT / script), *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """The metrics of the only run below a folder."""
+    (path,) = output.rglob("metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,400 @@
+"""deepspeed_ft/train.py: the numbers of a run do not depend on how it is cut, and nothing is lost when it stops.
+
+python -m pytest tests/test_deepspeed_ft.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RANK_VARIABLES, ROOT, launch, read_metrics
+from safetensors.torch import load_file
+
+Build = Callable[..., list[str]]
+
+
+def run(ft: ModuleType, arguments: list[str]) -> None:
+    """Trains in this process."""
+    ft.main(ft.build_parser().parse_args(arguments))
+
+
+def adapter(output: Path, tag: str = "1-last") -> dict[str, torch.Tensor]:
+    """The LoRA weights of the only run below a folder."""
+    (path,) = output.glob(f"*/*/{tag}/adapter/adapter_model.safetensors")
+    return load_file(path)
+
+
+def train_losses(output: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(output) if "train/loss" in line]
+
+
+def largest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of weights, relative to the largest weight."""
+    assert one.keys() == two.keys()
+    scale = max(tensor.abs().max() for tensor in one.values())
+    return max(((one[name] - two[name]).abs().max() / scale).item() for name in one)
+
+
+def assert_same_numbers(one: Path, two: Path) -> None:
+    """Losses and gradient norms to 5 digits; weights less, since AdamW divides tiny gradients by themselves."""
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        left, right = ([line[name] for line in read_metrics(output) if name in line] for output in (one, two))
+        assert left == pytest.approx(right, rel=1e-5), name
+    assert largest_difference(adapter(one), adapter(two)) < 2e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss and the updates
+
+
+def test_sft_loss_is_the_sum_of_weighted_cross_entropies(ft: ModuleType) -> None:
+    """Uniform over 4 tokens: -log(1/4) each. Weights 1, 0 and 2 make 3 log 4."""
+    loss = ft.sft_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([1.0, 0.0, 2.0]))
+    assert loss.item() == pytest.approx(3 * torch.log(torch.tensor(4.0)).item())
+
+
+def plain_pytorch(model_dir: Path, data_dir: Path, kind: str, steps: int, full: bool) -> dict[str, Any]:
+    """The same training without DeepSpeed, packs, masks or the rooms: one sample at a time, plain AdamW."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(42)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir / "tiny" / kind)
+    model = AutoModelForCausalLM.from_pretrained(model_dir / "tiny" / kind, dtype=torch.float32)
+    if not full:
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0.0)
+    records = json.loads((data_dir / "data_train.json").read_text())
+    order = np.random.default_rng([42, 0]).permutation(len(records))
+    losses = []
+    for step in range(steps):
+        loss_sum, tokens = torch.tensor(0.0), 0
+        for number in order[8 * step : 8 * step + 8]:
+            messages = [{"role": t["from"], "content": t["value"]} for t in records[number]["conversations"]]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = tokenizer(text.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            logits = model(input_ids=ids).logits[0, n_prompt - 1 : -1]
+            loss_sum = loss_sum + torch.nn.functional.cross_entropy(logits, ids[0, n_prompt:], reduction="sum")
+            tokens += ids.shape[1] - n_prompt
+        loss = loss_sum / tokens
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "mistral"])
+def test_equals_plain_pytorch(
+    ft: ModuleType, train_args: Build, model_dir: Path, data_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    run(ft, train_args(model_name=f"tiny/{kind}"))
+    plain = plain_pytorch(model_dir, data_dir, kind, steps=3, full=False)
+    assert train_losses(tmp_path) == pytest.approx(plain["losses"], rel=1e-5)
+    ours = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter(tmp_path / "output").items()}
+    assert largest_difference(ours, {name: w.detach() for name, w in plain["weights"].items()}) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "grad_accum": 8},
+        {"batch_size": 8, "grad_accum": 1},
+        {"pack_tokens": 256},
+        {"gradient_checkpointing": True},
+        {"zero_stage": 0},
+        {"zero_stage": 1},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_cutting_changes_nothing(ft: ModuleType, train_args: Build, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run(ft, train_args(output_dir=tmp_path / "one"))
+    run(ft, train_args(output_dir=tmp_path / "two", **changes))
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
+def test_two_ranks_equal_one(ft: ModuleType, train_args: Build, tmp_path: Path, zero_stage: int) -> None:
+    run(ft, train_args(output_dir=tmp_path / "one", batch_size=4, grad_accum=2))
+    arguments = train_args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, zero_stage=zero_stage)
+    finished = launch("deepspeed_ft/train.py", arguments, ranks=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_qlora_is_the_same_at_every_stage(ft: ModuleType, train_args: Build, tmp_path: Path, zero_stage: int) -> None:
+    run(ft, train_args(output_dir=tmp_path / "one", train_bnb_enabled=True, zero_stage=1))
+    run(ft, train_args(output_dir=tmp_path / "two", train_bnb_enabled=True, zero_stage=zero_stage))
+    assert (tmp_path / "one/DS-tiny/qwen2-BNB/1/adapter").is_dir()
+    assert train_losses(tmp_path / "one") == pytest.approx(train_losses(tmp_path / "two"), rel=1e-4)
+    assert train_losses(tmp_path / "one")[-1] < train_losses(tmp_path / "one")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def state(output: Path) -> dict[str, torch.Tensor]:
+    """All weights and optimizer states of the newest checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                collect(f"{name}/{key}", item)
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                collect(f"{name}/{number}", item)
+
+    for path in sorted(output.glob("*/*/1-last/*.pt")):
+        collect(path.name, torch.load(path, weights_only=False))
+    return tensors
+
+
+def assert_same_state(one: Path, two: Path) -> None:
+    """Bit for bit."""
+    left, right = state(one), state(two)
+    assert left.keys() == right.keys() and left
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not differing
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 2, "train_bnb_enabled": True},
+        {"zero_stage": 2, "tuner": "full"},
+        {"zero_stage": 0, "tuner": "full"},
+    ],
+    ids=str,
+)
+def test_resume_equals_a_straight_run(ft: ModuleType, train_args: Build, tmp_path: Path, flags: dict[str, Any]) -> None:
+    """With dropout on, so that the random numbers have to go on as well, and a schedule that moves."""
+    flags = flags | {"lora_dropout": 0.2, "save_steps": 2, "lr_scheduler": "cosine", "warmup_ratio": 0.5}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(ft, train_args(output_dir=straight, max_steps=5, **flags))
+
+    def stopping(steps: range, *_: Any, **__: Any) -> Any:
+        for step in steps:
+            if step == 4:  # Two steps are saved, the third is lost.
+                raise KeyboardInterrupt
+            yield step
+
+    stopping.write = print
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ft, "tqdm", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(ft, train_args(output_dir=stopped, max_steps=5, **flags))
+    (record,) = stopped.glob("*/*/1-last/run.json")
+    assert json.loads(record.read_text())["progress"]["step"] == 2
+    run(ft, train_args(output_dir=stopped, max_steps=5, resume=True, **flags))
+    assert_same_state(straight, stopped)
+    assert train_losses(straight) == train_losses(stopped)
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_resume_after_kill(train_args: Build, tmp_path: Path, ranks: int, zero_stage: int) -> None:
+    flags = {"lora_dropout": 0.2, "save_steps": 2, "max_steps": 12, "zero_stage": zero_stage, "grad_accum": 1}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finished = launch("deepspeed_ft/train.py", train_args(output_dir=straight, **flags), ranks)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+    arguments = train_args(output_dir=killed, **flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    process = subprocess.Popen(
+        [*command, str(ROOT / "deepspeed_ft/train.py"), *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: any(killed.glob("*/*/1-last/run.json")))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (record,) = killed.glob("*/*/1-last/run.json")
+    assert json.loads(record.read_text())["progress"]["step"] < 12
+    finished = launch("deepspeed_ft/train.py", [*arguments, "--resume"], ranks)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_state(straight, killed)
+    assert train_losses(straight) == train_losses(killed)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_best_is_the_lowest_held_out_loss(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
+    losses = iter([9.0, 5.0, 3.0, 4.0])
+    monkeypatch.setattr(ft, "look", lambda *_: {"eval/loss": next(losses)})
+    run(ft, train_args(eval_steps=1, save_steps=1))
+    folder = tmp_path / "output/DS-tiny/qwen2"
+    assert json.loads((folder / "1/run.json").read_text())["progress"]["step"] == 2
+    assert json.loads((folder / "1-last/run.json").read_text())["progress"]["step"] == 3
+    assert json.loads((folder / "1-last/run.json").read_text())["progress"]["best_step"] == 2
+    assert len(list(folder.glob(".1.*"))) == 2  # What no tag points to is deleted.
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"zero_stage": 0}], ids=str)
+def test_a_checkpoint_holds_no_frozen_weights(ft: ModuleType, train_args: Build, tmp_path: Path, flags: Any) -> None:
+    run(ft, train_args(**flags))
+    (tag,) = (tmp_path / "output").glob("*/*/1")
+    trainable = sum(tensor.nbytes for tensor in adapter(tmp_path / "output").values())
+    engine_files = sum(path.stat().st_size for path in tag.glob("*states.pt"))
+    # Weights, and of the optimizer fp32 weights (from stage 1 on) and two moments; names and shapes are some kB.
+    assert engine_files < 1.1 * 4 * trainable + 60_000
+    module = torch.load(tag / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert all("lora_" in name for name in module)
+
+
+def test_run_record_and_samples(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    run(ft, train_args(eval_steps=2))
+    folder = tmp_path / "output/DS-tiny/qwen2"
+    record = json.loads((folder / "1/run.json").read_text())
+    assert record["settings"]["lr"] == 1e-2 and record["settings"]["precision"] == "fp32"
+    assert record["data"]["system_prompt"].startswith("你是一名B站用户")
+    assert record["ds_config"]["zero_optimization"]["stage"] == 2 and record["versions"]["torch"] == torch.__version__
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {0, 2, 3} and samples[0]["real"].startswith("视频12真好看")
+    assert (folder / "loss.png").stat().st_size > 5000
+
+
+def test_test_mode_writes_replies_beside_the_real_ones(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    run(ft, train_args())
+    for flags in ({}, {"test_bnb_enabled": True}):
+        run(ft, train_args(train_mode=False, test_mode=True, **flags))
+        lines = (tmp_path / "output/DS-tiny/qwen2/test_1.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 8 and rows[0]["real"].startswith("视频12真好看") and "第12个视频" in rows[0]["prompt"]
+        assert all(set(row) == {"id", "prompt", "reply", "real"} for row in rows)
+
+
+def test_held_out_videos_are_split_off_when_there_is_no_test_file(
+    ft: ModuleType, train_args: Build, tmp_path: Path, data_dir: Path
+) -> None:
+    records = json.loads((data_dir / "data_train.json").read_text())
+    for number, record in enumerate(records):
+        record["video_id"] = str(number // 2)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run(ft, train_args(data_dir=own))
+    record = json.loads(next(tmp_path.glob("output/*/*/1/run.json")).read_text())
+    assert record["data"]["train_samples"] + record["data"]["test_samples"] == 48
+    assert 0 < record["data"]["test_samples"] < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors a user can make
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"model_name": "no/model"}, "python download_pt.py --model no/model"),
+        ({"data_dir": "/nowhere"}, "python prepare_data.py --total 2000"),
+        ({"epochs": 0}, "--epochs: got 0"),
+        ({"pack_tokens": 100}, "--pack_tokens: got 100"),
+        ({"tuner": "full", "train_bnb_enabled": True}, "--tuner lora"),
+        ({"tuner": "full", "test_bnb_enabled": True}, "--test_bnb_enabled"),
+        ({"ckpt_id": "../x"}, "--ckpt_id"),
+        ({"resume": True, "overwrite": True}, "name one of them"),
+        ({"resume": True}, "Start the run without --resume"),
+        ({"offload": "param", "zero_stage": 2}, "--zero_stage 3"),
+        ({"precision": "fp16"}, "--precision fp16"),
+        ({"chat_template": "nowhere.jinja"}, "--chat_template"),
+        ({"train_mode": False, "test_mode": True}, "No checkpoint '1'"),
+    ],
+    ids=str,
+)
+def test_user_errors(ft: ModuleType, train_args: Build, flags: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(**flags))
+    assert expected in str(stop.value.code)
+
+
+def test_several_errors_are_told_at_once(ft: ModuleType, train_args: Build) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(model_name="no/model", data_dir="/nowhere", epochs=0))
+    assert all(part in str(stop.value.code) for part in ("--epochs", "download_pt.py", "prepare_data.py"))
+
+
+def test_an_unknown_record_format_is_named(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"id": "seven", "question": "a", "reply": "b"}\n')
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(data_dir=tmp_path))
+    assert "record 0 (id seven)" in str(stop.value.code) and "question" in str(stop.value.code)
+
+
+def test_another_run_is_not_overwritten(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    run(ft, train_args(max_steps=1))
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(max_steps=1, lr=1e-3))
+    assert all(word in str(stop.value.code) for word in ("--resume", "--overwrite", "--output_dir"))
+    for changes in ({"zero_stage": 1}, {"lr": 1e-3}):
+        with pytest.raises(SystemExit) as stop:
+            run(ft, train_args(max_steps=2, resume=True, **changes))
+        assert f"{next(iter(changes))} " in str(stop.value.code) and "\n" not in str(stop.value.code)
+    run(ft, train_args(max_steps=2, lr=1e-3, overwrite=True))
+    assert len(train_losses(tmp_path)) == 2
+
+
+def test_another_number_of_ranks_is_refused(ft: ModuleType, train_args: Build, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        make_record = ft.make_record
+        patch.setattr(ft, "make_record", lambda a, b, c, world_size, *rest: make_record(a, b, c, 2, *rest))
+        run(ft, train_args(max_steps=1))
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(max_steps=2, resume=True))
+    assert "ranks 2 (now 1)" in str(stop.value.code)
+
+
+def test_a_damaged_checkpoint_is_not_unpickled(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    run(ft, train_args(max_steps=1))
+    (victim,) = (tmp_path / "output").glob("*/*/1-last/mp_rank_00_model_states.pt")
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(max_steps=2, resume=True))
+    assert "is damaged" in str(stop.value.code)
+
+
+def test_errors_of_the_command_line_have_no_traceback(train_args: Build) -> None:
+    command = [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *train_args(model_name="no/model")]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr and "download_pt.py" in finished.stderr
+    finished = subprocess.run([*command[:2], "--train_mode", "no"], capture_output=True, text=True)
+    assert finished.returncode == 2 and "expected True, False, 1 or 0" in finished.stderr

@@ -1,0 +1,506 @@
+"""The DeepSpeed engine: run arguments, configuration, launch, precision, seeds, checkpoints and resuming."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
+
+# What may differ when a run is resumed: how long it goes on and what it shows, not what an update is.
+FREE_TO_CHANGE = {
+    "epochs", "max_steps", "eval_steps", "save_steps", "eval_samples", "max_new_tokens", "train_mode", "test_mode",
+    "test_bnb_enabled", "track", "resume", "overwrite", "local_rank", "output_dir", "model_dir", "data_dir",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """Where a run's results go.
+
+    Attributes:
+        dir: The folder of the run's tags, metrics and samples.
+        ckpt_id: The tag of the best state; `<ckpt_id>-last` is the newest.
+        leader: Whether this rank looks after the folder; one rank on every file system does.
+    """
+
+    dir: Path
+    ckpt_id: str
+    leader: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def boolean(text: str) -> bool:
+    """Reads True, False, 1 or 0 from the command line (argparse's `bool` takes every text for true)."""
+    values = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True, False, 1 or 0")
+    return values[text]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that all training scripts share."""
+    # fmt: off
+    add = parser.add_argument_group("model").add_argument
+    add("--model_dir", default="model", help="folder of the downloaded models")
+    add("--tuner", choices=["lora", "full"], default="lora", help="train low-rank matrices (LoRA) or all weights")
+    add("--train_bnb_enabled", type=boolean, default=False, help="True: 4-bit base weights (QLoRA), as --quant_bits 4")
+    add("--quant_bits", type=int, choices=[4], help="bits of the frozen base weights (NF4); 16 or 32 without it")
+    add("--lora_r", type=int, default=16, help="rank of LoRA")
+    add("--lora_alpha", type=int, default=32, help="LoRA's update is scaled by alpha / r")
+    add("--lora_dropout", type=float, default=0.05, help="dropout before the low-rank matrices, 0 to 1")
+    add("--lora_target", default="all-linear", help="layers that get LoRA: all-linear, or names separated by commas")
+    add("--chat_template", default="", help="file with a Jinja chat template to use instead of the model's own")
+    add("--trust_remote_code", type=boolean, default=False, help="True: run Python code that comes with the model")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=2, help="passes over the data")
+    add("--max_steps", type=int, default=-1, help="stop after so many optimizer steps (-1: after the epochs)")
+    add("--batch_size", type=int, default=4, help="samples of a rank, times --grad_accum, in an optimizer step")
+    add("--grad_accum", type=int, default=8, help="an optimizer step sees batch_size x grad_accum x ranks samples")
+    add("--max_tokens", type=int, default=1024, help="longest sample; the prompts of longer ones are shortened")
+    add("--pack_tokens", type=int, default=2048, help="most tokens in a forward pass (samples are packed, not padded)")
+    add("--lr", type=float, help="peak learning rate (default: 2e-4 for LoRA, 2e-5 for full training)")
+    add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
+    add("--warmup_ratio", type=float, default=0.03, help="part of the steps in which the learning rate rises")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW")
+    add("--max_grad_norm", type=float, help="clip gradients to this norm (default: as the configuration says, else 1)")
+    add("--seed", type=int, default=42, help="of data order, LoRA's first weights and dropout")
+
+    add = parser.add_argument_group("engine").add_argument
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+        help="auto: bf16 where the card has it, else fp16; fp32 on a CPU")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3],
+        help="ZeRO shards 1: optimizer state, 2: and gradients, 3: and weights (default: as the configuration says)")
+    add("--offload", choices=["none", "optimizer", "param"],
+        help="keep optimizer states (at stage 3 also weights) in host memory (default: as the configuration says)")
+    add("--gradient_checkpointing", type=boolean,
+        help="True: recompute activations, a third slower, far less memory (default: True on a GPU, False on a CPU)")
+    add("--deepspeed_config", default="", help="DeepSpeed configuration (default: ds_config.json beside the script)")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it.
+
+    add = parser.add_argument_group("results").add_argument
+    add("--ckpt_id", default="1", help="name of the best checkpoint; <ckpt_id>-last is the newest")
+    add("--eval_steps", type=int, default=50, help="measure the held-out loss and show replies every N steps")
+    add("--save_steps", type=int, default=50, help="save every N steps; the best is kept as well")
+    add("--eval_samples", type=int, default=200, help="held-out samples to measure the loss on (-1: all)")
+    add("--max_new_tokens", type=int, default=64, help="longest reply that is shown")
+    add("--resume", type=boolean, nargs="?", const=True, default=False, help="go on from <ckpt_id>-last")
+    add("--overwrite", type=boolean, nargs="?", const=True, default=False, help="start anew where another run has been")
+    add("--track", choices=["none", "tensorboard", "swanlab", "wandb"], default="none",
+        help="service that gets the metrics besides metrics.jsonl and loss.png")
+    # fmt: on
+
+
+def argument_problems(args: argparse.Namespace) -> list[str]:
+    """Finds what is wrong with the shared arguments, before anything is loaded."""
+    problems = []
+    for name in ("epochs", "batch_size", "grad_accum", "eval_steps", "save_steps", "lora_r", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name}: got {getattr(args, name)}, expected 1 or more.")
+    if args.max_tokens < 16:
+        problems.append(f"--max_tokens: got {args.max_tokens}, expected 16 or more.")
+    if args.pack_tokens < args.max_tokens:
+        problems.append(f"--pack_tokens: got {args.pack_tokens}, expected at least --max_tokens ({args.max_tokens}).")
+    if not 0 <= args.lora_dropout < 1:
+        problems.append(f"--lora_dropout: got {args.lora_dropout}, expected 0 or more and less than 1.")
+    if not 0 <= args.warmup_ratio <= 1:
+        problems.append(f"--warmup_ratio: got {args.warmup_ratio}, expected 0 to 1.")
+    if args.tuner == "full" and quant_bits(args):
+        problems.append("--tuner full trains all weights, 4-bit weights cannot be trained: leave --train_bnb_enabled "
+                        "and --quant_bits out, or use --tuner lora.")  # fmt: skip
+    if args.offload == "param" and args.zero_stage not in (None, 3):
+        problems.append(f"--offload param needs --zero_stage 3, got {args.zero_stage}.")
+    if not re.fullmatch(r"[\w-]+", args.ckpt_id):
+        problems.append(f"--ckpt_id: got {args.ckpt_id!r}, expected letters, digits, _ and -.")
+    if args.resume and args.overwrite:
+        problems.append("--resume goes on with a run, --overwrite starts it anew: name one of them.")
+    for name in ("chat_template", "deepspeed_config"):
+        if getattr(args, name) and not (ROOT / getattr(args, name)).is_file():
+            problems.append(f"--{name}: no file at {getattr(args, name)}.")
+    return problems
+
+
+def quant_bits(args: argparse.Namespace) -> int | None:
+    """Bits of the frozen base weights; `--train_bnb_enabled True` is the original's way to ask for 4."""
+    return 4 if args.train_bnb_enabled else args.quant_bits
+
+
+def run_dir(output_dir: Path, model_name: str, tuner: str, bits: int | None) -> Path:
+    """Names a run's folder: DS-<model>, DS-<model>-BNB with a 4-bit base, DS-<model>-FULL for full training."""
+    return output_dir / f"DS-{model_name}{'-FULL' if tuner == 'full' else '-BNB' if bits else ''}"
+
+
+def fail(message: str) -> None:
+    """Ends all ranks with exit code 1; one of them says why."""
+    raise SystemExit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launch
+
+
+def start_ranks(seed: int) -> tuple[int, int]:
+    """Joins the ranks of a run, whether started by python, torchrun or DeepSpeed's launcher, and seeds them alike.
+
+    Returns:
+        This rank and the number of ranks.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from transformers import set_seed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would try what it can compile, and compile a shared-memory all-reduce for a minute. Gloo does as well.
+        deepspeed.ops.__compatible_ops__ = {}
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    set_seed(seed)
+    return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+
+
+def choose_precision(asked: str) -> str:
+    """Resolves `--precision auto` for the device at hand.
+
+    Raises:
+        SystemExit: if the device cannot compute in what was asked for.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    if device.device_name() == "cpu":
+        if asked == "fp16":
+            fail("--precision fp16: CPUs do not train in it. Use fp32 (or bf16 on a CPU with AMX or AVX512-BF16).")
+        return "fp32" if asked == "auto" else asked
+    if asked == "bf16" and not device.is_bf16_supported():
+        fail("--precision bf16: this card does not have it. Use fp16.")
+    return ("bf16" if device.is_bf16_supported() else "fp16") if asked == "auto" else asked
+
+
+def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration and puts the command line's wishes into it.
+
+    "auto" values (a convention of the Hugging Face trainer) count as not given.
+
+    Returns:
+        A configuration in which everything that changes an update is spelled out.
+    """
+    file = ROOT / args.deepspeed_config if args.deepspeed_config else default_file
+    try:
+        config = _without_auto(json.loads(file.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        fail(f"{shown(file)} is not JSON: {error}")
+    zero = config.setdefault("zero_optimization", {})
+    said = []
+    for section, key, given in ((zero, "stage", args.zero_stage), (config, "gradient_clipping", args.max_grad_norm)):
+        if given is not None and section.get(key, given) != given:
+            said.append(f"{key} {given} instead of {section[key]}")
+        if given is not None:
+            section[key] = given
+    stage = zero.setdefault("stage", 2)
+    config.setdefault("gradient_clipping", 1.0)  # DeepSpeed clips at 1 as well when nothing is said; here it is said.
+    if args.offload is not None:
+        zero.pop("offload_optimizer", None), zero.pop("offload_param", None)
+        if args.offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if args.offload == "param":
+            zero["offload_param"] = {"device": "cpu"}
+    if said and int(os.environ.get("RANK", 0)) == 0:
+        print(f"The command line wins over {shown(file)}: {', '.join(said)}.")
+    offloaded = "offload_optimizer" in zero
+    compiler = shutil.which("c++") is not None
+    if offloaded and not compiler and int(os.environ.get("RANK", 0)) == 0:
+        print("No C++ compiler: the offloaded optimizer is PyTorch's AdamW, slower than DeepSpeedCPUAdam.")
+    adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,  # The micro-batch is a pack; a window may hold any number of packs.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "optimizer": {"type": "AdamW", "params": adam | {"torch_adam": not (offloaded and compiler)}},
+        "zero_force_ds_cpu_optimizer": offloaded and compiler,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+    }
+    if stage < 2:
+        zero["overlap_comm"] = False  # DeepSpeed refuses it here when windows hold any number of packs.
+    return config
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any], total_steps: int) -> Any:
+    """Wraps a model in a DeepSpeed engine with AdamW and a learning rate that warms up.
+
+    Args:
+        model: With the weights to train marked by `requires_grad`.
+        args: The run's arguments.
+        ds_config: From `make_ds_config`.
+        total_steps: At which the schedule ends.
+    """
+    import deepspeed
+    import torch
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+    warmup_steps = round(args.warmup_ratio * total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        config=ds_config,
+        lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps),
+    )
+    if not engine.zero_optimization() and not engine.bfloat16_enabled() and not engine.fp16_enabled():
+        # Here alone DeepSpeed clips without keeping the norm, which the metrics show.
+        def clip() -> None:
+            weights = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+            engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(weights, engine.gradient_clipping()).item()
+
+        engine.clip_fp32_gradients = clip
+    return engine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run record, checkpoints
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the repository's commit if there is one."""
+    names = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {name: version(name) for name in names} | {"commit": commit.stdout.strip()}
+
+
+def make_record(
+    args: argparse.Namespace, ds_config: dict[str, Any], precision: str, world_size: int, template: str, data: dict
+) -> dict[str, Any]:
+    """Gathers what made a run, for run.json: later scripts need no repeated flags.
+
+    Returns:
+        "settings" (what must be equal when the run is resumed), "arguments", "ds_config", "chat_template", "data" and
+        "versions".
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
+        "quant_bits": quant_bits(args),
+        "precision": precision,
+        "zero_stage": ds_config["zero_optimization"]["stage"],
+        "ranks": world_size,
+        "data": data["files"],
+    }
+    return {
+        "settings": settings,
+        "arguments": vars(args).copy(),
+        "ds_config": ds_config,
+        "chat_template": template,
+        "data": data,
+        "versions": versions(),
+    }
+
+
+def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
+    """Claims a run's folder.
+
+    Args:
+        folder: From `run_dir`.
+        args: The run's arguments.
+        record: What run.json will say; its "settings" decide whether a resumed run is the same run.
+
+    Returns:
+        The run, and the resumed tag's record or None at a fresh start.
+
+    Raises:
+        SystemExit: if another run has been here, or there is nothing to resume, or what is to be resumed differs.
+    """
+    import deepspeed
+
+    last = folder / f"{args.ckpt_id}-last"
+    previous = None
+    if args.resume:
+        if not (last / "run.json").is_file():
+            fail(f"--resume: no checkpoint at {shown(last)}. Start the run without --resume.")
+        check_manifest(last)
+        previous = json.loads((last / "run.json").read_text())
+        _refuse_differences(previous["settings"], record["settings"])
+    elif (folder / "run.json").is_file() and not args.overwrite:
+        settings = json.loads((folder / "run.json").read_text())["settings"]
+        if last.exists() or settings != record["settings"]:
+            fail(
+                f"{shown(folder)} holds the results of another run. Go on with it: --resume; start anew in its place: "
+                "--overwrite; keep both: --output_dir DIR"
+            )
+    deepspeed.comm.barrier()
+    run = Run(folder, args.ckpt_id, _leads_file_system(folder))
+    if run.leader:
+        if not args.resume:
+            for path in (last, folder / args.ckpt_id, *folder.glob(f".{args.ckpt_id}.*")):
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+            for name in ("metrics.jsonl", "samples.jsonl", "loss.png"):
+                (folder / name).unlink(missing_ok=True)
+        _write_json(folder / "run.json", record)
+    deepspeed.comm.barrier()
+    return run, previous
+
+
+def _refuse_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [f"{key} {before.get(key)} (now {now.get(key)})" for key in now if before.get(key) != now.get(key)]
+    if differing:
+        fail(
+            f"--resume goes on with the same run, but it was made with {', '.join(differing)}. "
+            "Name the same again, or start anew with --overwrite."
+        )
+
+
+def _leads_file_system(folder: Path) -> bool:
+    """True on global rank 0 and on the first rank of every node that does not see rank 0's files."""
+    import deepspeed
+
+    token = [uuid.uuid4().hex]
+    if deepspeed.comm.get_world_size() > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(token, src=0)
+    marker = folder / f".leader-{token[0]}"
+    if deepspeed.comm.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    deepspeed.comm.barrier()
+    sees_marker = marker.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    deepspeed.comm.barrier()
+    if deepspeed.comm.get_rank() == 0:
+        marker.unlink()
+        return True
+    return not sees_marker and int(os.environ["LOCAL_RANK"]) == 0
+
+
+def save_checkpoint(
+    engine: Any, run: Run, step: int, record: dict[str, Any], probe: dict[str, Any], is_best: bool
+) -> None:
+    """Saves all that continues or publishes a run, in a folder that becomes `<ckpt_id>-last` when it is complete.
+
+    Frozen weights are left out. A kill at any moment leaves the previous tags complete.
+
+    Args:
+        engine: From `make_engine`.
+        run: Where to.
+        step: Optimizer steps done.
+        record: Of the run; becomes run.json.
+        probe: From `utils.trained.record_probe`.
+        is_best: Whether `<ckpt_id>` shall point here as well.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from safetensors.torch import save_file
+
+    folder = run.dir / f".{run.ckpt_id}.{step}"
+    if run.leader:
+        shutil.rmtree(folder, ignore_errors=True)
+    deepspeed.comm.barrier()
+    rank = deepspeed.comm.get_rank()
+    hook = engine.module.register_state_dict_post_hook(_drop_frozen)
+    engine.save_checkpoint(run.dir, tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+    hook.remove()
+    random = {"torch": torch.get_rng_state(), "device": get_accelerator().get_rng_state()}
+    torch.save(random, folder / f"random_rank_{rank}.pt")
+    adapter = _gathered_adapter(engine)
+    if rank == 0:
+        if adapter:
+            _write_adapter(engine.module, adapter, folder / "adapter")
+        save_file(probe, folder / "probe.safetensors")
+    if run.leader:
+        _write_json(folder / "run.json", record)
+    deepspeed.comm.barrier()
+    if run.leader:
+        write_manifest(folder)
+        for tag in (f"{run.ckpt_id}-last", run.ckpt_id) if is_best else (f"{run.ckpt_id}-last",):
+            _point(run.dir / tag, folder)
+        kept = {(run.dir / tag).resolve() for tag in (f"{run.ckpt_id}-last", run.ckpt_id)}
+        for old in run.dir.glob(f".{run.ckpt_id}.*"):
+            if old.resolve() not in kept:
+                shutil.rmtree(old)
+    deepspeed.comm.barrier()
+
+
+def _drop_frozen(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves the trainable tensors: DeepSpeed's own rule keeps a tied output head and 4-bit quantisation states."""
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if trainable != {name for name, _ in module.named_parameters()}:
+        for name in set(state) - trainable:
+            del state[name]
+
+
+def _gathered_adapter(engine: Any) -> dict[str, Any]:
+    """LoRA's tensors on the CPU of rank 0, whole at every ZeRO stage; empty in full training."""
+    import deepspeed
+    from peft import PeftModel
+
+    if not isinstance(engine.module, PeftModel):
+        return {}
+    weights = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    with deepspeed.zero.GatheredParameters(
+        list(weights.values()), enabled=engine.zero_optimization_partition_weights()
+    ):
+        return {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
+
+
+def _write_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:
+    """Writes a PEFT adapter folder.
+
+    Raises:
+        RuntimeError: if the tensors cannot be a trained adapter (sharded leftovers, infinities, nothing learnt).
+    """
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if any(weight.numel() == 0 or not torch.isfinite(weight).all() for weight in weights.values()):
+        raise RuntimeError("The adapter has empty or non-finite tensors; the checkpoint is not written.")
+    folder.mkdir(exist_ok=True)
+    save_file(get_peft_model_state_dict(model, state_dict=weights), folder / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Swaps a symbolic link in one step."""
+    with replacing(link) as temporary:
+        temporary.symlink_to(folder.name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+
+
+def load_checkpoint(engine: Any, run: Run) -> None:
+    """Puts an engine (weights, optimizer, schedule, random numbers) into the state that `<ckpt_id>-last` holds."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    folder = (run.dir / f"{run.ckpt_id}-last").resolve()
+    # The frozen weights are not in the checkpoint: they came from the base model.
+    engine.load_checkpoint(run.dir, tag=folder.name, load_module_strict=False)
+    random = torch.load(folder / f"random_rank_{deepspeed.comm.get_rank()}.pt", weights_only=True)
+    torch.set_rng_state(random["torch"])
+    get_accelerator().set_rng_state(random["device"])

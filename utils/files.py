@@ -1,0 +1,100 @@
+"""Where files lie and how they are written: paths from the repository's root, results that appear whole or not."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def from_root(path: str | Path) -> Path:
+    """Makes a path absolute, counting relative ones from the repository's root, so that any working directory does."""
+    return ROOT / Path(path).expanduser()
+
+
+def shown(path: str | Path) -> str:
+    """Writes a path the short way for messages: from the repository's root where it lies inside it."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def missing_model(model_dir: Path, model_name: str) -> str:
+    """Writes what to do when a model's folder is not there."""
+    near = sorted(str(path.parent.relative_to(model_dir)) for path in model_dir.glob("*/*/config.json"))
+    there = f" There are: {', '.join(near)}." if near else ""
+    return (
+        f"No model at {shown(model_dir / model_name)} (expected a folder with config.json and weights).{there}\n"
+        f"Fetch it with: python download_pt.py --model {model_name}"
+    )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lets the caller write a file or a folder beside its place and moves it there when the block ends well.
+
+    A failure or a kill inside the block leaves whatever stood at `path` before. What a killed run left beside it is
+    removed by the next run.
+
+    Args:
+        path: The final place. Its parent folder is made.
+
+    Yields:
+        A path in the same folder that does not exist yet.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            # A non-empty folder cannot be replaced in one step: it is moved aside first.
+            old = path.with_name(f".{path.name}.old")
+            _remove(old)
+            path.rename(old)
+            temporary.rename(path)
+            _remove(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def sha256(path: Path) -> str:
+    """Hashes a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes manifest.json, the hashes of a finished folder's files. It is the last file to be written."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    with replacing(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(hashes, indent=1))
+
+
+def check_manifest(folder: Path) -> None:
+    """Makes sure that a folder is complete and unchanged before anything in it is unpickled.
+
+    Raises:
+        SystemExit: naming the first file that is missing or differs.
+    """
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        raise SystemExit(f"{shown(folder)} is not a complete checkpoint: it has no manifest.json.")
+    for name, expected in json.loads(manifest.read_text()).items():
+        if not (folder / name).is_file():
+            raise SystemExit(f"{shown(folder)} is not a complete checkpoint: {name} is missing.")
+        if sha256(folder / name) != expected:
+            raise SystemExit(f"{shown(folder / name)} is damaged: its content is not what the training run wrote.")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""Talking to a model: load a finished one, whole replies for many prompts, one reply as a stream."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from utils.data import Chat, make_chat
+from utils.model import load_tokenizer
+
+
+def load_finished(path: Path, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Chat]:
+    """Loads a model folder for use, on the accelerator if there is one.
+
+    Returns:
+        The model in the precision it was saved in (fp32 on CPUs, where 16 bits are slow), and its chat template.
+    """
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto" if on_gpu else torch.float32, trust_remote_code=trust_remote_code
+    )
+    model = model.to("cuda" if on_gpu else "cpu").eval()
+    return model, make_chat(load_tokenizer(path, trust_remote_code=trust_remote_code))
+
+
+@torch.no_grad()
+def replies(
+    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 16
+) -> list[str]:
+    """Answers prompts with the likeliest tokens (greedily, so that two runs can be compared).
+
+    Args:
+        model: In evaluation mode; under ZeRO stage 3 all ranks call this together.
+        chat: The model's template.
+        prompts: Token ids, from `Chat.prompt_ids`.
+        max_new_tokens: The longest reply.
+        batch_size: Replies written at a time.
+
+    Returns:
+        The replies, in the prompts' order.
+    """
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        longest = max(map(len, rows))
+        pad = chat.stop_id
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        out = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=chat.stop_id,
+            pad_token_id=pad,
+        )
+        texts += chat.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def stream(
+    model: torch.nn.Module, tokenizer: Any, input_ids: list[int], max_new_tokens: int, stop_id: int, **sampling: Any
+) -> Iterator[str]:
+    """Writes on from a prompt, piece by piece.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The model's.
+        input_ids: The prompt.
+        max_new_tokens: The most tokens to write.
+        stop_id: The token that ends the text; the model's own end tokens count too.
+        **sampling: Passed to transformers' `generate`.
+
+    Yields:
+        Text, as it comes.
+    """
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    own = model.generation_config.eos_token_id
+    ends = {stop_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+    ids = torch.tensor([input_ids], device=model.device)
+    options = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        eos_token_id=sorted(ends),
+        pad_token_id=stop_id,
+        **sampling,
+    )
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**options)
+        except BaseException as error:  # Handed to the reader below: a thread's own exceptions would be lost.
+            errors.append(error)
+            streamer.end()
+
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,197 @@
+"""Models as they are trained: tokenizer, base weights in 32, 16 or 4 bits, LoRA, attention windows, memory needs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.data import PLAIN_TEMPLATE
+
+GIB = 1024**3
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# NF4 with double quantisation: 4 bits a weight and 0.127 bits a weight of scales (QLoRA, arXiv 2305.14314, section 3).
+NF4_BYTES = 4.127 / 8
+
+
+def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool = False) -> Any:
+    """Loads a tokenizer that has a chat template.
+
+    Args:
+        path: The model's folder.
+        chat_template: A Jinja template to use instead of the tokenizer's own.
+        trust_remote_code: Whether the model's own Python code may run.
+
+    Returns:
+        A tokenizer; with the plain template where there is no other.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(
+    path: Path, dtype: torch.dtype, quant_bits: int | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """Loads a causal language model for training or merging.
+
+    Args:
+        path: The model's folder.
+        dtype: Of the weights; with `quant_bits`, of the arithmetic and of what is not quantised.
+        quant_bits: 4 for NF4 with double quantisation (arXiv 2305.14314), None for none.
+        device: Where quantised weights go; other weights stay on the CPU (or are sharded as they are read, if a
+            `HfDeepSpeedConfig` of ZeRO stage 3 is alive) until DeepSpeed moves them.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quant_bits == 4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code, **options
+    )
+
+
+def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:
+    """Freezes a model and puts trainable low-rank matrices beside its linear layers (LoRA, arXiv 2106.09685).
+
+    Args:
+        model: The base model.
+        r: Rank.
+        alpha: The update is scaled by alpha / r.
+        dropout: On the input of the low-rank matrices.
+        target: "all-linear" (all but the output head) or names of layers separated by commas.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target if target == "all-linear" else target.split(",")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """What each kind of attention layer of a model can see.
+
+    A ready 4-D mask replaces the model's own, so a sliding window has to be in it.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        Kind of layer -> window in tokens, or None where a layer sees all. Models with one kind take one mask, models
+        with several take a dict of masks by kind.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Counts (trainable, all) weights; sharded and 4-bit ones as what they stand for."""
+
+    def size(parameter: torch.nn.Parameter) -> int:
+        if state := getattr(parameter, "quant_state", None):
+            return state.shape.numel()
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run will need
+
+
+def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) -> dict[str, int]:
+    """Estimates the memory of a training run on one device, without reading weights.
+
+    Args:
+        path: The model's folder.
+        args: `tuner`, `lora_r`, `pack_tokens` and `gradient_checkpointing` of the run.
+        quant_bits: 4 or None.
+        precision: "bf16", "fp16" or "fp32".
+
+    Returns:
+        Bytes of "weights", "gradients and optimizer" and "activations", and of the "checkpoints" on disk.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_linear = sum(layer.weight.numel() for layer in linear)
+    width = 4 if precision == "fp32" else 2
+    trainable = total if args.tuner == "full" else sum(args.lora_r * (m.in_features + m.out_features) for m in linear)
+    weights = total * width if quant_bits is None else int((total - in_linear) * width + in_linear * NF4_BYTES)
+    # AdamW: two fp32 moments, and in 16-bit training fp32 master weights and fp32 gradients beside the 16-bit ones.
+    training = trainable * (12 if width == 4 else 18)
+    text = config.get_text_config()
+    layer_floats = sum(m.in_features + m.out_features for m in linear) // text.num_hidden_layers
+    kept_floats = (
+        text.hidden_size * text.num_hidden_layers + layer_floats
+        if args.gradient_checkpointing
+        else (layer_floats * text.num_hidden_layers)
+    )
+    # A quarter of the tokens of a pack is supervised, or less; the softmax takes the logits in fp32 once more.
+    logits = args.pack_tokens // 4 * text.vocab_size * (width + 4)
+    return {
+        "weights": weights,
+        "gradients and optimizer": training,
+        "activations": args.pack_tokens * kept_floats * width + logits,
+        "checkpoints": 2 * trainable * (12 + width),
+    }
+
+
+def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, zero_stage: int) -> str:
+    """Writes in a line what a run will need beside what there is; estimates carry a tilde.
+
+    Raises:
+        SystemExit: if the disk has not the room for the checkpoints.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    sharded = dict(needs)
+    if zero_stage >= 1:
+        sharded["gradients and optimizer"] //= ranks
+    if zero_stage == 3:
+        sharded["weights"] //= ranks
+    parts = [name for name in needs if name != "checkpoints"]
+    total = sum(sharded[name] for name in parts)
+    detail = ", ".join(f"{name} {sharded[name] / GIB:.2f}" for name in parts)
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if get_accelerator().device_name() == "cpu":
+        there = f"{host / GIB:.1f} GiB of host memory free"
+    else:
+        there = f"{get_accelerator().available_memory() / GIB:.1f} GiB on the card free, {host / GIB:.1f} on the host"
+    disk = shutil.disk_usage(output_dir).free
+    if disk < needs["checkpoints"]:
+        raise SystemExit(
+            f"The checkpoints need about {needs['checkpoints'] / GIB:.1f} GiB, {output_dir} has {disk / GIB:.1f} GiB "
+            "free. Make room or name another place: --output_dir DIR"
+        )
+    return (
+        f"Memory of a rank: ~{total / GIB:.2f} GiB ({detail}); there are {there}. "
+        f"Disk: ~{needs['checkpoints'] / GIB:.2f} GiB of {disk / GIB:.0f} GiB free."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file."""
+    return json.loads(path.read_text(encoding="utf-8"))

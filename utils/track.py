@@ -1,0 +1,105 @@
+"""What a run shows: metrics.jsonl, samples.jsonl and loss.png always, a tracking service if asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.files import replacing
+
+
+class Tracker:
+    """Writes one rank's (the first's) metrics and sample replies, a JSON object a line."""
+
+    def __init__(self, folder: Path, first_step: int, service: str, settings: dict[str, Any]) -> None:
+        """Opens the files of a run.
+
+        Args:
+            folder: The run's.
+            first_step: Steps done before; later lines of an earlier attempt are cut off.
+            service: "none", "tensorboard", "swanlab" or "wandb".
+            settings: What the service shall show of the run.
+
+        Raises:
+            SystemExit: if the service's package is not installed.
+        """
+        self.folder = folder
+        self._files = [_continue_file(folder / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")]
+        self._service = _open_service(service, folder, settings) if service != "none" else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Appends a step's measurements."""
+        self._append(0, {"step": step, **values})
+        if self._service:
+            self._service.log(values, step=step)
+
+    def log_samples(self, step: int, rows: list[dict[str, str]]) -> None:
+        """Appends the model's replies at a step."""
+        for row in rows:
+            self._append(1, {"step": step, **row})
+
+    def _append(self, number: int, line: dict[str, Any]) -> None:
+        self._files[number].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[number].flush()
+
+    def close(self) -> None:
+        """Draws loss.png and ends the service's run."""
+        plot_loss(self.folder)
+        for file in self._files:
+            file.close()
+        if self._service:
+            self._service.finish()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file; a last line torn by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    # What follows the last line break is empty, or a line that was not finished.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _continue_file(path: Path, first_step: int) -> Any:
+    kept = [line for line in read_lines(path) if line["step"] <= first_step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def _open_service(service: str, folder: Path, settings: dict[str, Any]) -> Any:
+    from accelerate import PartialState, tracking
+
+    if not getattr(tracking, f"is_{service}_available")():
+        raise SystemExit(f"--track {service}: the package is not installed. Install it with: pip install {service}")
+    PartialState()  # accelerate's trackers ask it which process they are in.
+    place = {"logging_dir": folder} if service == "tensorboard" else {}
+    tracker = tracking.LOGGER_TYPE_TO_CLASS[service](folder.name, **place)
+    tracker.start()
+    tracker.store_init_configuration({name: str(value) for name, value in settings.items()})
+    return tracker
+
+
+def plot_loss(folder: Path) -> None:
+    """Draws the losses in metrics.jsonl as loss.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_lines(folder / "metrics.jsonl")
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    train = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    held_out = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training, each step")
+        mean, smooth = train[0][1], []
+        for step, loss in train:
+            mean = 0.9 * mean + 0.1 * loss
+            smooth.append((step, mean))
+        axes.plot(*zip(*smooth, strict=True), color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with replacing(folder / "loss.png") as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
