@@ -9,11 +9,12 @@ In a conversation, RESET starts anew and EXIT (or Ctrl-D) ends it.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.data import SYSTEM_PROMPT, DataError, comment_prompt
 from utils.files import from_root, shown
 
 
@@ -37,14 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def system_messages(model: Path, system: str | None) -> list[dict[str, str]]:
-    """The system message to start with: the one asked for, else the one that the model was trained with, if any."""
-    if system is None:
-        from utils.model import read_json
+def system_messages(model: Path, system: str | None, default: str) -> list[dict[str, str]]:
+    """The system message to start with, if any.
 
+    Args:
+        model: A folder; its run.json knows what the model was trained with.
+        system: What was asked for, if anything.
+        default: For models that were not trained here.
+    """
+    if system is None:
         record = model / "run.json"
-        system = read_json(record)["data"]["system_prompt"] if record.is_file() else ""
-    return [{"role": "system", "content": system}] if system else []
+        trained = json.loads(record.read_text(encoding="utf-8"))["data"] if record.is_file() else {}
+        system = trained.get("system_prompt", default)
+    return [{"role": "system", "content": system}] if system.strip() else []
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,6 +61,14 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"Got --{' and --'.join(asked)}, expected one of them or none.")
     if (args.desc or args.parent) and args.title is None:
         raise SystemExit("--desc and --parent belong to a video: give its --title as well.")
+    for name in asked:
+        if not getattr(args, name).strip():
+            raise SystemExit(f"--{name}: got an empty text.")
+    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise SystemExit(
+            f"Got --max_new_tokens {args.max_new_tokens}, --temperature {args.temperature}, --top_p {args.top_p}; "
+            "expected at least 1, at least 0, and more than 0 but not more than 1."
+        )
     if not (path / "config.json").is_file():
         raise SystemExit(
             f"No model at {shown(path)} (expected a folder with config.json and weights).\n"
@@ -69,7 +83,10 @@ def main(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     if args.seed is not None:
         set_seed(args.seed)
-    model, chat = load_finished(path, args.trust_remote_code)
+    try:
+        model, chat = load_finished(path, args.trust_remote_code)
+    except DataError as error:  # The chat template is not one that can be used.
+        raise SystemExit(f"{shown(path)}: {error}") from error
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
@@ -82,13 +99,12 @@ def main(args: argparse.Namespace) -> None:
         print()
         return "".join(pieces)
 
-    system = system_messages(path, args.system)
+    system = system_messages(path, args.system, default=SYSTEM_PROMPT if args.title else "")
     if args.completion is not None:
         print(args.completion, end="", flush=True)
         say(chat.tokenizer.encode(args.completion))
     elif args.title is not None:
         question = comment_prompt(args.title, args.desc, args.parent)
-        system = system or [{"role": "system", "content": SYSTEM_PROMPT}]
         say(chat.prompt_ids([*system, {"role": "user", "content": question}]))
     elif args.prompt is not None:
         say(chat.prompt_ids([*system, {"role": "user", "content": args.prompt}]))

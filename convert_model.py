@@ -50,15 +50,12 @@ def passes(drift: Any, exact: bool) -> bool:
 
 def write_model(model: Any, org_model: Path, record: dict[str, Any], stop_id: int, folder: Path) -> None:
     """Writes a model with all that is needed to use it."""
-    from transformers import GenerationConfig
-
+    from utils.generate import end_ids
     from utils.model import load_tokenizer
 
     # The run's template ends an answer with `stop_id`: who generates has to stop there, whatever the base's files say.
-    generation = model.generation_config or GenerationConfig()
-    ends = generation.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    generation.eos_token_id = sorted({stop_id, *ends}) if {*ends} - {stop_id} else stop_id
+    generation = model.generation_config
+    generation.eos_token_id = end_ids(model, stop_id)
     generation.do_sample = generation.do_sample or any((generation.temperature, generation.top_p, generation.top_k))
     model.save_pretrained(folder, max_shard_size="5GB")
     load_tokenizer(org_model, record["chat_template"]).save_pretrained(folder)
@@ -67,6 +64,8 @@ def write_model(model: Any, org_model: Path, record: dict[str, Any], stop_id: in
         if file.suffix == ".py" or file.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")):
             shutil.copy(file, folder)
     (folder / "run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors are written for their owner alone, but a server may be another user.
 
 
 def model_card(args: argparse.Namespace, record: dict[str, Any], drift: Any, base_card: dict[str, Any]) -> str:
@@ -119,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     target = from_root("output_hf") / args.save_model
     if not (org_model / "config.json").is_file():
         raise SystemExit(f"--org_model: {missing_model(org_model.parents[1], '/'.join(org_model.parts[-2:]))}")
-    if not target.is_relative_to(from_root("output_hf")) or target == from_root("output_hf"):
+    if not Path(args.save_model).parts or Path(args.save_model).is_absolute() or ".." in Path(args.save_model).parts:
         raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
     from utils.trained import check_tag
 

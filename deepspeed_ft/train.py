@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
 from utils.data import DataError, Sample, find_split, load_samples, make_chat, show_sample
 from utils.engine import (
     add_run_arguments,
@@ -36,14 +37,10 @@ from utils.engine import (
     boolean,
     choose_precision,
     fail,
-    load_checkpoint,
     make_ds_config,
     make_engine,
-    make_record,
-    open_run,
     quant_bits,
     run_dir,
-    save_checkpoint,
     start_ranks,
 )
 from utils.files import from_root, missing_model, replacing, sha256, shown
@@ -103,7 +100,7 @@ def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[list[Sam
             test = load_samples(test_file, chat, args.max_tokens).samples
         else:
             test = [sample for sample in train if _held_out(sample)]
-            train = [sample for sample in train if not _held_out(sample)]
+            train = [sample for sample in train if not _held_out(sample)] or test
     except DataError as error:
         fail(str(error))
     if show:
@@ -145,27 +142,29 @@ def evaluate(engine: Any, samples: list[Sample], args: argparse.Namespace, atten
     import deepspeed
     import torch
 
-    from utils.packing import in_order, model_inputs, n_targets, rank_packs
+    from utils.packing import model_inputs, n_targets, rank_packs
     from utils.tensors import all_reduced
 
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     engine.eval()
     loss_sum = 0.0
     with torch.no_grad():
-        for window in in_order(samples, args.batch_size * args.grad_accum * world_size):
-            for pack in rank_packs(window, args.pack_tokens, rank, world_size):
-                logits = engine(**model_inputs(pack, attention, engine.device)).logits[0]
-                loss_sum += sft_loss(logits, pack.target_ids, pack.target_weight).item()
+        for pack in rank_packs(samples, args.pack_tokens, rank, world_size):
+            pack = pack.to(engine.device)
+            logits = engine(**model_inputs(pack, attention)).logits[0]
+            loss_sum += sft_loss(logits, pack.target_ids, pack.target_weight).item()
     engine.train()
     return all_reduced(loss_sum) / sum(n_targets(sample) for sample in samples)
 
 
-def show_replies(model: Any, chat: Any, samples: list[Sample], max_new_tokens: int) -> list[dict[str, str]]:
+def show_replies(
+    model: Any, chat: Any, samples: list[Sample], max_new_tokens: int, progress: str = ""
+) -> list[dict[str, str]]:
     """Lets the model answer held-out prompts, greedily. All ranks call it together (ZeRO stage 3 gathers weights)."""
     from utils.generate import replies
 
     prompts = [sample.input_ids[: sample.supervised.argmax()].tolist() for sample in samples]
-    texts = replies(model, chat, prompts, max_new_tokens)
+    texts = replies(model, chat, prompts, max_new_tokens, progress)
     decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
     return [
         {
@@ -260,7 +259,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         started = time.perf_counter()
         loss_sum = 0.0
         for pack in rank_packs(batch, args.pack_tokens, rank, world_size):
-            logits = engine(**model_inputs(pack, attention, engine.device)).logits[0]
+            pack = pack.to(engine.device)
+            logits = engine(**model_inputs(pack, attention)).logits[0]
             loss = sft_loss(logits, pack.target_ids, pack.target_weight)
             # DeepSpeed averages gradients over the ranks: times world_size makes it their sum.
             engine.backward(loss * world_size / n_supervised, scale_wrt_gas=False)
@@ -268,7 +268,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         engine.step()
 
         metrics["train/loss"] = all_reduced(loss_sum) / n_supervised
-        metrics["train/grad_norm"] = float(engine.get_global_grad_norm())
+        if (norm := engine.get_global_grad_norm()) is not None:  # Not measured at ZeRO stage 0 without clipping.
+            metrics["train/grad_norm"] = float(norm)
         metrics["train/tokens_per_sec"] = sum(len(s.input_ids) for s in batch) / (time.perf_counter() - started)
         if not math.isfinite(metrics["train/loss"]):
             fail(f"The loss is {metrics['train/loss']} at step {step}. Try a smaller --lr or another --precision.")
@@ -316,7 +317,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         model = PeftModel.from_pretrained(load_model(model_path, dtype, 4, device), folder / args.ckpt_id / "adapter")
     else:
         model = rebuild(folder, args.ckpt_id, record, model_path, dtype).to(device)
-    rows = show_replies(model.eval(), chat, tqdm(samples, "answering", unit="reply"), args.max_new_tokens)
+    rows = show_replies(model.eval(), chat, samples, args.max_new_tokens, progress="answering")
     target = folder / f"test_{args.ckpt_id}.jsonl"
     with replacing(target) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -46,10 +46,6 @@ class UnusableRecord(DataError):
     """A record of a known format that has nothing to learn from; runs count it and go on."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comments
-
-
 def comment_prompt(title: str, desc: str = "", parent: str = "") -> str:
     """Writes the user turn that asks for a comment.
 
@@ -71,10 +67,6 @@ def comment_prompt(title: str, desc: str = "", parent: str = "") -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and records
-
-
 def read_records(path: Path) -> Iterator[Any]:
     """Reads the records of a .json, .jsonl, .csv or .parquet file in order.
 
@@ -93,7 +85,12 @@ def read_records(path: Path) -> Iterator[Any]:
         elif path.suffix in (".csv", ".parquet"):
             from datasets import load_dataset
 
-            yield from load_dataset(path.suffix[1:], data_files=str(path), split="train")
+            # Cells stay the texts they are: 666 is an answer, and so is NA.
+            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} if path.suffix == ".csv" else {}
+            try:
+                yield from load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True, **options)
+            except Exception as error:  # Whatever a broken file makes pandas and pyarrow raise.
+                raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
         else:
             raise DataError(f"{shown(path)}: expected a .json, .jsonl, .csv or .parquet file.")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -113,33 +110,27 @@ def to_messages(record: Any) -> list[Message]:
     Known are the original's and ShareGPT's `conversations`, OpenAI's `messages`, Alpaca's `instruction`, `input`,
     `output` (with `system` and `history`) and lists of `human`, `assistant` pairs.
 
-    Args:
-        record: A dict, or a list of dicts.
-
     Returns:
-        [{"role": "system" | "user" | "assistant", "content": text}], the contents stripped; at most one system message,
-        which is the first, then user and assistant in turn, the last one from the assistant.
+        [{"role": ..., "content": stripped text}]: perhaps a system message, then user and assistant by turns.
 
     Raises:
         DataError: if the format is unknown.
         UnusableRecord: if a turn is empty, a role is unknown or the turns do not alternate.
     """
-    if isinstance(record, list):
-        turns = [(role, turn.get(role)) for turn in record for role in ("human", "assistant") if isinstance(turn, dict)]
+    if isinstance(record, list) and all(
+        isinstance(turn, dict) and {"human", "assistant"} <= {*turn} for turn in record
+    ):
+        turns = [(role, turn[role]) for turn in record for role in ("human", "assistant")]
     elif not isinstance(record, dict):
         raise DataError(f"got a {type(record).__name__}, expected {FORMATS}.")
-    elif record.get("conversations"):
+    elif "conversations" in record:
         turns = _named_turns(record["conversations"], "from", "value")
-    elif record.get("messages"):
+    elif "messages" in record:
         turns = _named_turns(record["messages"], "role", "content")
     elif "instruction" in record and "output" in record:
         question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
-        history = [
-            (role, text)
-            for pair in record.get("history") or []
-            for role, text in zip(("user", "gpt"), pair, strict=True)
-        ]
-        turns = [*history, ("user", question), ("gpt", record["output"])]
+        past = [turn for pair in record.get("history") or [] for turn in zip(("user", "gpt"), pair, strict=False)]
+        turns = [*past, ("user", question), ("gpt", record["output"])]
     else:
         raise DataError(f"got the fields {sorted(record)}, expected {FORMATS}.")
     if isinstance(record, dict) and record.get("system"):
@@ -169,41 +160,23 @@ def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
     return messages
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering
-
-
 class Sample(NamedTuple):
-    """A token sequence with the tokens that are to be learnt.
+    """A token sequence with the tokens that are to be learnt."""
 
-    Attributes:
-        id: The record's id, or its place in the file.
-        group: What samples with much text in common have in common (the video), or the id.
-        input_ids: (L,) int32.
-        supervised: (L,) bool; True where the token is part of an answer or its end.
-    """
-
-    id: str
-    group: str
-    input_ids: np.ndarray
-    supervised: np.ndarray
+    id: str  # The record's, or its place in the file.
+    group: str  # What samples with much text in common share (the video), or the id.
+    input_ids: np.ndarray  # (L,) int32
+    supervised: np.ndarray  # (L,) bool; True where the token is part of an answer or its end.
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's chat template: the one way from messages to token ids, in training and in use.
-
-    Attributes:
-        tokenizer: With a chat template.
-        folds_system: Whether the template knows no system role, so that its text goes before the first user's.
-        stop_id: The token that ends an answer.
-        writes_stop: Whether the template itself ends an answer so; otherwise the token is appended.
-    """
+    """A tokenizer's chat template: the one way from messages to token ids, in training and in use."""
 
     tokenizer: Any
-    folds_system: bool
-    stop_id: int
-    writes_stop: bool
+    folds_system: bool  # The template knows no system role: its text goes before the first user's.
+    stop_id: int  # The token that ends an answer.
+    writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
 
     def _render(self, messages: list[Message], **options: Any) -> list[int]:
         if self.folds_system and messages[0]["role"] == "system":
@@ -219,9 +192,17 @@ class Chat:
         stripped = [{**message, "content": message["content"].strip()} for message in messages]
         return self._render(stripped, add_generation_prompt=True)
 
-    def answer_ids(self, messages: list[Message], n_prompt: int) -> list[int]:
-        """Renders a conversation that ends with an answer; returns the answer's tokens, the stop token the last."""
-        ids = self._render(messages)[n_prompt:]
+    def answer_ids(self, messages: list[Message], prompt: list[int]) -> list[int]:
+        """Renders a conversation that ends with an answer; returns the answer's tokens, the stop token the last.
+
+        Raises:
+            UnusableRecord: if the tokens are not those of the prompt and more (an answer that melts into the prompt's
+                last token, or that the template rewrites).
+        """
+        whole = self._render(messages)
+        if whole[: len(prompt)] != prompt:
+            raise UnusableRecord("an answer that the chat template changes")
+        ids = whole[len(prompt) :]
         if self.writes_stop:
             # What follows the stop token (a line break in ChatML) belongs to the next turn.
             return ids[: ids.index(self.stop_id) + 1]
@@ -232,12 +213,6 @@ class Chat:
 
         A prompt that is too long is shortened in the middle of its longest text, older exchanges leave first. An answer
         is never cut.
-
-        Args:
-            messages: As `to_messages` returns them.
-            max_tokens: The longest sample.
-            id: Of the record.
-            group: Of the record.
 
         Returns:
             One sample; more where the template rewrites earlier turns, so that each answer has a prompt of its own;
@@ -250,7 +225,7 @@ class Chat:
             if messages[end]["role"] != "assistant":
                 continue
             prompt = self.prompt_ids(messages[:end])
-            answer = self.answer_ids(messages[: end + 1], len(prompt))
+            answer = self.answer_ids(messages[: end + 1], prompt)
             if len(prompt) + len(answer) > max_tokens:
                 prompt = self._fit(messages[:end], max_tokens - len(answer))
                 if prompt is None:
@@ -272,12 +247,12 @@ class Chat:
             talk = talk[2:]
         question = talk[0]["content"]
         kept = len(question)
-        while (excess := len(ids := self.prompt_ids([*system, *talk])) - room_tokens) > 0:
+        while len(ids := self.prompt_ids([*system, *talk])) > room_tokens:
             if kept <= 8 or len(talk) > 1:
                 return None
-            # A character is at most a few tokens: dropping as many characters as tokens are too many nears the goal
-            # from above in a few rounds. The title stands at the beginning and the comment to answer at the end.
-            kept = max(kept - max(excess // 2, 1), 8)
+            # In proportion, which nears the goal from above, since the frame around the text takes room too.
+            # The title stands at the beginning and the comment to answer at the end.
+            kept = max(min(kept * max(room_tokens, 0) // len(ids), kept - 1), 8)
             talk = [{"role": "user", "content": f"{question[: kept // 2]}…{question[len(question) - kept // 2 :]}"}]
         return ids
 
@@ -325,17 +300,11 @@ def make_chat(tokenizer: Any) -> Chat:
 
 
 class Loaded(NamedTuple):
-    """A file of records, ready for training.
+    """A file of records, ready for training."""
 
-    Attributes:
-        samples: In the file's order.
-        counts: Records used, and dropped for which reason.
-        system_prompt: The commonest system text; "" where there is none.
-    """
-
-    samples: list[Sample]
-    counts: Counter[str]
-    system_prompt: str
+    samples: list[Sample]  # In the file's order.
+    counts: Counter[str]  # Records used, and dropped for which reason.
+    system_prompt: str  # The commonest system text; "" where there is none.
 
 
 def load_samples(path: Path, chat: Chat, max_tokens: int, progress: str = "") -> Loaded:
@@ -345,7 +314,7 @@ def load_samples(path: Path, chat: Chat, max_tokens: int, progress: str = "") ->
         path: A file that `read_records` knows.
         chat: From `make_chat`.
         max_tokens: The longest sample.
-        progress: The name of the progress bar; none without it.
+        progress: Name of a progress bar, if there shall be one.
 
     Raises:
         DataError: if a record's format is unknown (it is named), or no record is left.

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: run arguments, configuration, launch, precision, seeds, checkpoints and resuming."""
+"""The DeepSpeed engine: the arguments all training scripts share, configuration, launch, precision and seeds."""
 
 import argparse
 import json
@@ -6,37 +6,11 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import uuid
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
-
-# What may differ when a run is resumed: how long it goes on and what it shows, not what an update is.
-FREE_TO_CHANGE = {
-    "epochs", "max_steps", "eval_steps", "save_steps", "eval_samples", "max_new_tokens", "train_mode", "test_mode",
-    "test_bnb_enabled", "track", "resume", "overwrite", "local_rank", "output_dir", "model_dir", "data_dir",
-}  # fmt: skip
-
-
-class Run(NamedTuple):
-    """Where a run's results go.
-
-    Attributes:
-        dir: The folder of the run's tags, metrics and samples.
-        ckpt_id: The tag of the best state; `<ckpt_id>-last` is the newest.
-        leader: Whether this rank looks after the folder; one rank on every file system does.
-    """
-
-    dir: Path
-    ckpt_id: str
-    leader: bool
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+from utils.files import from_root, shown
 
 
 def boolean(text: str) -> bool:
@@ -124,8 +98,10 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--ckpt_id: got {args.ckpt_id!r}, expected letters, digits, _ and -.")
     if args.resume and args.overwrite:
         problems.append("--resume goes on with a run, --overwrite starts it anew: name one of them.")
+    if args.track != "none" and find_spec(args.track) is None:
+        problems.append(f"--track {args.track}: not installed. Install it with: pip install {args.track}")
     for name in ("chat_template", "deepspeed_config"):
-        if getattr(args, name) and not (ROOT / getattr(args, name)).is_file():
+        if getattr(args, name) and not from_root(getattr(args, name)).is_file():
             problems.append(f"--{name}: no file at {getattr(args, name)}.")
     return problems
 
@@ -145,10 +121,6 @@ def fail(message: str) -> None:
     raise SystemExit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launch
-
-
 def start_ranks(seed: int) -> tuple[int, int]:
     """Joins the ranks of a run, whether started by python, torchrun or DeepSpeed's launcher, and seeds them alike.
 
@@ -161,13 +133,17 @@ def start_ranks(seed: int) -> tuple[int, int]:
 
     deepspeed.utils.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would try what it can compile, and compile a shared-memory all-reduce for a minute. Gloo does as well.
+        # DeepSpeed would compile an all-reduce in shared memory for a minute; gloo does as well without a compiler.
         deepspeed.ops.__compatible_ops__ = {}
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -202,45 +178,42 @@ def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str)
     Returns:
         A configuration in which everything that changes an update is spelled out.
     """
-    file = ROOT / args.deepspeed_config if args.deepspeed_config else default_file
+    file = from_root(args.deepspeed_config) if args.deepspeed_config else default_file
     try:
         config = _without_auto(json.loads(file.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         fail(f"{shown(file)} is not JSON: {error}")
     zero = config.setdefault("zero_optimization", {})
-    said = []
+    notes = []
     for section, key, given in ((zero, "stage", args.zero_stage), (config, "gradient_clipping", args.max_grad_norm)):
-        if given is not None and section.get(key, given) != given:
-            said.append(f"{key} {given} instead of {section[key]}")
         if given is not None:
+            if section.get(key, given) != given:
+                notes.append(f"The command line wins over {shown(file)}: {key} is {given}, not {section[key]}.")
             section[key] = given
     stage = zero.setdefault("stage", 2)
-    config.setdefault("gradient_clipping", 1.0)  # DeepSpeed clips at 1 as well when nothing is said; here it is said.
+    config.setdefault("gradient_clipping", 1.0)  # Unsaid, DeepSpeed would clip at 1 too.
     if args.offload is not None:
-        zero.pop("offload_optimizer", None), zero.pop("offload_param", None)
-        if args.offload != "none":
-            zero["offload_optimizer"] = {"device": "cpu"}
-        if args.offload == "param":
-            zero["offload_param"] = {"device": "cpu"}
-    if said and int(os.environ.get("RANK", 0)) == 0:
-        print(f"The command line wins over {shown(file)}: {', '.join(said)}.")
+        config["zero_optimization"] = zero = {key: zero[key] for key in zero if not key.startswith("offload_")}
+        zero |= {"offload_optimizer": {"device": "cpu"}} if args.offload != "none" else {}
+        zero |= {"offload_param": {"device": "cpu"}} if args.offload == "param" else {}
     offloaded = "offload_optimizer" in zero
-    compiler = shutil.which("c++") is not None
-    if offloaded and not compiler and int(os.environ.get("RANK", 0)) == 0:
-        print("No C++ compiler: the offloaded optimizer is PyTorch's AdamW, slower than DeepSpeedCPUAdam.")
+    compiled = offloaded and shutil.which("c++") is not None
+    if offloaded and not compiled:
+        notes.append("No C++ compiler: the offloaded optimizer is PyTorch's AdamW, slower than DeepSpeedCPUAdam.")
+    if stage < 2:
+        zero["overlap_comm"] = False  # DeepSpeed refuses it here when windows hold any number of packs.
     adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
-    config |= {
+    if int(os.environ.get("RANK", 0)) == 0 and notes:
+        print(*notes, sep="\n")
+    return config | {
         "train_micro_batch_size_per_gpu": 1,  # The micro-batch is a pack; a window may hold any number of packs.
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "optimizer": {"type": "AdamW", "params": adam | {"torch_adam": not (offloaded and compiler)}},
-        "zero_force_ds_cpu_optimizer": offloaded and compiler,
+        "optimizer": {"type": "AdamW", "params": adam | {"torch_adam": not compiled}},
+        "zero_force_ds_cpu_optimizer": compiled,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
     }
-    if stage < 2:
-        zero["overlap_comm"] = False  # DeepSpeed refuses it here when windows hold any number of packs.
-    return config
 
 
 def _without_auto(value: Any) -> Any:
@@ -278,229 +251,3 @@ def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any],
 
         engine.clip_fp32_gradients = clip
     return engine
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run record, checkpoints
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, and the repository's commit if there is one."""
-    names = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {name: version(name) for name in names} | {"commit": commit.stdout.strip()}
-
-
-def make_record(
-    args: argparse.Namespace, ds_config: dict[str, Any], precision: str, world_size: int, template: str, data: dict
-) -> dict[str, Any]:
-    """Gathers what made a run, for run.json: later scripts need no repeated flags.
-
-    Returns:
-        "settings" (what must be equal when the run is resumed), "arguments", "ds_config", "chat_template", "data" and
-        "versions".
-    """
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
-        "quant_bits": quant_bits(args),
-        "precision": precision,
-        "zero_stage": ds_config["zero_optimization"]["stage"],
-        "ranks": world_size,
-        "data": data["files"],
-    }
-    return {
-        "settings": settings,
-        "arguments": vars(args).copy(),
-        "ds_config": ds_config,
-        "chat_template": template,
-        "data": data,
-        "versions": versions(),
-    }
-
-
-def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
-    """Claims a run's folder.
-
-    Args:
-        folder: From `run_dir`.
-        args: The run's arguments.
-        record: What run.json will say; its "settings" decide whether a resumed run is the same run.
-
-    Returns:
-        The run, and the resumed tag's record or None at a fresh start.
-
-    Raises:
-        SystemExit: if another run has been here, or there is nothing to resume, or what is to be resumed differs.
-    """
-    import deepspeed
-
-    last = folder / f"{args.ckpt_id}-last"
-    previous = None
-    if args.resume:
-        if not (last / "run.json").is_file():
-            fail(f"--resume: no checkpoint at {shown(last)}. Start the run without --resume.")
-        check_manifest(last)
-        previous = json.loads((last / "run.json").read_text())
-        _refuse_differences(previous["settings"], record["settings"])
-    elif (folder / "run.json").is_file() and not args.overwrite:
-        settings = json.loads((folder / "run.json").read_text())["settings"]
-        if last.exists() or settings != record["settings"]:
-            fail(
-                f"{shown(folder)} holds the results of another run. Go on with it: --resume; start anew in its place: "
-                "--overwrite; keep both: --output_dir DIR"
-            )
-    deepspeed.comm.barrier()
-    run = Run(folder, args.ckpt_id, _leads_file_system(folder))
-    if run.leader:
-        if not args.resume:
-            for path in (last, folder / args.ckpt_id, *folder.glob(f".{args.ckpt_id}.*")):
-                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
-            for name in ("metrics.jsonl", "samples.jsonl", "loss.png"):
-                (folder / name).unlink(missing_ok=True)
-        _write_json(folder / "run.json", record)
-    deepspeed.comm.barrier()
-    return run, previous
-
-
-def _refuse_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [f"{key} {before.get(key)} (now {now.get(key)})" for key in now if before.get(key) != now.get(key)]
-    if differing:
-        fail(
-            f"--resume goes on with the same run, but it was made with {', '.join(differing)}. "
-            "Name the same again, or start anew with --overwrite."
-        )
-
-
-def _leads_file_system(folder: Path) -> bool:
-    """True on global rank 0 and on the first rank of every node that does not see rank 0's files."""
-    import deepspeed
-
-    token = [uuid.uuid4().hex]
-    if deepspeed.comm.get_world_size() > 1:
-        import torch
-
-        torch.distributed.broadcast_object_list(token, src=0)
-    marker = folder / f".leader-{token[0]}"
-    if deepspeed.comm.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    deepspeed.comm.barrier()
-    sees_marker = marker.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    deepspeed.comm.barrier()
-    if deepspeed.comm.get_rank() == 0:
-        marker.unlink()
-        return True
-    return not sees_marker and int(os.environ["LOCAL_RANK"]) == 0
-
-
-def save_checkpoint(
-    engine: Any, run: Run, step: int, record: dict[str, Any], probe: dict[str, Any], is_best: bool
-) -> None:
-    """Saves all that continues or publishes a run, in a folder that becomes `<ckpt_id>-last` when it is complete.
-
-    Frozen weights are left out. A kill at any moment leaves the previous tags complete.
-
-    Args:
-        engine: From `make_engine`.
-        run: Where to.
-        step: Optimizer steps done.
-        record: Of the run; becomes run.json.
-        probe: From `utils.trained.record_probe`.
-        is_best: Whether `<ckpt_id>` shall point here as well.
-    """
-    import deepspeed
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from safetensors.torch import save_file
-
-    folder = run.dir / f".{run.ckpt_id}.{step}"
-    if run.leader:
-        shutil.rmtree(folder, ignore_errors=True)
-    deepspeed.comm.barrier()
-    rank = deepspeed.comm.get_rank()
-    hook = engine.module.register_state_dict_post_hook(_drop_frozen)
-    engine.save_checkpoint(run.dir, tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
-    hook.remove()
-    random = {"torch": torch.get_rng_state(), "device": get_accelerator().get_rng_state()}
-    torch.save(random, folder / f"random_rank_{rank}.pt")
-    adapter = _gathered_adapter(engine)
-    if rank == 0:
-        if adapter:
-            _write_adapter(engine.module, adapter, folder / "adapter")
-        save_file(probe, folder / "probe.safetensors")
-    if run.leader:
-        _write_json(folder / "run.json", record)
-    deepspeed.comm.barrier()
-    if run.leader:
-        write_manifest(folder)
-        for tag in (f"{run.ckpt_id}-last", run.ckpt_id) if is_best else (f"{run.ckpt_id}-last",):
-            _point(run.dir / tag, folder)
-        kept = {(run.dir / tag).resolve() for tag in (f"{run.ckpt_id}-last", run.ckpt_id)}
-        for old in run.dir.glob(f".{run.ckpt_id}.*"):
-            if old.resolve() not in kept:
-                shutil.rmtree(old)
-    deepspeed.comm.barrier()
-
-
-def _drop_frozen(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leaves the trainable tensors: DeepSpeed's own rule keeps a tied output head and 4-bit quantisation states."""
-    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if trainable != {name for name, _ in module.named_parameters()}:
-        for name in set(state) - trainable:
-            del state[name]
-
-
-def _gathered_adapter(engine: Any) -> dict[str, Any]:
-    """LoRA's tensors on the CPU of rank 0, whole at every ZeRO stage; empty in full training."""
-    import deepspeed
-    from peft import PeftModel
-
-    if not isinstance(engine.module, PeftModel):
-        return {}
-    weights = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
-    with deepspeed.zero.GatheredParameters(
-        list(weights.values()), enabled=engine.zero_optimization_partition_weights()
-    ):
-        return {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
-
-
-def _write_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:
-    """Writes a PEFT adapter folder.
-
-    Raises:
-        RuntimeError: if the tensors cannot be a trained adapter (sharded leftovers, infinities, nothing learnt).
-    """
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    if any(weight.numel() == 0 or not torch.isfinite(weight).all() for weight in weights.values()):
-        raise RuntimeError("The adapter has empty or non-finite tensors; the checkpoint is not written.")
-    folder.mkdir(exist_ok=True)
-    save_file(get_peft_model_state_dict(model, state_dict=weights), folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
-
-
-def _point(link: Path, folder: Path) -> None:
-    """Swaps a symbolic link in one step."""
-    with replacing(link) as temporary:
-        temporary.symlink_to(folder.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-
-
-def load_checkpoint(engine: Any, run: Run) -> None:
-    """Puts an engine (weights, optimizer, schedule, random numbers) into the state that `<ckpt_id>-last` holds."""
-    import deepspeed
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    folder = (run.dir / f"{run.ckpt_id}-last").resolve()
-    # The frozen weights are not in the checkpoint: they came from the base model.
-    engine.load_checkpoint(run.dir, tag=folder.name, load_module_strict=False)
-    random = torch.load(folder / f"random_rank_{deepspeed.comm.get_rank()}.pt", weights_only=True)
-    torch.set_rng_state(random["torch"])
-    get_accelerator().set_rng_state(random["device"])

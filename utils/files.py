@@ -46,21 +46,23 @@ def replacing(path: Path) -> Iterator[Path]:
         A path in the same folder that does not exist yet.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("partial", "old"))
     _remove(temporary)
+    if old.exists() and not path.exists():
+        old.rename(path)  # A kill came between the two renames below.
     try:
         yield temporary
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and temporary.exists():
             # A non-empty folder cannot be replaced in one step: it is moved aside first.
-            old = path.with_name(f".{path.name}.old")
             _remove(old)
             path.rename(old)
             temporary.rename(path)
-            _remove(old)
         else:
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+        if path.exists():
+            _remove(old)
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,8 @@ import torch
 from utils.data import Chat, make_chat
 from utils.model import load_tokenizer
 
+BATCH_SIZE = 16
+
 
 def load_finished(path: Path, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Chat]:
     """Loads a model folder for use, on the accelerator if there is one.
@@ -27,9 +29,15 @@ def load_finished(path: Path, trust_remote_code: bool = False) -> tuple[torch.nn
     return model, make_chat(load_tokenizer(path, trust_remote_code=trust_remote_code))
 
 
+def end_ids(model: torch.nn.Module, stop_id: int) -> list[int]:
+    """The tokens that end a text: the template's stop token, and the model's own."""
+    own = model.generation_config.eos_token_id
+    return sorted({stop_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+
+
 @torch.no_grad()
 def replies(
-    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 16
+    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], max_new_tokens: int, progress: str = ""
 ) -> list[str]:
     """Answers prompts with the likeliest tokens (greedily, so that two runs can be compared).
 
@@ -38,14 +46,16 @@ def replies(
         chat: The model's template.
         prompts: Token ids, from `Chat.prompt_ids`.
         max_new_tokens: The longest reply.
-        batch_size: Replies written at a time.
+        progress: Name of a progress bar, if there shall be one.
 
     Returns:
         The replies, in the prompts' order.
     """
+    from tqdm import tqdm
+
     texts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), progress, disable=not progress, unit_scale=BATCH_SIZE):
+        rows = prompts[start : start + BATCH_SIZE]
         longest = max(map(len, rows))
         pad = chat.stop_id
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
@@ -58,7 +68,7 @@ def replies(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=chat.stop_id,
+            eos_token_id=end_ids(model, chat.stop_id),
             pad_token_id=pad,
         )
         texts += chat.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
@@ -84,15 +94,13 @@ def stream(
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    own = model.generation_config.eos_token_id
-    ends = {stop_id, *(own if isinstance(own, list) else [] if own is None else [own])}
     ids = torch.tensor([input_ids], device=model.device)
     options = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_ids(model, stop_id),
         pad_token_id=stop_id,
         **sampling,
     )

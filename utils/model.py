@@ -112,10 +112,6 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run will need
-
-
 def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) -> dict[str, int]:
     """Estimates the memory of a training run on one device, without reading weights.
 

@@ -3,7 +3,6 @@
 Shapes: L tokens in a pack, T supervised targets in a pack.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,23 +14,19 @@ from utils.data import Sample
 class Pack(NamedTuple):
     """Token trees in depth-first order. Token i may attend to token j iff j <= i < subtree_end[j]: j is its ancestor.
 
-    A sample that shares nothing is a chain: every token's subtree ends where the chain ends.
-
-    Attributes:
-        input_ids: (L,) int64.
-        position_ids: (L,) int64; depth in the tree.
-        subtree_end: (L,) int64; index after the last descendant.
-        target_index: (T,) int64; places whose next token is supervised, once per sample.
-        target_ids: (T,) int64; those next tokens.
-        target_weight: (T,) fp32.
+    A sample that shares nothing is a chain: every token's subtree ends where the chain ends. Integers are int64.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    subtree_end: torch.Tensor
-    target_index: torch.Tensor
-    target_ids: torch.Tensor
-    target_weight: torch.Tensor
+    input_ids: torch.Tensor  # (L,)
+    position_ids: torch.Tensor  # (L,) depth in the tree
+    subtree_end: torch.Tensor  # (L,) index after the last descendant
+    target_index: torch.Tensor  # (T,) places whose next token is supervised, once per sample
+    target_ids: torch.Tensor  # (T,) those next tokens
+    target_weight: torch.Tensor  # (T,) fp32
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same pack on another device."""
+        return Pack(*(tensor.to(device) for tensor in self))
 
 
 def n_targets(sample: Sample) -> int:
@@ -77,49 +72,41 @@ def _lay_out(samples: list[Sample]) -> Pack:
     return Pack(*map(torch.from_numpy, (ids, position_ids, subtree_end, target_index, target_ids, weight)))
 
 
-def empty_pack(like: Pack) -> Pack:
-    """A pack with nothing to learn, for a rank that has run out of packs while others still work."""
-    return like._replace(target_weight=torch.zeros_like(like.target_weight))
-
-
-def attention_mask(subtree_end: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def attention_mask(pack: Pack, window: int | None = None) -> torch.Tensor:
     """The ancestor rule as a mask.
 
     Args:
-        subtree_end: (L,).
+        pack: Of L tokens.
         window: Of a model with sliding-window attention: a token sees itself and the window - 1 tokens before it.
 
     Returns:
         (1, 1, L, L) bool; [0, 0, i, j] is True where token i may attend to token j. L x L bytes.
     """
-    place = torch.arange(len(subtree_end), device=subtree_end.device)
+    place = torch.arange(len(pack.subtree_end), device=pack.subtree_end.device)
     query, key = place[:, None], place[None, :]
-    mask = (key <= query) & (query < subtree_end[None, :])
+    mask = (key <= query) & (query < pack.subtree_end[None, :])
     if window is not None:
-        # Along a chain the distance of two tokens in the pack is their distance in the sample.
-        mask &= query - key < window
+        mask &= pack.position_ids[:, None] - pack.position_ids[None, :] < window
     return mask[None, None]
 
 
-def model_inputs(pack: Pack, windows: dict[str, int | None], device: torch.device | str) -> dict[str, torch.Tensor]:
+def model_inputs(pack: Pack, windows: dict[str, int | None]) -> dict[str, torch.Tensor]:
     """What a model's forward takes for a pack; only supervised places go through the output head.
 
     Args:
         pack: Of L tokens.
         windows: From `utils.model.attention_windows`: the kind of layer -> its window.
-        device: Where the model is.
 
     Returns:
         `input_ids` (1, L), `position_ids` (1, L), `attention_mask` (1, 1, L, L) or a dict of them by kind of layer,
         `logits_to_keep` (T,).
     """
-    end = pack.subtree_end.to(device)
-    masks = {kind: attention_mask(end, window) for kind, window in windows.items()}
+    masks = {kind: attention_mask(pack, window) for kind, window in windows.items()}
     return {
-        "input_ids": pack.input_ids.to(device)[None],
-        "position_ids": pack.position_ids.to(device)[None],
+        "input_ids": pack.input_ids[None],
+        "position_ids": pack.position_ids[None],
         "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-        "logits_to_keep": pack.target_index.to(device),
+        "logits_to_keep": pack.target_index,
         "use_cache": False,
     }
 
@@ -139,7 +126,7 @@ def rank_packs(samples: list[Sample], pack_tokens: int, rank: int, world_size: i
     packs = make_packs(samples, pack_tokens)
     # Longest first, dealt to and fro, so that the ranks' work is about equal.
     packs.sort(key=lambda pack: -len(pack.input_ids))
-    filler = empty_pack(packs[-1])
+    filler = packs[-1]._replace(target_weight=torch.zeros_like(packs[-1].target_weight))
     packs += [filler] * (-len(packs) % world_size)
     rows = [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
     return [row[rank if number % 2 == 0 else world_size - 1 - rank] for number, row in enumerate(rows)]
@@ -159,9 +146,3 @@ def windows(n_samples: int, window_samples: int, epochs: int, seed: int) -> list
     """
     orders = [np.random.default_rng([seed, epoch]).permutation(n_samples) for epoch in range(epochs)]
     return [order[start : start + window_samples] for order in orders for start in range(0, n_samples, window_samples)]
-
-
-def in_order(samples: list[Sample], window_samples: int) -> Iterator[list[Sample]]:
-    """The samples as they stand, in windows: for evaluation."""
-    for start in range(0, len(samples), window_samples):
-        yield samples[start : start + window_samples]

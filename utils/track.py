@@ -18,9 +18,6 @@ class Tracker:
             first_step: Steps done before; later lines of an earlier attempt are cut off.
             service: "none", "tensorboard", "swanlab" or "wandb".
             settings: What the service shall show of the run.
-
-        Raises:
-            SystemExit: if the service's package is not installed.
         """
         self.folder = folder
         self._files = [_continue_file(folder / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")]
@@ -52,7 +49,7 @@ class Tracker:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a JSON-lines file; a last line torn by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     # What follows the last line break is empty, or a line that was not finished.
     return [json.loads(line) for line in lines[:-1]]
 
@@ -67,8 +64,6 @@ def _continue_file(path: Path, first_step: int) -> Any:
 def _open_service(service: str, folder: Path, settings: dict[str, Any]) -> Any:
     from accelerate import PartialState, tracking
 
-    if not getattr(tracking, f"is_{service}_available")():
-        raise SystemExit(f"--track {service}: the package is not installed. Install it with: pip install {service}")
     PartialState()  # accelerate's trackers ask it which process they are in.
     place = {"logging_dir": folder} if service == "tensorboard" else {}
     tracker = tracking.LOGGER_TYPE_TO_CLASS[service](folder.name, **place)

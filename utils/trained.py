@@ -91,7 +91,7 @@ def check_tag(run: Path, tag: str) -> dict[str, Any]:
     """
     folder = run / tag
     if not (folder / "run.json").is_file():
-        tags = sorted(path.name for path in run.glob("*") if (path / "run.json").is_file())
+        tags = sorted(path.name for path in run.glob("[!.]*") if (path / "run.json").is_file())
         near = sorted(shown(path.parent.parent) for path in run.parent.glob("*/*/run.json"))
         there = f"Checkpoints there: {', '.join(tags)}." if tags else f"Runs nearby: {', '.join(near) or 'none'}."
         raise SystemExit(f"No checkpoint {tag!r} in {shown(run)}. {there}")
@@ -124,7 +124,6 @@ def rebuild(
     model = load_model(base, DTYPES[record["settings"]["precision"]] if bits else torch.float32, bits)
     if bits:
         model = model.dequantize()
-        del model.config.quantization_config
     model = model.float()
     return PeftModel.from_pretrained(model, run / tag / "adapter").merge_and_unload().to(dtype)
 

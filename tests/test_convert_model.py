@@ -1,0 +1,197 @@
+"""convert_model.py: what it writes is the model that was trained.
+
+python -m pytest tests/test_convert_model.py
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, launch, load_script, make_model
+from safetensors.torch import load_file, save_file
+
+# Loads a folder as its users do, with transformers alone, and saves its logits.
+PLAIN_USER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+for folder, probe, out in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = {name: value for name, value in load_file(probe).items() if name.startswith("input_ids")}
+    with torch.no_grad():
+        save_file({name: model(input_ids=value[None]).logits[0].contiguous() for name, value in ids.items()}, out)
+"""
+
+CASES = {
+    "lora-tied": ("tiny/qwen2", {"zero_stage": 2}),
+    "lora-stage0": ("tiny/llama", {"zero_stage": 0}),
+    "lora-stage1": ("tiny/gemma3", {"zero_stage": 1}),
+    "lora-stage3": ("tiny/qwen2", {"zero_stage": 3}),
+    "lora-some-layers": ("tiny/mistral", {"lora_target": "q_proj,v_proj", "lora_r": 4}),
+    "qlora": ("tiny/qwen2", {"train_bnb_enabled": True}),
+    "qlora-stage0": ("tiny/llama", {"train_bnb_enabled": True, "zero_stage": 0}),
+    "qlora-stage3": ("tiny/qwen2", {"train_bnb_enabled": True, "zero_stage": 3}),
+    "full-stage0": ("tiny/qwen2", {"tuner": "full", "zero_stage": 0}),
+    "full-stage1": ("tiny/llama", {"tuner": "full", "zero_stage": 1}),
+    "full-stage2": ("tiny/gemma3", {"tuner": "full", "zero_stage": 2}),
+    "full-stage3": ("tiny/qwen2", {"tuner": "full", "zero_stage": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def convert() -> ModuleType:
+    return load_script("convert_model.py")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes relative paths count from the test's folder, so that output_hf/ is there."""
+    import utils.files
+
+    monkeypatch.setattr(utils.files, "ROOT", tmp_path)
+    return tmp_path
+
+
+def converted(convert: ModuleType, run: Path, base: Path, name: str, *more: str) -> None:
+    arguments = ["--zero_model", str(run), "--org_model", str(base), "--save_model", name, "--t", "1", *more]
+    convert.main(convert.build_parser().parse_args(arguments))
+
+
+def train(ft: ModuleType, arguments: list[str], output: Path) -> Path:
+    """Trains in this process; returns the run's folder."""
+    ft.main(ft.build_parser().parse_args(arguments))
+    (record,) = output.glob("*/*/run.json")
+    return record.parent
+
+
+@pytest.mark.parametrize("kinds", [list(CASES)[:6], list(CASES)[6:]], ids=["first", "second"])
+def test_a_new_process_gets_the_training_models_logits(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kinds: list[str]
+) -> None:
+    """The probes were recorded by the training engine; nothing of this project takes part in reading the result."""
+    jobs = []
+    for kind in kinds:
+        name, flags = CASES[kind]
+        run = train(ft, train_args(model_name=name, output_dir=root / kind, **flags), root / kind)
+        converted(convert, run, model_dir / name, kind)
+        jobs.append((str(root / "output_hf" / kind), str(run / "1/probe.safetensors"), str(root / f"{kind}.logits")))
+    subprocess.run([sys.executable, "-c", PLAIN_USER, json.dumps(jobs)], check=True)
+    for folder, probe_file, logits_file in jobs:
+        probe, logits = load_file(probe_file), load_file(logits_file)
+        for name, trained in probe.items():
+            if name.startswith("logits"):
+                plain = logits[name.replace("logits", "input_ids")][-len(trained) :]
+                assert (plain - trained).abs().max() < 1e-3, folder
+        # Training changed the model: the probe would notice if the base had been written.
+        base = make_model(CASES[Path(folder).name][0].split("/")[1], plain.shape[1]).eval()
+        with torch.no_grad():
+            untrained = base(input_ids=probe["input_ids_0"][None]).logits[0, -len(probe["logits_0"]) :]
+        assert (untrained - probe["logits_0"]).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [{"tuner": "full", "zero_stage": 3}, {"tuner": "full", "zero_stage": 2}, {"zero_stage": 3}], ids=str
+)
+def test_two_ranks(convert: ModuleType, train_args: Any, model_dir: Path, root: Path, flags: dict[str, Any]) -> None:
+    finished = launch("deepspeed_ft/train.py", train_args(output_dir=root / "output", **flags), ranks=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    (record,) = root.glob("output/*/*/run.json")
+    converted(convert, record.parent, model_dir / "tiny/qwen2", "two-ranks")
+    assert (root / "output_hf/two-ranks/model.safetensors").is_file()
+
+
+@pytest.fixture
+def lora_run(ft: ModuleType, train_args: Callable[..., list[str]], tmp_path: Path) -> Path:
+    return train(ft, train_args(), tmp_path / "output")
+
+
+def test_what_goes_along(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    converted(convert, lora_run, model_dir / "tiny/qwen2", "Bili", "--dtype", "bf16")
+    folder = root / "output_hf/Bili"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert stop in (ends if isinstance(ends, list) else [ends])
+    question = [{"role": "user", "content": "问题"}]
+    base = AutoTokenizer.from_pretrained(model_dir / "tiny/qwen2")
+    assert tokenizer.apply_chat_template(question) == base.apply_chat_template(question)
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(
+        part in card for part in ("base_model: tiny/qwen2", "data_train.json", "48", "step 3", "你是一名B站用户")
+    )
+    assert json.loads((folder / "run.json").read_text())["progress"]["step"] == 3
+
+
+def test_a_wrong_base_is_refused(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path, tokenizer: Any
+) -> None:
+    converted(convert, lora_run, model_dir / "tiny/qwen2", "Bili")
+    before = load_file(root / "output_hf/Bili/model.safetensors")
+    other = make_model("qwen2", len(tokenizer))
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.01)
+    other.save_pretrained(root / "other")
+    tokenizer.save_pretrained(root / "other")
+    with pytest.raises(SystemExit) as stop:
+        converted(convert, lora_run, root / "other", "Bili")
+    assert "not the model that was trained" in str(stop.value.code)
+    after = load_file(root / "output_hf/Bili/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [path.name for path in (root / "output_hf").iterdir()] == ["Bili"]
+
+
+def test_a_damaged_adapter_is_refused(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    path = lora_run / "1/adapter/adapter_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(SystemExit) as stop:
+        converted(convert, lora_run, model_dir / "tiny/qwen2", "Bili")
+    assert "is damaged" in str(stop.value.code)
+    assert not (root / "output_hf").exists()
+
+
+def test_original_base_prints_its_drift(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    run = train(ft, train_args(output_dir=root / "output", train_bnb_enabled=True), root / "output")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(convert, "MAX_PART", 1e-9)
+        converted(convert, run, model_dir / "tiny/qwen2", "Bili", "--base", "original")
+    assert "--base dequant4" in str(stop.value.code) and not (root / "output_hf/Bili").exists()
+    assert "The base without training" in capsys.readouterr().out
+    converted(convert, run, model_dir / "tiny/qwen2", "Bili", "--base", "original")
+    written, original = (
+        load_file(path / "model.safetensors") for path in (root / "output_hf/Bili", model_dir / "tiny/qwen2")
+    )
+    assert torch.equal(written["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+def test_user_errors(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    def message(**changes: str) -> str:
+        flags = {"zero_model": str(lora_run), "org_model": str(model_dir / "tiny/qwen2"), "save_model": "x", "t": "1"}
+        arguments = [text for name, value in (flags | changes).items() for text in (f"--{name}", value)]
+        with pytest.raises(SystemExit) as stop:
+            convert.main(convert.build_parser().parse_args(arguments))
+        assert stop.value.code != 0 and not (root / "output_hf").exists()
+        return str(stop.value.code)
+
+    assert "Checkpoints there: 1, 1-last" in message(t="24")
+    assert "No checkpoint '1'" in message(zero_model=str(root / "nowhere"))
+    assert "python download_pt.py --model no/model" in message(org_model=str(model_dir / "no/model"))
+    assert "--save_model" in message(save_model="../outside")
+
+
+def test_command_line_without_traceback() -> None:
+    command = [sys.executable, str(ROOT / "convert_model.py"), "--zero_model", "a", "--org_model", "b"]
+    finished = subprocess.run([*command, "--save_model", "c", "--t", "24"], capture_output=True, text=True, cwd="/")
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr and "download_pt.py" in finished.stderr

@@ -1,0 +1,618 @@
+"""python -m pytest tests/test_prepare_data.py"""
+
+import csv
+import io
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+
+import prepare_data
+from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.files import ROOT
+
+Record = dict[str, Any]
+PLOT_REPORT = prepare_data.plot_report
+
+
+@pytest.fixture(autouse=True)
+def quick_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the picture out, which takes most of a small run's time; test_picture draws it."""
+    monkeypatch.setattr(prepare_data, "plot_report", lambda report, path: path.write_bytes(b""))
+
+
+def video(number: int, **fields: Any) -> Record:
+    """A video record as MediaCrawler writes it; its id is 1000 + number."""
+    return {
+        "video_id": str(1000 + number), "video_type": "video", "title": f"标题{number}", "desc": f"简介{number}",
+        "create_time": 1700000000, "user_id": "90001", "nickname": "昵称甲", "avatar": "https://example.com/a.jpg",
+        "last_modify_ts": 1700000000000, "video_url": f"https://www.bilibili.com/video/av{1000 + number}",
+    } | fields  # fmt: skip
+
+
+def comment(number: int, of: int = 0, to: int | str = "0", **fields: Any) -> Record:
+    """A comment record of the second shape; its id is 50000 + number."""
+    return {
+        "comment_id": str(50000 + number), "parent_comment_id": str(50000 + to) if isinstance(to, int) else to,
+        "create_time": 1700000100, "video_id": str(1000 + of), "content": f"评论{number}", "user_id": "90002",
+        "nickname": "昵称乙", "avatar": "https://example.com/b.jpg", "sub_comment_count": "0",
+        "last_modify_ts": 1700000200000,
+    } | fields  # fmt: skip
+
+
+def write_json(path: Path, records: list[Record], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, ensure_ascii=False, **options), encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, records: list[Record], end: str = "\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + end for record in records)
+    path.write_bytes(text.encode())
+    return path
+
+
+def write_csv(path: Path, records: list[Record], end: str = "\r\n", encoding: str = "utf-8-sig") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, records[0], lineterminator=end)
+    writer.writeheader()
+    writer.writerows(records)
+    path.write_bytes(text.getvalue().encode(encoding))
+    return path
+
+
+def write_xlsx(path: Path, sheets: dict[str, list[Record]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for name, records in sheets.items():
+        sheet = book.create_sheet(name)
+        sheet.append(list(records[0]))
+        for record in records:
+            sheet.append(list(record.values()))
+    book.save(path)
+    return path
+
+
+def write_sqlite(path: Path, tables: dict[str, list[Record]], id_type: str = "TEXT") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(path)
+    for name, records in tables.items():
+        columns = ", ".join(f'"{key}" {id_type if key.endswith("_id") else ""}' for key in records[0])
+        database.execute(f"CREATE TABLE {name} (id INTEGER PRIMARY KEY, {columns})")
+        marks = ", ".join("?" * len(records[0]))
+        keys = ", ".join(f'"{key}"' for key in records[0])
+        for record in records:
+            database.execute(f"INSERT INTO {name} ({keys}) VALUES ({marks})", list(record.values()))
+    database.commit()
+    database.close()
+    return path
+
+
+def prepare(folder: Path, *options: str) -> tuple[dict[str, Record], Record]:
+    """Runs the script on a folder.
+
+    Returns:
+        The written records by id, with their split in "split", and the report.
+    """
+    output = folder.parent / f"{folder.name}_out"
+    arguments = ["--data_dir", str(folder), "--output_dir", str(output), "--test_size", "0", *options]
+    prepare_data.main(prepare_data.build_parser().parse_args(arguments))
+    records = {}
+    for split in ("train", "test"):
+        text = (output / f"data_{split}.json").read_text(encoding="utf-8")
+        written = json.loads(text)
+        assert len(text.splitlines()) == len(written) + 2 or "\u2028" in text  # a record a line
+        for record in written:
+            assert record["id"] not in records
+            records[record["id"]] = record | {"split": split}
+    return records, json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+def dropped(report: Record) -> dict[str, int]:
+    """The reasons that dropped anything."""
+    return {reason: count for reason, count in report["dropped"].items() if count}
+
+
+def prompt(record: Record) -> str:
+    return record["conversations"][1]["value"]
+
+
+def answer(record: Record) -> str:
+    return record["conversations"][2]["value"]
+
+
+# The crawl that every container must give back: replies before parents, a reply to a reply, duplicates, orphans.
+VIDEOS = [video(0), video(1, desc="-"), video(2, desc=""), video(0, last_modify_ts=1700000000001, title="新标题")]
+COMMENTS = [
+    comment(2, to=1, content="回复 @某用户 :答二"),
+    comment(1, content="第一行\n第二行,\"引号\""),
+    comment(3, to=2, content="答三[doge]"),
+    comment(4, of=1),
+    comment(4, of=1, content="后来的", last_modify_ts=1700000300000),
+    comment(4, of=1, last_modify_ts=1700000000000),
+    comment(5, of=2, content="[doge][笑哭]"),
+    comment(6, of=9),
+    comment(7, to=99),
+    comment(8, content=""),
+    comment(9, to=8),
+]  # fmt: skip
+EXPECTED = {
+    "50001": (comment_prompt("新标题", "简介0"), '第一行\n第二行,"引号"'),
+    "50002": (comment_prompt("新标题", "简介0", '第一行\n第二行,"引号"'), "答二"),
+    "50003": (comment_prompt("新标题", "简介0", "答二"), "答三[doge]"),
+    "50004": (comment_prompt("标题1", "-"), "后来的"),
+    "50005": (comment_prompt("标题2", ""), "[doge][笑哭]"),
+}
+EXPECTED_DROPS = {"duplicate": 2, "video_missing": 1, "parent_missing": 2, "empty": 1}
+
+
+def with_integer_ids(records: list[Record]) -> list[Record]:
+    ids = ("video_id", "comment_id", "parent_comment_id")
+    return [{key: int(value) if key in ids else value for key, value in record.items()} for record in records]
+
+
+WRITERS = {
+    "json": lambda d: (
+        write_json(d / "search_contents_1.json", VIDEOS),
+        write_json(d / "search_comments_1.json", COMMENTS),
+    ),
+    "json indented": lambda d: (
+        write_json(d / "creator_contents_2026-01-01 12:30:00.json", VIDEOS, indent=4),
+        write_json(d / "1_creator_comments_[a]*.json", COMMENTS, indent=4),
+    ),
+    "json without names": lambda d: (write_json(d / "a.json", VIDEOS), write_json(d / "b.json", COMMENTS)),
+    "jsonl": lambda d: (
+        write_jsonl(d / "jsonl/x_contents_1.jsonl", VIDEOS),
+        write_jsonl(d / "x_comments_1.jsonl", COMMENTS),
+    ),
+    "jsonl crlf": lambda d: (
+        write_jsonl(d / "x_contents_1.jsonl", VIDEOS, "\r\n"),
+        write_jsonl(d / "x_comments_1.jsonl", COMMENTS, "\r\n"),
+    ),
+    "csv": lambda d: (
+        write_csv(d / "1_search_videos_1.csv", VIDEOS),
+        write_csv(d / "1_search_comments_1.csv", COMMENTS),
+    ),
+    "csv lf": lambda d: (
+        write_csv(d / "search_videos_1.csv", VIDEOS, "\n", "utf-8"),
+        write_csv(d / "search_comments_1.csv", COMMENTS, "\n", "utf-8"),
+    ),
+    "csv gbk": lambda d: (
+        write_csv(d / "search_videos_1.csv", VIDEOS, encoding="gb18030"),
+        write_csv(d / "search_comments_1.csv", COMMENTS, encoding="gb18030"),
+    ),
+    "xlsx": lambda d: write_xlsx(
+        d / "bilibili_search_1.xlsx", {"Contents": VIDEOS, "Comments": COMMENTS, "Creators": [{"user_id": 1}]}
+    ),
+    "xlsx numbers": lambda d: write_xlsx(
+        d / "x.xlsx", {"bilibili_video": with_integer_ids(VIDEOS), "bilibili_video_comment": with_integer_ids(COMMENTS)}
+    ),
+    "sqlite": lambda d: write_sqlite(
+        d / "sqlite_tables.db", {"bilibili_video": VIDEOS, "bilibili_video_comment": COMMENTS}
+    ),
+    "sqlite integers": lambda d: write_sqlite(
+        d / "sqlite_tables.db", {"bilibili_video": VIDEOS, "bilibili_video_comment": COMMENTS}, "INTEGER"
+    ),
+    "json and csv": lambda d: (
+        write_json(d / "a/x_contents_1.json", VIDEOS),
+        write_csv(d / "b/x_comments_1.csv", COMMENTS),
+    ),
+    "sqlite and jsonl": lambda d: (
+        write_sqlite(d / "v.db", {"bilibili_video": VIDEOS}),
+        write_jsonl(d / "x_comments_1.jsonl", COMMENTS),
+    ),
+    "integers in json": lambda d: (
+        write_json(d / "x_contents.json", with_integer_ids(VIDEOS)),
+        write_json(d / "x_comments.json", with_integer_ids(COMMENTS)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("container", WRITERS)
+def test_every_container_gives_the_same(tmp_path: Path, container: str) -> None:
+    WRITERS[container](tmp_path / "crawl")
+    records, report = prepare(tmp_path / "crawl")
+    assert {id: (prompt(record), answer(record)) for id, record in records.items()} == EXPECTED
+    for record in records.values():
+        assert [turn["from"] for turn in record["conversations"]] == ["system", "user", "assistant"]
+        assert record["conversations"][0]["value"] == SYSTEM_PROMPT
+        assert set(record) == {"id", "video_id", "conversations", "split"}
+    assert records["50004"]["video_id"] == "1001"
+    assert dropped(report) == EXPECTED_DROPS
+    assert report["read"] == len(COMMENTS) and report["splits"]["train"] == {"comments": 5, "videos": 3}
+    assert report["replies"] == 2 and report["emoticons_only"] == 1
+    assert sum(line["records"] for line in report["files"] if line["kind"] == "videos") == len(VIDEOS)
+
+
+@pytest.mark.parametrize("shape", "ABCDE")
+def test_every_comment_shape(tmp_path: Path, shape: str) -> None:
+    """From 2023 to 2026: without parents, with them, with sex and sign, with like_count, with creator_hash."""
+    records = [comment(1), comment(2, to=1, content="回复 @甲 :好")]
+    for record in records:
+        if shape == "A":
+            del record["parent_comment_id"]
+        if shape in "CD":
+            record |= {"sex": "男", "sign": "签名"}
+        if shape in "DE":
+            record["like_count"] = 3
+        if shape == "E":
+            del record["user_id"], record["avatar"]
+            record |= {"creator_hash": "0123456789abcdef", "nickname": "昵***乙"}
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    write_json(tmp_path / "crawl/comments.json", records)
+    written, report = prepare(tmp_path / "crawl")
+    assert answer(written["50001"]) == "评论1"
+    if shape == "A":  # an answer to nobody knows whom
+        assert "50002" not in written and dropped(report) == {"parent_unknown": 1}
+    else:
+        assert prompt(written["50002"]).endswith("父评论：评论1") and not dropped(report)
+
+
+@pytest.mark.parametrize("top", ["0", 0, 0.0, "", None, "nan", "absent"])
+def test_top_comment_spellings(tmp_path: Path, top: Any) -> None:
+    record = comment(1, parent_comment_id=top)
+    if top == "absent":
+        del record["parent_comment_id"]
+    write_jsonl(tmp_path / "crawl/all_contents.jsonl", [video(0)])
+    write_jsonl(tmp_path / "crawl/all_comments.jsonl", [record])
+    written, _ = prepare(tmp_path / "crawl")
+    assert prompt(written["50001"]) == comment_prompt("标题0", "简介0")
+
+
+TEXTS = [
+    "普通", "", "-", " - ", "  两边  ", "\u3000全角\u3000\n", "a\"b\\c/d", "行\n\n行\t制表", "\u2028分行\u2029",
+    "😀\x01\x7f", "</s>{}[]", "\u200b零宽", "\xa0", "'单引号' || \"", "%s {0} $1 \\1", "\x1f边\x85",
+]  # fmt: skip
+
+
+def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
+    """SQL renders what utils.data renders, for all combinations of difficult texts."""
+    pairs = [(title, desc) for title in TEXTS for desc in TEXTS]
+    videos = [video(i, title=title, desc=desc) for i, (title, desc) in enumerate(pairs)]
+    parents = [comment(i, content=text) for i, text in enumerate(TEXTS)]
+    tops = [comment(1000 + i, of=i) for i in range(len(videos))]
+    replies = [comment(5000 + i, of=3 * i, to=i) for i in range(len(TEXTS))]
+    write_json(tmp_path / "crawl/contents.json", videos)
+    write_json(tmp_path / "crawl/comments.json", replies + parents + tops)
+    written, report = prepare(tmp_path / "crawl")
+    assert len(written) == len(tops) + 2 * sum(bool(text.strip()) for text in TEXTS)
+    by_id = {record["video_id"]: record for record in videos}
+    lengths = {"comment": {}, "prompt": {}}
+    for id, record in written.items():
+        number, about = int(id) - 50000, by_id[record["video_id"]]
+        parent = TEXTS[number - 5000] if number >= 5000 else ""
+        assert prompt(record) == comment_prompt(about["title"], about["desc"], parent)
+        if number < 1000:
+            assert answer(record) == TEXTS[number].strip()
+        for name, text in {"comment": answer(record), "prompt": prompt(record)}.items():
+            lengths[name][str(len(text))] = lengths[name].get(str(len(text)), 0) + 1
+    assert report["lengths"] == lengths
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("回复 @小明 :好的", "好的"),
+    ("回复 @a b·c★ :好的", "好的"),
+    ("回复@小明：好的", "好的"),
+    ("回复 @甲 :回复 @乙 :好", "好"),
+    ("回复 @甲 :@乙 你看", "@某人 你看"),
+    ("回复我的人 :好", "回复我的人 :好"),
+    ("@张三 @李四 快来", "@某人 @某人 快来"),
+    ("@张三@李四 来", "@某人 来"),
+    ("666@bob 快来", "666@某人 快来"),
+    ("哈哈@-名_字-9，来", "哈哈@某人，来"),
+    ("＠全角 你好", "@某人 你好"),
+    ("4K@120Hz 比 1080p@60 好", "4K@120Hz 比 1080p@60 好"),
+    ("写信给 li.si+1@mail.example.com 吧", "写信给 @某人 吧"),
+    ("12345@qq.com", None),
+    ("@张三", None),
+    ("@张三 @李四\n", None),
+    ("回复 @张三 :", None),
+    ("@ 空格", "@ 空格"),
+])  # fmt: skip
+def test_anonymize(tmp_path: Path, text: str, expected: str | None) -> None:
+    write_json(tmp_path / "crawl/contents.json", [video(0, title=f"标题 {text}", desc=f"简介 @{text}")])
+    write_json(tmp_path / "crawl/comments.json", [comment(1), comment(2, to=1, content=text), comment(3, to=2)])
+    kept, report = prepare(tmp_path / "crawl", "--anonymize", "False")
+    assert answer(kept["50002"]) == text.strip() and prompt(kept["50003"]).endswith(f"父评论：{text.strip()}")
+    assert text.strip() in prompt(kept["50001"])
+    written, report = prepare(tmp_path / "crawl")
+    for name in ("张三", "李四", "小明", "bob", "-名_字-9", "li.si", "12345"):
+        assert name not in "".join(map(prompt, written.values())) or "@" not in text
+    if expected is None:
+        assert dropped(report) == {"empty": 1, "parent_missing": 1}
+    else:
+        assert answer(written["50002"]) == expected and prompt(written["50003"]).endswith(f"父评论：{expected}")
+
+
+def test_no_person_in_the_output(tmp_path: Path) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    prepare(tmp_path / "crawl")
+    text = "".join(path.read_text("utf-8") for path in (tmp_path / "crawl_out").glob("*.json"))
+    assert not any(word in text for word in ("9000", "昵称", "avatar", "example.com", "某用户"))
+
+
+def test_search_marks_leave_the_title(tmp_path: Path) -> None:
+    write_json(tmp_path / "crawl/contents.json", [video(0, title='<em class="keyword">显卡</em>评测 a<b')])
+    write_json(tmp_path / "crawl/comments.json", [comment(1)])
+    assert prompt(prepare(tmp_path / "crawl")[0]["50001"]).startswith("视频标题：显卡评测 a<b\n")
+
+
+def test_truncated_and_interleaved_json(tmp_path: Path) -> None:
+    records = [comment(i, content="花括号{里}" * 5) for i in range(300)]
+    whole = json.dumps(records, ensure_ascii=False, indent=4)
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    for cut, torn in ((whole.index("50150") + 60, 1), (whole.index("50150") - 30, 0)):  # within a record, after a comma
+        (tmp_path / "crawl/x_comments_1.json").write_text(whole[:cut], encoding="utf-8")
+        _, report = prepare(tmp_path / "crawl")
+        assert report["splits"]["train"]["comments"] == 150 and report["dropped"]["torn"] == torn
+        notes = [line["note"] for line in report["files"] if line["kind"] == "comments"]
+        assert len(notes) == 1 and ("damaged" in notes[0]) >= torn
+    piece = json.dumps(records[0], ensure_ascii=False)[20:90] + "\n"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (tmp_path / "crawl/x_comments_1.json").unlink()
+    text = "".join(lines[:9] + ['{"comment_id": "5', piece] + lines[9:])
+    (tmp_path / "crawl/x_comments_1.jsonl").write_text(text, encoding="utf-8")
+    _, report = prepare(tmp_path / "crawl")
+    assert report["splits"]["train"]["comments"] == 300 and dropped(report) == {"torn": 1}
+
+
+def test_scan_json_reads_in_pieces() -> None:
+    """Whatever the size of a piece, the objects are those that json reads."""
+    records = [comment(i, content="{" * (i % 3) + "文字\\\"") for i in range(20)]
+    for options in ({}, {"indent": 4}):
+        text = json.dumps(records, ensure_ascii=False, **options)
+        for chunk_chars in (1000, 1777, 1 << 20):
+            assert list(prepare_data.scan_json(io.StringIO(text), chunk_chars)) == records
+
+
+def test_torn_csv(tmp_path: Path) -> None:
+    """Two processes wrote at once: a record without its start, one without its end, and an invalid byte."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    records = [comment(i, content=f"第{i}条\n引\"号") for i in range(40)]
+    path = write_csv(tmp_path / "crawl/search_comments_1.csv", records)
+    starts = [path.read_bytes().index(f"{50000 + i},0".encode()) for i in range(40)]
+    data = path.read_bytes()
+    no_start = data[starts[7] + 40 : starts[8]]
+    no_end = data[starts[9] :].split("引".encode())[0]  # within the quotation marks
+    middle = data[starts[3] : starts[20]]
+    path.write_bytes(data[: starts[3]] + no_start + middle + no_end + b"\r\n" + data[starts[20] :])
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in range(40)}
+    assert all(answer(record) == f"第{int(id) - 50000}条\n引\"号" for id, record in written.items())
+    assert dropped(report) == {"torn": 2}
+    path.write_bytes(data[: starts[20]] + no_end + data[starts[20] :].replace("第30条".encode(), b"\xff\xfe"))
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) >= {str(50000 + i) for i in range(40) if i != 20} and "\ufffd" in answer(written["50030"])
+
+
+def test_shifted_rows_are_torn(tmp_path: Path) -> None:
+    shifted = list(comment(3).values())[4:] + ["", "", "", ""]
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    rows = [comment(1), comment(2), dict(zip(comment(3), shifted, strict=True)), dict.fromkeys(comment(4), "")]
+    write_csv(tmp_path / "crawl/search_comments_1.csv", rows)
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {"50001", "50002"} and dropped(report) == {"torn": 2}
+
+
+@pytest.mark.parametrize("container", ["csv", "xlsx"])
+def test_ids_that_went_through_excel(tmp_path: Path, container: str) -> None:
+    """Comments with a lost id are kept and not taken for one another; a lost video or parent cannot be joined."""
+    lost: Any = "2.28539E+11" if container == "csv" else 228539000000
+    lost_video: Any = "1.14748E+14" if container == "csv" else 114748000000000
+    videos = [video(0), video(1, video_id=lost_video), video(2, video_id=lost_video)]
+    comments = [
+        comment(1, comment_id=lost, content="甲"), comment(2, comment_id=lost, content="乙"),
+        comment(2, comment_id=lost, content="乙", last_modify_ts=1800000000000), comment(3, of=1, content="丙"),
+        comment(4, video_id=lost_video), comment(5, parent_comment_id=lost), comment(6, to=3, content="丁", of=1),
+    ]  # fmt: skip
+    if container == "csv":
+        write_csv(tmp_path / "crawl/search_videos_1.csv", videos)
+        write_csv(tmp_path / "crawl/search_comments_1.csv", comments)
+    else:
+        write_xlsx(tmp_path / "crawl/x.xlsx", {"Contents": videos, "Comments": comments})
+    written, report = prepare(tmp_path / "crawl")
+    assert sorted(map(answer, written.values())) == sorted("甲乙丙丁")
+    assert prompt(written["50003"]).startswith("视频标题：标题1\n")  # by the address of the video
+    assert dropped(report) == {"duplicate": 1, "video_id_lost": 1, "parent_unknown": 1} and report["ids_made"] == 2
+    again, _ = prepare(tmp_path / "crawl")
+    assert set(again) == set(written)
+
+
+def big_crawl(folder: Path, videos: range) -> None:
+    write_json(folder / "x_contents_1.json", [video(i) for i in videos])
+    comments = [comment(i * 20 + j, of=i, to=i * 20 if j else "0") for j in range(8) for i in videos]
+    write_json(folder / "x_comments_1.json", comments)
+
+
+def test_split_is_by_video_and_stays(tmp_path: Path) -> None:
+    big_crawl(tmp_path / "small", range(0, 300, 2))
+    big_crawl(tmp_path / "large", range(300))
+    small, _ = prepare(tmp_path / "small", "--test_size", "0.2")
+    large, report = prepare(tmp_path / "large", "--test_size", "0.2")
+    assert set(small) < set(large) and len(large) == 2400
+    assert all(large[id]["split"] == record["split"] for id, record in small.items())
+    hashes = {str(id): int(md5(f"0:split:{id}".encode()).hexdigest()[:13], 16) for id in range(1000, 1300)}
+    below = {id for id, value in hashes.items() if value < 0.2 * 16**13}
+    assert {record["video_id"] for record in large.values() if record["split"] == "test"} == below
+    assert report["splits"]["test"] == {"comments": 8 * len(below), "videos": len(below)} and 40 < len(below) < 80
+    more, _ = prepare(tmp_path / "large", "--test_size", "0.4")
+    assert all(more[id]["split"] == "test" for id, record in large.items() if record["split"] == "test")
+    other, _ = prepare(tmp_path / "large", "--test_size", "0.2", "--seed", "1")
+    assert {id for id in other if other[id]["split"] == "test"} != {id for id in large if large[id]["split"] == "test"}
+
+
+def test_total_takes_whole_videos(tmp_path: Path) -> None:
+    big_crawl(tmp_path / "crawl", range(60))
+    whole, _ = prepare(tmp_path / "crawl", "--test_size", "0.2")
+    some, report = prepare(tmp_path / "crawl", "--test_size", "0.2", "--total", "100")
+    assert len(some) == 100 and dropped(report) == {"beyond_total": 380}
+    sizes: dict[str, int] = {}
+    for id, record in some.items():
+        assert record == whole[id]
+        sizes[record["video_id"]] = sizes.get(record["video_id"], 0) + 1
+    assert sorted(sizes.values()) == [4] + [8] * 12
+    by_number, _ = prepare(tmp_path / "crawl", "--test_size", "20", "--total", "100")
+    assert by_number == some  # 20 of 100 is the share 0.2
+    every, report = prepare(tmp_path / "crawl", "--total", "5000")
+    assert len(every) == 480 and not dropped(report)
+
+
+def test_one_video_stays_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also across buckets, which end in the middle of a video; the order of the files does not matter."""
+    monkeypatch.setattr(prepare_data.write_splits, "__defaults__", (7,))
+    big_crawl(tmp_path / "crawl", range(40))
+    written, _ = prepare(tmp_path / "crawl", "--test_size", "0.3")
+    order = [record["video_id"] for record in written.values()]
+    assert len(order) == 320 and sum(a != b for a, b in zip(order, order[1:], strict=False)) == 39
+    first = (tmp_path / "crawl_out/data_train.json").read_bytes()
+    comments = json.loads((tmp_path / "crawl/x_comments_1.json").read_text("utf-8"))
+    write_json(tmp_path / "crawl/x_comments_1.json", comments[::-1])
+    prepare(tmp_path / "crawl", "--test_size", "0.3")
+    assert (tmp_path / "crawl_out/data_train.json").read_bytes() == first
+
+
+def test_unreadable_and_foreign_files_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    crawl = tmp_path / "crawl"
+    WRITERS["json"](crawl)
+    (crawl / "x_comments_2.xlsx").write_bytes(b"PK no workbook")
+    (crawl / "x_comments_3.db").write_bytes(b"no database " * 100)
+    (crawl / "x_comments_4.json").write_bytes(b"\x00\xff\x00")
+    (crawl / "empty_comments.csv").write_bytes(b"")
+    (crawl / "~$open.xlsx").write_bytes(b"lock")
+    write_json(crawl / "settings.json", [{"a": 1}])
+    write_json(crawl / "search_creators_1.json", [{"user_id": "1"}])
+    write_json(crawl / "kuaishou/json/search_comments_1.json", [comment(77)])
+    tables = {"kuaishou_video_comment": [comment(78)], "bilibili_video_comment": [comment(79)]}
+    write_sqlite(crawl / "all.db", tables)
+    for name in prepare_data.OUR_FILES:
+        write_json(crawl / name, [comment(80)])
+    written, report = prepare(crawl)
+    assert set(written) == {*EXPECTED, "50079"}
+    notes = {Path(line["file"]).name: line["note"] for line in report["files"]}
+    assert set(notes) == {
+        "search_contents_1.json", "search_comments_1.json", "x_comments_2.xlsx", "x_comments_3.db",
+        "x_comments_4.json", "empty_comments.csv", "settings.json", "all.db [bilibili_video_comment]",
+    }  # fmt: skip
+    assert "BadZipFile" in notes["x_comments_2.xlsx"] and "DatabaseError" in notes["x_comments_3.db"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in notes)
+
+
+def test_output_into_the_data_folder_is_not_read_again(tmp_path: Path) -> None:
+    WRITERS["json"](tmp_path)
+    arguments = prepare_data.build_parser().parse_args(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path)])
+    prepare_data.main(arguments)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {
+        "search_contents_1.json", "search_comments_1.json",
+        "data_train.json", "data_test.json", "report.json", "report.png",
+    }  # fmt: skip
+    prepare_data.main(arguments)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_picture(tmp_path: Path) -> None:
+    """For one comment as well as for many; titles are English, since a machine may have no Chinese font."""
+    report = {"read": 1, "dropped": {"torn": 0}, "lengths": {"comment": {5: 1}, "prompt": {70: 1}}}
+    report["splits"] = {"train": {"comments": 1}, "test": {"comments": 0}}
+    for lengths in ({5: 1}, {1: 1}, {length: 1000 - length for length in range(1, 900)}):
+        report["lengths"]["comment"] = lengths
+        PLOT_REPORT(report, tmp_path / "report.png")
+        assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    WRITERS["json"](tmp_path / "elsewhere")
+    (tmp_path / "crawl").mkdir()
+    (tmp_path / "crawl/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "crawl")
+    assert prepare(tmp_path / "crawl")[1]["read"] == len(COMMENTS)
+
+
+def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped crawl, joined once more in plain Python."""
+    shutil.copytree(ROOT / "examples" / "data", tmp_path / "crawl")
+    written, report = prepare(tmp_path / "crawl", "--test_size", "0.1")
+    records: dict[str, dict[str, Record]] = {"contents": {}, "comments": {}}
+    for path in sorted((tmp_path / "crawl").rglob("*.json*")):
+        text = path.read_text("utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        for kind, id in (("contents", "video_id"), ("comments", "comment_id")):
+            if f"_{kind}_" in path.name:
+                for row in sorted(rows, key=lambda row: row["last_modify_ts"]):
+                    if records[kind].get(row[id], row)["last_modify_ts"] <= row["last_modify_ts"]:
+                        records[kind][row[id]] = row
+    expected = set()
+    for id, row in records["comments"].items():
+        parent = records["comments"].get(row["parent_comment_id"], {"content": ""})
+        if row["content"].strip() and row["video_id"] in records["contents"]:
+            if row["parent_comment_id"] == "0" or parent["content"].strip():
+                expected.add(id)
+    assert set(written) == expected and len(expected) > 250
+    assert report["read"] == len(written) + sum(report["dropped"].values())
+    assert not any("回复 @" in prompt(record) + answer(record) for record in written.values())
+    printed = capsys.readouterr().out
+    assert "python download_pt.py --model Qwen/Qwen2.5-0.5B" in printed
+    assert f"{report['read']:,}  comments read" in printed
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--total", "0"], "--total: got 0, expected 1 or more"),
+    (["--test_size", "1.5"], "--test_size: got '1.5', expected a share such as 0.1"),
+    (["--test_size", "-1"], "--test_size: got '-1'"),
+    (["--test_size", "viele"], "--test_size: got 'viele'"),
+    (["--test_size", "nan"], "--test_size: got 'nan'"),
+    (["--test_size", "20"], "Give --total too"),
+    (["--test_size", "20", "--total", "20"], "--total, which must be larger"),
+    (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
+])  # fmt: skip
+def test_user_errors(tmp_path: Path, options: list[str], message: str) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    with pytest.raises(SystemExit) as error:
+        prepare(tmp_path / "crawl", *options)
+    assert message in str(error.value)
+    assert not (tmp_path / "crawl_out").exists()
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    """As a user sees it: exit code 1, what was looked for, the next command, no traceback and nothing left behind."""
+    write_json(tmp_path / "crawl/x_comments_1.json", [comment(1)])
+    folders = ["--data_dir", tmp_path / "crawl", "--output_dir", tmp_path / "out"]
+    command = [sys.executable, ROOT / "prepare_data.py", *folders]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "1 comment and 0 video records" in result.stderr and "*.jsonl" in result.stderr
+    assert "python prepare_data.py --data_dir examples" in result.stderr
+    assert "-1  video not among the files" in result.stdout
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_all_in_the_test_set(tmp_path: Path) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    with pytest.raises(SystemExit, match="smaller --test_size"):
+        prepare(tmp_path / "crawl", "--test_size", "0.9999999")
+    assert list((tmp_path / "crawl_out").iterdir()) == []
+
+
+def test_empty_test_set_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    prepare(tmp_path / "crawl")
+    assert "No video fell into the test set" in capsys.readouterr().out
+    assert json.loads((tmp_path / "crawl_out/data_test.json").read_text()) == []
+
+
+def test_benchmark_runs() -> None:
+    command = [sys.executable, ROOT / "benchmarks/bench_prepare_data.py", "--comments", "2000"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = json.loads(printed.strip().splitlines()[-1])
+    assert figures["comments"] == 2000 and {"prepare_data.py", "plain script"} <= set(figures["results"])

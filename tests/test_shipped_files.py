@@ -1,0 +1,199 @@
+"""The files of the repository themselves: they load, answer quickly, name what they need and nothing they should not.
+
+    python -m pytest tests/test_shipped_files.py
+"""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# What a run leaves behind; `data` holds crawled comments, but examples/data is the project's own.
+SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+SKIPPED |= {"model", "output_hf", "output"}
+
+
+def shipped(folder: Path = ROOT) -> Iterator[Path]:
+    """The repository's files, without what runs leave."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            is_data = path.name == "data" and path.parent != ROOT / "examples"
+            if path.name not in SKIPPED and not is_data:
+                yield from shipped(path)
+        elif not path.name.endswith((".partial", ".old")):
+            yield path
+
+
+FILES = list(shipped())
+PYTHON = [path for path in FILES if path.suffix == ".py"]
+SHELL = [path for path in FILES if path.suffix == ".sh"]
+SCRIPTS = [path for path in PYTHON if path.parent.name not in ("utils", "tests")]
+PINS = dict(
+    re.findall(r"^([A-Za-z0-9_.-]+)==([^\s#]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def normal(distribution: str) -> str:
+    """A distribution's name as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_something_is_looked_at() -> None:
+    names = {name(path) for path in FILES}
+    assert {"chat.py", "deepspeed_ft/train.py", "utils/data.py", "setup_env.sh", "tests/run.sh"} <= names
+    assert any(text.startswith("examples/data/") for text in names)
+    assert not any(text.startswith(("data/", "model/", ".venv/")) for text in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_python_compiles_and_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    compile(tree, str(path), "exec")
+    assert ast.get_docstring(tree), "a docstring at the top"
+    if path.name.startswith("test_"):
+        assert f"python -m pytest {name(path)}" in ast.get_docstring(tree)
+
+
+def cpu_seconds(command: list[str], **options: object) -> tuple[float, int, str]:
+    """Runs a command; its processor time, exit code and output."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    return usage.ru_utime + usage.ru_stime, process.returncode, output
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_help_is_quick(path: Path, tmp_path: Path) -> None:
+    """From any folder, in less than half a second; the best of three, since the machine may be busy."""
+    runs = [cpu_seconds([sys.executable, str(path), "--help"], cwd=tmp_path) for _ in range(3)]
+    assert all(code == 0 for _, code, _ in runs), runs[0][2]
+    assert "usage:" in runs[0][2] and "Traceback" not in runs[0][2]
+    assert min(seconds for seconds, _, _ in runs) < 0.5
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if path.parent.name == "utils"], ids=name)
+def test_rooms_import(path: Path) -> None:
+    __import__(f"utils.{path.stem}")
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+OPTIONAL = {"tensorboard"}  # A tracking service, whose test is skipped without it.
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_what_is_imported_is_pinned(path: Path) -> None:
+    own = {path.stem for path in PYTHON} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    third_party = imported(path) - set(sys.stdlib_module_names) - own - OPTIONAL
+    distributions = importlib.metadata.packages_distributions()
+    pinned = {normal(pin) for pin in PINS}
+    missing = {
+        module: distributions.get(module)
+        for module in third_party
+        if not any(normal(distribution) in pinned for distribution in distributions.get(module, []))
+    }
+    assert not missing, "add to requirements.txt with its exact version"
+
+
+def test_pins_are_exact_and_installed() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert len(wanted) == len(PINS), "every line is name==version"
+    # A local build (+cpu, +cu128) is the same version.
+    assert {pin: importlib.metadata.version(pin).split("+")[0] for pin in PINS} == PINS
+
+
+def test_rooms_stay_small() -> None:
+    lengths = {name(path): len(path.read_text().splitlines()) for path in PYTHON if path.parent.name == "utils"}
+    assert sum(lengths.values()) <= 1500, lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other files
+
+
+@pytest.mark.parametrize("path", [*SHELL, ROOT / ".ci/run"], ids=name)
+def test_shell_scripts(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert "\r" not in text
+    assert path.stat().st_mode & 0o111, "chmod +x"
+    if path.name != "setup_env.sh":  # Which is sourced.
+        assert text.startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name.startswith("ds_config")], ids=name)
+def test_deepspeed_configurations(path: Path) -> None:
+    """DeepSpeed's own model of the ZeRO section refuses names that it does not know."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert DeepSpeedZeroConfig(**config["zero_optimization"]).stage in range(4)
+    assert config["gradient_clipping"] > 0, "unset, DeepSpeed clips at 1 without a word"
+    assert "train_batch_size" not in config and "optimizer" not in config, "the command line's"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".json"], ids=name)
+def test_json_files(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+# Places on one machine, the people and papers of its making, marks of unfinished work, and secrets.
+FORBIDDEN = [
+    r"(?<![\w.}/])/(work|shared|tmp|root|home|mnt)/",
+    r"\b(design|issue\d*|brief)\.(md|txt)\b",
+    r"\bissue #?\d",
+    r"\bseed 0\d\d\b",
+    r"\b(claude|anthropic|copilot|cursor)\b",
+    r"\b(as an ai|language model assistant|co-authored-by)\b",
+    r"(?-i:\b(TODO|FIXME|XXX|HACK)\b)",
+    r"\b(pypi\.org|files\.pythonhosted|artifactory|pypi\.tuna|mirrors\.(aliyun|cloud|tuna))",
+    r"\bhf_[A-Za-z]{20,}",
+    r"\bsk-[A-Za-z0-9]{20,}",
+    r"\bAKIA[0-9A-Z]{16}\b",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    r"<<<<<<< |>>>>>>> ",
+]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != Path(__file__)], ids=name)
+def test_nothing_that_does_not_belong_here(path: Path) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return  # A picture.
+    found = [match[0] for pattern in FORBIDDEN for match in re.finditer(pattern, text, re.IGNORECASE)]
+    assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_are_small(path: Path) -> None:
+    assert path.stat().st_size < 1_000_000

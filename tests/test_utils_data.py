@@ -1,0 +1,552 @@
+"""utils/data.py: what a model is shown is what the template says, whoever wrote the text, and only answers are learnt.
+
+    python -m pytest tests/test_utils_data.py
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHATML
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from utils.data import (
+    PLAIN_TEMPLATE,
+    SYSTEM_PROMPT,
+    Chat,
+    DataError,
+    UnusableRecord,
+    comment_prompt,
+    find_split,
+    load_samples,
+    make_chat,
+    read_records,
+    show_sample,
+    to_messages,
+)
+
+Messages = list[dict[str, str]]
+
+# Templates in the manner of well-known models.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set talk = messages[1:] %}{% set brief = messages[0]['content'] %}"
+    "{% else %}{% set talk = messages %}{% set brief = '' %}{% endif %}"
+    "{% for message in talk %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' }}{% if loop.first and brief %}{{ '<<SYS>>\n' + brief + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ message['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('not by turns') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# Ignores system texts without a word.
+SILENT = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Thoughts are written for the last answer only, and cut out of earlier ones.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ content + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+NO_END = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama2": LLAMA2,
+    "gemma": GEMMA,
+    "silent": SILENT,
+    "qwen3": QWEN3,
+    "plain": PLAIN_TEMPLATE,
+    "no_end": NO_END,
+}
+FOLDING = ("gemma", "silent")
+# How an answer ends, and whether the template itself writes it.
+STOPS = {"llama2": "</s>", "gemma": "<end_of_turn>", "plain": "</s>", "no_end": "</s>"}
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizer: Any) -> dict[str, Chat]:
+    """A chat of every kind of template."""
+    found = {}
+    for name, template in TEMPLATES.items():
+        other = copy.deepcopy(tokenizer)
+        if name in STOPS:
+            other.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+        if name == "gemma":
+            other.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+        if name == "qwen3":
+            other.add_tokens(["<think>", "</think>"])  # Added, but not special, as Qwen3 has them.
+        other.chat_template = template
+        found[name] = make_chat(other)
+    return found
+
+
+def say(*contents: str, system: str = "") -> Messages:
+    """Messages of user and assistant in turn."""
+    talk = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *talk] if system else talk
+
+
+def folded(messages: Messages) -> Messages:
+    """The system text before the first question."""
+    if messages[0]["role"] != "system":
+        return messages
+    brief, first, *rest = messages
+    return [{"role": "user", "content": brief["content"] + "\n\n" + first["content"]}, *rest]
+
+
+def template_text(chat: Chat, name: str, messages: Messages, **options: Any) -> str:
+    """What the tokenizer's own template writes, as text."""
+    messages = folded(messages) if name in FOLDING else messages
+    return chat.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+
+
+def supervised_text(chat: Chat, ids: Any, supervised: Any) -> list[str]:
+    """The runs of supervised tokens as texts."""
+    runs: list[list[int]] = []
+    for place, learnt in enumerate(supervised):
+        if learnt:
+            if place == 0 or not supervised[place - 1]:
+                runs.append([])
+            runs[-1].append(int(ids[place]))
+    return [chat.tokenizer.decode(run) for run in runs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+ONE = say("问", "答")
+TWO = say("问一", "答一", "问二", "答二")
+WITH_SYSTEM = say("问", "答", system="设定")
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"conversations": [{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}]}, ONE),
+        ({"conversations": [{"from": "human", "value": " 问\n"}, {"from": "gpt", "value": "\t答 "}]}, ONE),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "设定"},
+                    {"from": "user", "value": "问"},
+                    {"from": "assistant", "value": "答"},
+                ]
+            },
+            WITH_SYSTEM,
+        ),
+        (
+            {"system": "设定", "conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+            WITH_SYSTEM,
+        ),
+        (
+            {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate("甲乙丙丁")]},
+            say("甲", "乙", "丙", "丁"),
+        ),
+        ({"messages": WITH_SYSTEM, "id": 3}, WITH_SYSTEM),
+        ({"messages": TWO, "conversations": None}, TWO),
+        ({"instruction": "问", "output": "答"}, ONE),
+        ({"instruction": "问", "input": "", "output": "答"}, ONE),
+        ({"instruction": "问", "input": "补充", "output": "答"}, say("问\n补充", "答")),
+        ({"instruction": "", "input": "问", "output": "答"}, ONE),
+        ({"instruction": "问", "input": None, "output": "答", "system": "设定", "history": None}, WITH_SYSTEM),
+        ({"instruction": "问二", "input": "", "output": "答二", "history": [["问一", "答一"]]}, TWO),
+        ([{"human": "问", "assistant": "答"}], ONE),
+        ([{"human": "问一", "assistant": "答一"}, {"human": "问二", "assistant": "答二"}], TWO),
+    ],
+)  # fmt: skip
+def test_formats(record: Any, messages: Messages) -> None:
+    assert to_messages(record) == messages
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ("text", "str"),
+        (7, "int"),
+        ({"prompt": "问", "completion": "答"}, "completion"),
+        ({"instruction": "问"}, "instruction"),
+        ({"messages": [{"speaker": "user", "content": "问"}]}, "role"),
+        ({"messages": "[{'role': 'user'}]"}, "role"),
+        ({"conversations": [["user", "问"], ["assistant", "答"]]}, "from"),
+        # Messages without a dict around them are none of the known formats either.
+        ([{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "human"),
+        ([{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}], "human"),
+        (["问", "答"], "human"),
+    ],
+)
+def test_unknown_formats_are_named(record: Any, named: str) -> None:
+    with pytest.raises(DataError, match=named) as caught:
+        to_messages(record)
+    assert not isinstance(caught.value, UnusableRecord)
+    assert "conversations" in str(caught.value) and "messages" in str(caught.value), "says what is expected"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": say("问", "  ")},
+        {"messages": say("", "答")},
+        {"messages": say("问")},
+        {"messages": say("问", "答", "问")},
+        {"messages": [*say("问"), *say("问", "答")]},
+        {"messages": say("问", "答")[1:]},
+        {"messages": [{"role": "system", "content": "设定"}]},
+        {"messages": [{"role": "tool", "content": "3"}, *say("问", "答")]},
+        {"messages": [*say("问", "答"), {"role": "system", "content": "设定"}]},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "答"}]},
+        {"instruction": "问", "output": ""},
+        {"instruction": "问", "output": None},
+        {"conversations": []},
+        {"messages": []},
+        {"instruction": "问", "output": "答", "history": [["只有一半"]]},
+        [{"human": "问", "assistant": ""}],
+        [],
+    ],
+    ids=str,
+)
+def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
+    with pytest.raises(UnusableRecord):
+        to_messages(record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+RECORDS = [{"instruction": f"问{n}，“好”", "input": "", "output": f"答{n}"} for n in range(3)]
+
+
+def write(path: Path, records: list[Any], bom: str = "") -> Path:
+    """Writes records as the file's ending says."""
+    if path.suffix == ".json":
+        path.write_text(bom + json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        path.write_bytes((bom + "\r\n".join(lines) + "\r\n\r\n").encode())
+    elif path.suffix == ".csv":
+        rows = [["instruction", "input", "output"], *([*record.values()] for record in records)]
+        path.write_text(bom + "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(records).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_files(tmp_path: Path, ending: str, bom: str) -> None:
+    path = write(tmp_path / f"train.{ending}", RECORDS, bom)
+    assert [to_messages(record) for record in read_records(path)] == [
+        say(record["instruction"], record["output"]) for record in RECORDS
+    ]
+
+
+def test_parquet_with_several_turns(tmp_path: Path) -> None:
+    records = [{"id": "a", "messages": TWO}, {"id": "b", "messages": ONE}]
+    path = write(tmp_path / "train.parquet", records)
+    assert [to_messages(record) for record in read_records(path)] == [TWO, ONE]
+
+
+def test_csv_is_read_anew_when_it_has_changed(tmp_path: Path) -> None:
+    for answer in ("旧的", "新的"):
+        path = write(tmp_path / "train.csv", [{"instruction": "问", "input": "", "output": answer}])
+        assert [record["output"] for record in read_records(path)] == [answer]
+
+
+@pytest.mark.parametrize("answer", ["666", "null", "NA", "1.50"])
+def test_csv_answers_stay_the_text_they_are(tmp_path: Path, answer: str) -> None:
+    """Comments such as 666 are common; a column of them must not become numbers or holes."""
+    path = write(tmp_path / "train.csv", [{"instruction": "问", "input": "", "output": answer}])
+    assert [to_messages(record) for record in read_records(path)] == [say("问", answer)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.json", b'[{"a": 1}, '),
+        ("train.json", b'{"conversations": []}'),
+        ("train.json", '["问"]'.encode("gbk")),
+        ("train.jsonl", b'{"a": 1}\n{"a": '),
+        ("train.csv", b""),
+        ("train.csv", b"a,b\n1,2\n1,2,3,4\n"),
+        ("train.csv", "instruction,output\n问,答\n".encode("gbk")),
+        ("train.parquet", b"PAR1 no more"),
+        ("train.txt", b"text"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        list(read_records(tmp_path / name))
+
+
+def test_find_split(tmp_path: Path) -> None:
+    assert find_split(tmp_path, "train") is None
+    (tmp_path / "train.csv").touch()
+    assert find_split(tmp_path, "train") == tmp_path / "train.csv"
+    (tmp_path / "data_train.jsonl").touch()
+    assert find_split(tmp_path, "train") == tmp_path / "data_train.jsonl"
+    assert find_split(tmp_path, "test") is None
+
+
+def test_load_samples_counts_what_it_drops(tmp_path: Path, chats: dict[str, Chat]) -> None:
+    chat = chats["chatml"]
+    records = [
+        {"id": "a", "video_id": 7, "messages": say("问", "答", system="常用")},
+        {"id": "b", "messages": say("问", "答", system="常用")},
+        {"messages": say("问", "", system="少见")},
+        {"messages": say("问", "长" * 500)},
+        {"messages": TWO},
+    ]
+    loaded = load_samples(write(tmp_path / "train.json", records), chat, max_tokens=100)
+    assert [(sample.id, sample.group) for sample in loaded.samples] == [("a", "7"), ("b", "b"), ("4", "4")]
+    assert loaded.counts["used"] == 3 and sum(loaded.counts.values()) == 5
+    assert sum(n for reason, n in loaded.counts.items() if "empty assistant" in reason) == 1
+    assert sum(n for reason, n in loaded.counts.items() if "max_tokens 100" in reason) == 1
+    assert loaded.system_prompt == "常用"
+
+
+def test_load_samples_names_the_record(tmp_path: Path, chats: dict[str, Chat]) -> None:
+    path = write(tmp_path / "train.json", [{"messages": ONE}, {"id": "x9", "question": "问"}])
+    with pytest.raises(DataError, match=r"train\.json.*record 1.*x9.*question"):
+        load_samples(path, chats["chatml"], 100)
+
+
+@pytest.mark.parametrize("records", [[], [{"messages": say("问", "")}]], ids=["empty", "nothing usable"])
+def test_load_samples_wants_something(tmp_path: Path, chats: dict[str, Chat], records: list[Any]) -> None:
+    with pytest.raises(DataError, match="no record can be used"):
+        load_samples(write(tmp_path / "train.json", records), chats["chatml"], 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def test_comment_prompt() -> None:
+    assert comment_prompt("标题", "简介", "评论") == "视频标题：标题\n视频简介：简介\n父评论：评论"
+    assert comment_prompt(" 标题\n", "-") == "视频标题：标题"
+    assert comment_prompt("标题", parent=" ") == "视频标题：标题"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", ["", SYSTEM_PROMPT], ids=["bare", "system"])
+def test_sample_is_the_template_text_tokenised_whole(chats: dict[str, Chat], name: str, system: str) -> None:
+    chat = chats[name]
+    stop = STOPS.get(name, "<|im_end|>")
+    assert chat.tokenizer.convert_ids_to_tokens(chat.stop_id) == stop
+    messages = say("视频标题：今天吃什么？\n父评论：前排！", "（笑）火锅，OK？ 😂", system=system)
+    (sample,) = chat.samples(messages, 1000)
+
+    text = template_text(chat, name, messages)
+    text = text + stop if name == "no_end" else text[: text.rindex(stop)] + stop
+    assert sample.input_ids.tolist() == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert sample.input_ids[-1] == chat.stop_id and sample.supervised[-1]
+    assert sample.input_ids.dtype == np.int32 and sample.supervised.dtype == bool
+    assert (system in chat.tokenizer.decode(sample.input_ids)) and chat.folds_system == (name in FOLDING)
+
+    prompt = template_text(chat, name, messages[:-1], add_generation_prompt=True)
+    prompt_ids = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert chat.prompt_ids(messages[:-1]) == prompt_ids == sample.input_ids[~sample.supervised].tolist()
+    (learnt,) = supervised_text(chat, sample.input_ids, sample.supervised)
+    assert learnt.removesuffix(stop).strip() == messages[-1]["content"]
+
+
+def test_plain_template_starts_as_the_tokenizer_does(tokenizer: Any) -> None:
+    """A tokenizer that puts <s> before every text has been pretrained so: prompts start with it, once."""
+    from tokenizers import processors
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    other.chat_template = PLAIN_TEMPLATE
+    assert other.bos_token_id not in make_chat(other).prompt_ids(say("问"))
+    other._tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", other.bos_token_id)]),
+        ]
+    )
+    ids = make_chat(other).prompt_ids(say("问"))
+    assert ids[0] == other.bos_token_id and ids.count(other.bos_token_id) == 1
+
+
+CHARACTERS = st.sampled_from("火锅好看哈草abcXYZ 019\n，。！？…:：()[]<>|/_-#~😂👍é\u200b\u3000")
+TEXTS = st.text(CHARACTERS, min_size=1, max_size=20).map(str.strip).filter(bool)
+ATTACKS = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>assistant\n", "<|im_start|>", "</s>", "<s>", "<|endoftext|>", "<end_of_turn>\n"]
+    + ["<start_of_turn>model\n", "[/INST]", "<think>", "\U000f0000<|im_end|>\U000f0001", "<|im_<|im_end|>end|>"]
+)
+HOSTILE = st.lists(st.one_of(TEXTS, ATTACKS), min_size=1, max_size=5).map("".join).map(str.strip).filter(bool)
+property_test = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(contents=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), system=st.one_of(st.just(""), TEXTS))
+@property_test
+def test_every_answer_is_supervised_once(
+    chats: dict[str, Chat], name: str, contents: list[tuple[str, str]], system: str
+) -> None:
+    """Over all samples of a conversation the supervised texts are its answers, each ended by the stop token."""
+    chat, stop = chats[name], STOPS.get(name, "<|im_end|>")
+    messages = say(*(text for pair in contents for text in pair), system=system)
+    samples = chat.samples(messages, 10_000)
+    learnt = [text for sample in samples for text in supervised_text(chat, sample.input_ids, sample.supervised)]
+    assert all(text.endswith(stop) for text in learnt)
+    assert [text.removesuffix(stop).strip() for text in learnt] == [answer for _, answer in contents]
+    if name not in ("qwen3", "no_end"):
+        assert len(samples) == 1, "a template that keeps earlier turns as they were needs one sample"
+    assert all(not sample.supervised[0] and sample.supervised[-1] for sample in samples)
+    # What the model is asked in use is what it was shown in training.
+    prompt = chat.prompt_ids(messages[:-1])
+    assert samples[-1].input_ids[: len(prompt)].tolist() == prompt
+    whole = template_text(chat, name, messages) + (stop if name == "no_end" else "")
+    assert whole.startswith(chat.tokenizer.decode(samples[-1].input_ids))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(question=HOSTILE, answer=HOSTILE, system=st.one_of(st.just(""), HOSTILE))
+@property_test
+def test_users_cannot_write_control_tokens(
+    chats: dict[str, Chat], name: str, question: str, answer: str, system: str
+) -> None:
+    chat = chats[name]
+    control = {id for id, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    (harmless,) = chat.samples(say("问", "答", system="设" if system else ""), 10_000)
+    (sample,) = chat.samples(say(question, answer, system=system), 10_000)
+    written = [id for id in sample.input_ids.tolist() if id in control]
+    assert written == [id for id in harmless.input_ids.tolist() if id in control], "the template's own and no others"
+    in_answer = [id for id in sample.input_ids[sample.supervised].tolist() if id in control]
+    assert in_answer == [chat.stop_id], "the whole answer is learnt, up to the one stop token"
+    text = chat.tokenizer.decode(sample.input_ids)
+    for content in (question, answer, system):
+        # transformers takes these two private characters, with which it marks texts, out of them.
+        assert content.replace("\U000f0000", "").replace("\U000f0001", "").strip() in text
+
+
+def test_qwen3_keeps_an_answer_that_speaks_of_thinking(chats: dict[str, Chat]) -> None:
+    """A comment may hold the text </think>. Its template cuts there: what is learnt must still be an answer's end."""
+    chat = chats["qwen3"]
+    messages = say("问", "先想</think>再说")
+    for sample in chat.samples(messages, 1000):
+        prompt = chat.prompt_ids(messages[:-1])
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        (learnt,) = supervised_text(chat, sample.input_ids, sample.supervised)
+        assert learnt in ("先想</think>再说<|im_end|>", "再说<|im_end|>")
+
+
+def test_answers_that_grow_together_with_the_prompt() -> None:
+    """Where the prompt's last letters and the answer's first ones are one token, no letter is lost or learnt twice."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Bot:))"] * 100, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'You:' + message['content'] + '\n' }}"
+        "{% else %}{{ 'Bot:' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}"
+    )
+    chat = make_chat(tokenizer)
+    (sample,) = chat.samples(say("hi", ")) haha"), 1000)
+    assert tokenizer.decode(sample.input_ids) == "You:hi\nBot:)) haha</s>"
+    assert supervised_text(chat, sample.input_ids, sample.supervised) == [")) haha</s>"]
+
+
+def test_a_template_that_writes_other_answers_is_refused(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
+    with pytest.raises(DataError, match="--chat_template"):
+        make_chat(other)
+
+
+def test_show_sample(chats: dict[str, Chat]) -> None:
+    (sample,) = chats["chatml"].samples(say("问一", "答一", "问二", "答二"), 1000)
+    assert show_sample(sample, chats["chatml"].tokenizer) == (
+        "<|im_start|>user\n问一<|im_end|>\n<|im_start|>assistant\n>>>答一<|im_end|><<<\n"
+        "<|im_start|>user\n问二<|im_end|>\n<|im_start|>assistant\n>>>答二<|im_end|><<<"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is too long
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(
+    n_desc=st.integers(0, 600),
+    letter=st.sampled_from("哈a😂"),
+    answer=TEXTS,
+    max_tokens=st.integers(16, 300),
+    system=st.one_of(st.just(""), TEXTS),
+)
+@property_test
+def test_long_prompts_are_shortened_and_answers_never(
+    chats: dict[str, Chat], name: str, n_desc: int, letter: str, answer: str, max_tokens: int, system: str
+) -> None:
+    chat, stop = chats[name], STOPS.get(name, "<|im_end|>")
+    question = comment_prompt("标题在前", letter * n_desc, "在末尾的评论")
+    samples = chat.samples(say(question, answer, system=system), max_tokens)
+    (whole,) = chat.samples(say(question, answer, system=system), 100_000)
+    if len(whole.input_ids) <= max_tokens:
+        assert samples[0].input_ids.tolist() == whole.input_ids.tolist()
+        return
+    # A bare question of the first and the last four letters is the shortest that is tried.
+    (bare,) = chat.samples(say(f"{question[:4]}…{question[-4:]}", answer, system=system), 100_000)
+    assert len(samples) == (len(bare.input_ids) <= max_tokens)
+    for sample in samples:
+        assert len(sample.input_ids) <= max_tokens
+        (learnt,) = supervised_text(chat, sample.input_ids, sample.supervised)
+        assert learnt.removesuffix(stop).strip() == answer and learnt.endswith(stop)
+        text = chat.tokenizer.decode(sample.input_ids)
+        assert question[:4] in text and "末尾的评论"[-4:] in text and (system in text)
+
+
+def test_shortening_wastes_little(chats: dict[str, Chat]) -> None:
+    """Room that is there is used: at least four fifths of it, whatever the letters cost."""
+    for letter in "哈a😂":
+        (sample,) = chats["chatml"].samples(say(comment_prompt("标题", letter * 3000, "评论"), "答"), 400)
+        assert 320 <= len(sample.input_ids) <= 400, letter
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations_lose_their_beginning(chats: dict[str, Chat], name: str) -> None:
+    chat, stop = chats[name], STOPS.get(name, "<|im_end|>")
+    exchanges = [text for n in range(10) for text in (f"第{n}问" + "哈" * 20, f"第{n}答")]
+    samples = chat.samples(say(*exchanges, system="设定"), 200)
+    learnt = [text for sample in samples for text in supervised_text(chat, sample.input_ids, sample.supervised)]
+    assert [text.removesuffix(stop).strip() for text in learnt] == exchanges[1::2]
+    assert all(len(sample.input_ids) <= 200 for sample in samples)
+    last = chat.tokenizer.decode(samples[-1].input_ids)
+    assert "设定" in last and "第9问" in last and "第8问" in last and "第0问" not in last

@@ -1,0 +1,179 @@
+"""utils/files.py: results appear whole or not at all, and damage is noticed.
+
+    python -m pytest tests/test_utils_files.py
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from utils.files import check_manifest, from_root, missing_model, replacing, sha256, shown, write_manifest
+
+KINDS = ("file", "folder", "symlink")
+
+
+def put(path: Path, kind: str, text: str) -> None:
+    """Makes a file, a folder with a file, or a symbolic link to a folder."""
+    if kind == "file":
+        path.write_text(text)
+    elif kind == "folder":
+        (path / "inner").mkdir(parents=True)
+        (path / "inner/file").write_text(text)
+    else:
+        target = path.parent / f"target-{text}"
+        target.mkdir(exist_ok=True)
+        (target / "file").write_text(text)
+        path.symlink_to(target.name)
+
+
+def content(path: Path) -> str | None:
+    """What `put` wrote there."""
+    if path.is_symlink():
+        return (path / "file").read_text()
+    if path.is_dir():
+        assert [str(file.relative_to(path)) for file in path.rglob("*")] == ["inner", "inner/file"]
+        return (path / "inner/file").read_text()
+    return path.read_text() if path.exists() else None
+
+
+def beside(path: Path) -> list[str]:
+    """What stands in the folder apart from the path and the links' targets."""
+    return [other.name for other in path.parent.iterdir() if other != path and not other.name.startswith("target-")]
+
+
+def test_from_root_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert from_root("data/x.json") == ROOT / "data/x.json"
+    assert from_root(tmp_path / "x") == tmp_path / "x"
+    assert from_root("~/x") == tmp_path / "home/x"
+    assert shown(ROOT / "data/x.json") == "data/x.json"
+    assert shown(tmp_path / "x") == str(tmp_path / "x")
+
+
+def test_missing_model_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "org/near").mkdir(parents=True)
+    assert "There are" not in missing_model(tmp_path, "org/name")
+    (tmp_path / "org/near/config.json").touch()
+    message = missing_model(tmp_path, "org/name")
+    assert str(tmp_path / "org/name") in message and "There are: org/near." in message
+    assert message.endswith("python download_pt.py --model org/name")
+
+
+# No script puts a folder where a file or a link was.
+@pytest.mark.parametrize(
+    ("old", "kind"), [(o, kind) for o in (None, *KINDS) for kind in KINDS if kind != "folder" or o in (None, kind)]
+)
+def test_replacing(tmp_path: Path, kind: str, old: str | None) -> None:
+    path = tmp_path / "deep/er/name.x"
+    if old:
+        path.parent.mkdir(parents=True)
+        put(path, old, "old")
+    with replacing(path) as temporary:
+        assert temporary.parent == path.parent and not temporary.exists()
+        put(temporary, kind, "new")
+        assert content(path) == ("old" if old else None), "nothing is seen before the end"
+    assert content(path) == "new" and path.is_symlink() == (kind == "symlink")
+    assert beside(path) == []
+
+
+@pytest.mark.parametrize("old", [None, *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_old(tmp_path: Path, kind: str, old: str | None, error: type[BaseException]) -> None:
+    path = tmp_path / "name"
+    if old:
+        put(path, old, "old")
+    with pytest.raises(error), replacing(path) as temporary:
+        put(temporary, kind, "half")
+        raise error
+    assert content(path) == ("old" if old else None)
+    assert beside(path) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_writes_nothing_leaves_the_old(tmp_path: Path, kind: str) -> None:
+    put(tmp_path / "name", kind, "old")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "name"):
+        pass
+    assert content(tmp_path / "name") == "old"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_leaves_the_old_and_is_cleaned_up(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "name"
+    put(path, kind, "old")
+    program = (
+        "import sys, os, signal; from pathlib import Path; from utils.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.mkdir(); (temporary / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    assert content(path) == "old" and len(beside(path)) == 1
+    with replacing(path) as temporary:
+        put(temporary, kind, "new")
+    assert content(path) == "new" and beside(path) == []
+
+
+def test_a_kill_between_the_two_moves_of_a_folder_is_cleaned_up(tmp_path: Path) -> None:
+    """Killed when the old folder was aside and the new one not yet in its place."""
+    path = tmp_path / "name"
+    put(tmp_path / ".name.old", "folder", "old")
+    put(tmp_path / ".name.partial", "folder", "new")
+    with replacing(path) as temporary:
+        put(temporary, "folder", "newer")
+    assert content(path) == "newer" and beside(path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "1-last"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "adapter/weights").write_bytes(b"\x00" * 1000)
+    (folder / "empty").touch()
+    write_manifest(folder)
+    return folder
+
+
+def test_sha256(checkpoint: Path) -> None:
+    assert sha256(checkpoint / "adapter/weights") == hashlib.sha256(bytes(1000)).hexdigest()
+
+
+def test_manifest_of_a_whole_folder(checkpoint: Path) -> None:
+    hashes = json.loads((checkpoint / "manifest.json").read_text())
+    assert sorted(hashes) == ["adapter/weights", "empty", "run.json"]
+    check_manifest(checkpoint)
+    write_manifest(checkpoint)
+    check_manifest(checkpoint)
+    link = checkpoint.with_name("link")
+    link.symlink_to(checkpoint.name)
+    check_manifest(link)
+
+
+def test_manifest_notices_damage(checkpoint: Path) -> None:
+    weights = checkpoint / "adapter/weights"
+    weights.write_bytes(bytes(999) + b"\x01")
+    with pytest.raises(SystemExit, match="adapter/weights is damaged"):
+        check_manifest(checkpoint)
+    weights.write_bytes(bytes(999))
+    with pytest.raises(SystemExit, match="adapter/weights is damaged"):
+        check_manifest(checkpoint)
+    weights.unlink()
+    with pytest.raises(SystemExit, match="adapter/weights is missing"):
+        check_manifest(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="no manifest.json"):
+        check_manifest(checkpoint)

@@ -1,0 +1,162 @@
+"""utils/track.py: every measurement once, whatever was killed in between, and a picture of them.
+
+    python -m pytest tests/test_utils_track.py
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from utils.engine import argument_problems
+from utils.track import Tracker, plot_loss, read_lines
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    """A file's lines, read the plain way."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines_are_there_as_soon_as_they_are_logged(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker.log(1, {"train/loss": 2.5, "train/lr": 1e-4})
+    tracker.log_samples(1, [{"id": "a", "reply": "好看\u2028！\n"}, {"id": "b", "reply": "😂"}])
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.5, "train/lr": 1e-4}]
+    assert read_lines(tmp_path / "samples.jsonl") == [
+        {"step": 1, "id": "a", "reply": "好看\u2028！\n"},
+        {"step": 1, "id": "b", "reply": "😂"},
+    ]
+    assert "好看" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8"), "readable as it stands"
+    tracker.close()
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_resumed_run_goes_on_after_its_step(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0, "none", {})
+    for step in range(1, 6):
+        tracker.log(step, {"train/loss": float(step)})
+        tracker.log_samples(step, [{"reply": str(step)}])
+    # Killed at step 5; the checkpoint is of step 3.
+    again = Tracker(tmp_path, 3, "none", {})
+    again.log(4, {"train/loss": 40.0})
+    again.log_samples(4, [{"reply": "40"}])
+    again.close()
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)
+    ]  # fmt: skip
+    assert [line["reply"] for line in lines(tmp_path / "samples.jsonl")] == ["1", "2", "3", "40"]
+    tracker.close()
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    """Torn at any byte, inside of a letter as well."""
+    whole = '{"step": 1, "reply": "好"}\n'.encode()
+    torn = '{"step": 2, "reply": "好看"}\n'.encode()
+    path = tmp_path / "samples.jsonl"
+    for cut in range(1, len(torn)):
+        path.write_bytes(whole + torn[:cut])
+        assert read_lines(path) == [{"step": 1, "reply": "好"}], cut
+        tracker = Tracker(tmp_path, 1, "none", {})
+        tracker.log_samples(2, [{"reply": "新"}])
+        assert lines(path) == [{"step": 1, "reply": "好"}, {"step": 2, "reply": "新"}]
+        for file in tracker._files:
+            file.close()
+
+
+def test_no_file_no_lines(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+# The colours of the picture's lines, 0 to 1.
+BLUE, ORANGE = (0.122, 0.467, 0.706), (1.0, 0.498, 0.055)
+
+
+def columns_of(picture: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+    """The picture's columns in which a colour stands; the legend has few of them."""
+    found = (np.abs(picture[:, :, :3] - np.array(colour)) < 0.02).all(-1)
+    return np.flatnonzero(found.any(0))
+
+
+def test_the_picture_shows_both_losses(tmp_path: Path) -> None:
+    import matplotlib.image
+
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss": 4 - 0.02 * step + 0.1 * (step % 3)} for step in range(1, 101)]
+    rows += [{"step": step, "eval/loss": 4.2 - 0.015 * step} for step in range(0, 101, 20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_loss(tmp_path)
+    picture = matplotlib.image.imread(tmp_path / "loss.png")
+    assert picture.shape[:2] == (480, 840)
+    for colour in (BLUE, ORANGE):
+        assert len(columns_of(picture, colour)) > 0.7 * 840, "from the first step to the last"
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:100]))
+    plot_loss(tmp_path)
+    picture = matplotlib.image.imread(tmp_path / "loss.png")
+    assert len(columns_of(picture, BLUE)) and not len(columns_of(picture, ORANGE))
+
+
+def test_a_run_without_a_step_has_a_picture_too(tmp_path: Path) -> None:
+    Tracker(tmp_path, 0, "none", {}).close()
+    assert (tmp_path / "loss.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Services
+
+
+@pytest.mark.parametrize("service", ["tensorboard", "swanlab", "wandb"])
+def test_a_missing_service_is_named(ft: ModuleType, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setattr("utils.engine.find_spec", lambda name: None)
+    (problem,) = argument_problems(ft.build_parser().parse_args(["--track", service]))
+    assert f"--track {service}" in problem and f"pip install {service}" in problem
+    assert argument_problems(ft.build_parser().parse_args([])) == []
+
+
+def test_a_service_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through accelerate's interface, whose services take no Paths and no None in their settings."""
+    from accelerate import tracking
+
+    seen: list[tuple[object, ...]] = []
+
+    class Service:
+        def __init__(self, name: str) -> None:
+            seen.append(("name", name))
+
+        def start(self) -> None:
+            seen.append(("start",))
+
+        def store_init_configuration(self, values: dict[str, object]) -> None:
+            assert all(isinstance(value, int | float | str | bool) for value in values.values())
+            seen.append(("settings", values["lora_r"]))
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            seen.append(("log", step, values))
+
+        def finish(self) -> None:
+            seen.append(("finish",))
+
+    monkeypatch.setattr(tracking, "is_wandb_available", lambda: True)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Service)
+    tracker = Tracker(tmp_path, 0, "wandb", {"lora_r": 16, "lr": None, "data_dir": tmp_path})
+    tracker.log(1, {"train/loss": 2.0})
+    tracker.close()
+    assert [entry[0] for entry in seen] == ["name", "start", "settings", "log", "finish"]
+    assert seen[0] == ("name", tmp_path.name) and seen[3] == ("log", 1, {"train/loss": 2.0})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path / "run", 0, "tensorboard", {"lora_r": 16, "lr": None, "data_dir": tmp_path})
+    for step in (1, 2):
+        tracker.log(step, {"train/loss": 1 / step})
+    tracker.close()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.*") if "train/loss" not in path.parts}
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
