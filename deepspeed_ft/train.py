@@ -225,8 +225,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     run, previous = open_run(folder, args, record)
     progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
     tracker = Tracker(run.dir, progress["step"], args.track, record["settings"]) if rank == 0 else None
+    needs = report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, stage)
     if rank == 0:
-        print(report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, stage))
+        print(needs)
 
     # Model and engine. While the configuration object lives, transformers shards weights as it reads them.
     sharding = HfDeepSpeedConfig(ds_config) if stage == 3 and not quant_bits(args) else None

@@ -1,6 +1,6 @@
 """utils/data.py: what a model is shown is what the template says, whoever wrote the text, and only answers are learnt.
 
-    python -m pytest tests/test_utils_data.py
+python -m pytest tests/test_utils_data.py
 """
 
 import copy
@@ -448,19 +448,14 @@ def test_users_cannot_write_control_tokens(
         assert content.replace("\U000f0000", "").replace("\U000f0001", "").strip() in text
 
 
-def test_qwen3_keeps_an_answer_that_speaks_of_thinking(chats: dict[str, Chat]) -> None:
-    """A comment may hold the text </think>. Its template cuts there: what is learnt must still be an answer's end."""
-    chat = chats["qwen3"]
-    messages = say("问", "先想</think>再说")
-    for sample in chat.samples(messages, 1000):
-        prompt = chat.prompt_ids(messages[:-1])
-        assert sample.input_ids[: len(prompt)].tolist() == prompt
-        (learnt,) = supervised_text(chat, sample.input_ids, sample.supervised)
-        assert learnt in ("先想</think>再说<|im_end|>", "再说<|im_end|>")
+def test_an_answer_that_the_template_rewrites_is_dropped(chats: dict[str, Chat]) -> None:
+    """A comment may hold the text </think>, at which this template cuts."""
+    with pytest.raises(UnusableRecord, match="changes"):
+        chats["qwen3"].samples(say("问", "先想</think>再说"), 1000)
 
 
 def test_answers_that_grow_together_with_the_prompt() -> None:
-    """Where the prompt's last letters and the answer's first ones are one token, no letter is lost or learnt twice."""
+    """Where the prompt's last letters and the answer's first ones are one token, the prompt in use would be another."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -479,9 +474,10 @@ def test_answers_that_grow_together_with_the_prompt() -> None:
         "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}"
     )
     chat = make_chat(tokenizer)
-    (sample,) = chat.samples(say("hi", ")) haha"), 1000)
-    assert tokenizer.decode(sample.input_ids) == "You:hi\nBot:)) haha</s>"
-    assert supervised_text(chat, sample.input_ids, sample.supervised) == [")) haha</s>"]
+    with pytest.raises(UnusableRecord, match="changes"):
+        chat.samples(say("hi", ")) haha"), 1000)
+    (sample,) = chat.samples(say("hi", "haha"), 1000)
+    assert supervised_text(chat, sample.input_ids, sample.supervised) == ["haha</s>"]
 
 
 def test_a_template_that_writes_other_answers_is_refused(tokenizer: Any) -> None:

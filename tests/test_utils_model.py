@@ -1,6 +1,6 @@
 """utils/model.py: what is estimated and counted, against models that are really built.
 
-    python -m pytest tests/test_utils_model.py
+python -m pytest tests/test_utils_model.py
 """
 
 import argparse
@@ -95,8 +95,14 @@ def test_attention_windows(kind: str, changes: dict[str, Any], windows: dict[str
 @pytest.fixture
 def needs_args() -> Callable[..., argparse.Namespace]:
     def build(**changes: Any) -> argparse.Namespace:
-        values = {"tuner": "lora", "lora_r": 8, "pack_tokens": 512, "gradient_checkpointing": False, **changes}
-        return argparse.Namespace(**values)
+        values = {
+            "tuner": "lora",
+            "lora_r": 8,
+            "pack_tokens": 512,
+            "gradient_checkpointing": False,
+            "trust_remote_code": False,
+        }
+        return argparse.Namespace(**(values | changes))
 
     return build
 

@@ -3,6 +3,7 @@
 Shapes: L tokens in a sample.
 """
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -82,18 +83,25 @@ def read_records(path: Path) -> Iterator[Any]:
         elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8-sig") as lines:
                 yield from (json.loads(line) for line in lines if line.strip())
-        elif path.suffix in (".csv", ".parquet"):
+        elif path.suffix == ".csv":
+            # Not through pandas: cells stay the texts they are, 666 is an answer, and so is NA.
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file)
+                if not rows.fieldnames:
+                    raise DataError(f"{shown(path)}: expected the columns' names in the first row, got nothing.")
+                for row in rows:
+                    if None in row or None in row.values():
+                        raise DataError(f"{shown(path)}: a row with another number of cells than the first: {row}")
+                    yield row
+        elif path.suffix == ".parquet":
             from datasets import load_dataset
 
-            # Cells stay the texts they are: 666 is an answer, and so is NA.
-            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} if path.suffix == ".csv" else {}
-            try:
-                yield from load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True, **options)
-            except Exception as error:  # Whatever a broken file makes pandas and pyarrow raise.
-                raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
+            yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         else:
             raise DataError(f"{shown(path)}: expected a .json, .jsonl, .csv or .parquet file.")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, csv.Error, OSError) as error:  # json's, a wrong encoding, and what datasets and pyarrow raise.
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
 
 
@@ -123,9 +131,9 @@ def to_messages(record: Any) -> list[Message]:
         turns = [(role, turn[role]) for turn in record for role in ("human", "assistant")]
     elif not isinstance(record, dict):
         raise DataError(f"got a {type(record).__name__}, expected {FORMATS}.")
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         turns = _named_turns(record["conversations"], "from", "value")
-    elif "messages" in record:
+    elif record.get("messages") is not None:
         turns = _named_turns(record["messages"], "role", "content")
     elif "instruction" in record and "output" in record:
         question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
