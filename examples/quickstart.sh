@@ -12,7 +12,7 @@ OUTPUT=deepspeed_ft/output/quickstart
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/5  Preparing the example comments"
-python prepare_data.py --data_dir examples/data --output_dir "$DATA" --total 160 --test_size 16
+python prepare_data.py --data_dir examples/data --output_dir "$DATA" --total 140 --test_size 14
 
 step "2/5  Fetching the model"
 if [ -n "${MODEL:-}" ]; then
@@ -31,7 +31,7 @@ else
     arguments=(--epochs 1)
 fi
 MODEL="$MODEL" DATA_DIR="$DATA" bash deepspeed_ft/run.sh --output_dir "$OUTPUT" --overwrite --batch_size 2 --grad_accum 4 \
-    --max_tokens 512 --lr 1e-3 --eval_steps 10 --save_steps 10 --max_new_tokens 32 "${arguments[@]}" "$@"
+    --max_tokens 512 --pack_tokens 1024 --lr 1e-3 --eval_steps 10 --eval_samples 12 --save_steps 10 --max_new_tokens 32 "${arguments[@]}" "$@"
 
 step "4/5  Converting"
 python convert_model.py --zero_model "$OUTPUT/DS-$MODEL$KIND" --org_model "model/$MODEL" --save_model quickstart --t 1

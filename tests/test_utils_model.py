@@ -98,6 +98,7 @@ def needs_args() -> Callable[..., argparse.Namespace]:
         values = {
             "tuner": "lora",
             "lora_r": 8,
+            "lora_dropout": 0.0,
             "pack_tokens": 512,
             "gradient_checkpointing": False,
             "trust_remote_code": False,

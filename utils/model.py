@@ -117,7 +117,7 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
 
     Args:
         path: The model's folder.
-        args: `tuner`, `lora_r`, `pack_tokens` and `gradient_checkpointing` of the run.
+        args: Of the run.
         quant_bits: 4 or None.
         precision: "bf16", "fp16" or "fp32".
 
@@ -139,7 +139,9 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     # AdamW: two fp32 moments, and in 16-bit training fp32 master weights and fp32 gradients beside the 16-bit ones.
     training = trainable * (12 if width == 4 else 18)
     text = config.get_text_config()
-    layer_floats = sum(m.in_features + m.out_features for m in linear) // text.num_hidden_layers
+    # What a layer keeps for the backward pass is about what goes in and out of its linear parts; dropout keeps copies.
+    dropped = args.tuner == "lora" and args.lora_dropout > 0
+    layer_floats = sum(m.in_features * (1 + dropped) + m.out_features for m in linear) // text.num_hidden_layers
     kept_floats = (
         text.hidden_size * text.num_hidden_layers + layer_floats
         if args.gradient_checkpointing

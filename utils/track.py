@@ -85,10 +85,10 @@ def plot_loss(folder: Path) -> None:
     held_out = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
     if train:
         axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training, each step")
-        mean, smooth = train[0][1], []
+        mean, weight, smooth = 0.0, 0.0, []
         for step, loss in train:
-            mean = 0.9 * mean + 0.1 * loss
-            smooth.append((step, mean))
+            mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+            smooth.append((step, mean / weight))
         axes.plot(*zip(*smooth, strict=True), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
