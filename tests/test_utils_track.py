@@ -157,6 +157,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     for step in (1, 2):
         tracker.log(step, {"train/loss": 1 / step})
     tracker.close()
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out.*") if "train/loss" not in path.parts}
+    # Settings go to a folder below.
+    folder = min((path.parent for path in tmp_path.rglob("events.out.*")), key=lambda path: len(path.parts))
     events = EventAccumulator(str(folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]

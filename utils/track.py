@@ -93,7 +93,8 @@ def plot_loss(folder: Path) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
-    axes.legend()
+    if train or held_out:
+        axes.legend()
     axes.grid(alpha=0.3)
     with replacing(folder / "loss.png") as temporary:
         figure.savefig(temporary, format="png")
