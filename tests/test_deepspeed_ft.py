@@ -267,6 +267,14 @@ def test_best_is_the_lowest_held_out_loss(ft: ModuleType, train_args: Build, tmp
     assert len(list(folder.glob(".1.*"))) == 2  # What no tag points to is deleted.
 
 
+def test_output_folder_behind_a_link(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    run(ft, train_args(output_dir=tmp_path / "link/../link"))
+    for tag in ("1", "1-last"):
+        assert (tmp_path / "disk/DS-tiny/qwen2" / tag / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"zero_stage": 0}], ids=str)
 def test_a_checkpoint_holds_no_frozen_weights(ft: ModuleType, train_args: Build, tmp_path: Path, flags: Any) -> None:
     run(ft, train_args(**flags))

@@ -181,8 +181,11 @@ def save_checkpoint(
         write_manifest(folder)
         for tag in (run.last, run.best) if is_best else (run.last,):
             _point(tag, folder)
-        for old in set(run.dir.glob(f".{run.ckpt_id}.*")) - {run.last.resolve(), run.best.resolve()}:
-            shutil.rmtree(old)
+        # By name: the output folder may be given with links or .. in its path.
+        kept = {run.last.resolve().name, run.best.resolve().name}
+        for old in run.dir.glob(f".{run.ckpt_id}.*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
     deepspeed.comm.barrier()
 
 
