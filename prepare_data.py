@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -418,10 +419,11 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
             FROM (SELECT *, {anonymized("coalesce(content, '')", anonymize)} text FROM raw_comments
                   WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}));
         CREATE TABLE videos AS
-            SELECT id, {head} head,
+            SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
                 left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,
                 row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position
-            FROM raw_videos WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})
+            FROM (SELECT id, {head} head FROM raw_videos
+                  WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")}))
             ORDER BY position;
         CREATE TABLE verdicts AS
             SELECT c.id, v.position, CASE
@@ -443,7 +445,7 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
         CREATE TABLE kept AS
             SELECT place, position, v.test, c.id, c.video,
                 to_json(c.text)::VARCHAR answer, to_json({parent})::VARCHAR parent,
-                length(c.text) comment_chars, length(v.head) + coalesce(length({parent}), 0) prompt_chars,
+                length(c.text) comment_chars, v.head_chars + coalesce(length({parent}), 0) prompt_chars,
                 regexp_full_match(c.text, {sql_text(EMOTICONS)}) emoticons_only
             FROM places JOIN comments c USING (id) JOIN videos v ON v.id = c.video
                 LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0
@@ -467,34 +469,43 @@ def rows_in(con: "DuckDBPyConnection", table: str) -> int:
 def write_splits(con: "DuckDBPyConnection", output_dir: Path, bucket: int = 100_000) -> None:
     """Writes the kept comments into data_train.json and data_test.json: JSON arrays, a record a line.
 
-    The texts are joined a bucket of places at a time: sorting all records at once, with their titles and descriptions
-    repeated, takes twice the time and far more memory. Both tables are in the order of the output, so that a bucket
-    touches its own part of them only, which matters when they have been moved out to disk.
+    The texts are joined a bucket of places at a time, since all records at once, with their titles and descriptions
+    repeated, take far more memory. Both tables are in the order of the output, so that a bucket touches its own part of
+    them only, which matters when they have been moved out to disk. One bucket is written while the next is joined.
     """
     system = json.dumps({"from": "system", "value": SYSTEM_PROMPT}, ensure_ascii=False)
     # [2:-2] takes off the quotation marks of a JSON string. Bytes spare Python the decoding and encoding.
     query = f"""
-        SELECT test, encode('{{"id": "' || CASE WHEN id < 0 THEN 'lost' || -id ELSE id::VARCHAR END
+        SELECT place, test, encode('{{"id": "' || CASE WHEN id < 0 THEN 'lost' || -id ELSE id::VARCHAR END
             || '", "video_id": "' || video || '", "conversations": [' || {sql_text(system)}
-            || ', {{"from": "user", "value": "' || (to_json(head)::VARCHAR)[2:-2] || coalesce(parent[2:-2], '')
+            || ', {{"from": "user", "value": "' || head[2:-2] || coalesce(parent[2:-2], '')
             || '"}}, {{"from": "assistant", "value": ' || answer || '}}]}}') line
         FROM (SELECT * FROM kept WHERE place > $1 AND place <= $2) JOIN
-            (SELECT position, head FROM videos WHERE position BETWEEN $3 AND $4) USING (position)
-        ORDER BY place"""
+            (SELECT position, head FROM videos WHERE position BETWEEN $3 AND $4) USING (position)"""
     last = con.execute("SELECT max(place) FROM kept").fetchone()[0]
     with ExitStack() as stack:
         paths = [stack.enter_context(replacing(output_dir / f"data_{split}.json")) for split in ("train", "test")]
         files = [stack.enter_context(path.open("wb")) for path in paths]
+        writer = stack.enter_context(ThreadPoolExecutor(1))
         separators = [b"[\n", b"[\n"]
+
+        def write(rows: dict[str, Any]) -> None:
+            order = rows["place"].argsort()  # sorting numbers here is cheaper than sorting texts in the query
+            test, lines = rows["test"][order], rows["line"][order]
+            for split, file in enumerate(files):
+                if chosen := lines[test == split].tolist():
+                    file.write(separators[split])
+                    file.write(b",\n".join(chosen))
+                    separators[split] = b",\n"
+
+        written = writer.submit(lambda: None)
         for start in range(0, last, bucket):
             places = [start, start + bucket]
             videos = con.execute("SELECT min(position), max(position) FROM kept WHERE place > ? AND place <= ?", places)
             rows = con.execute(query, places + list(videos.fetchone())).fetchnumpy()
-            for test in (False, True):
-                if lines := rows["line"][rows["test"] == test].tolist():
-                    files[test].write(separators[test])
-                    files[test].write(b",\n".join(lines))
-                    separators[test] = b",\n"
+            written.result()  # no more than one bucket waits in memory, and a full disk is told of at once
+            written = writer.submit(write, rows)
+        written.result()
         for file, separator in zip(files, separators, strict=True):
             file.write(b"[\n]\n" if separator == b"[\n" else b"\n]\n")
 
