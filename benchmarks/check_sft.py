@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import find_split, load_samples, make_chat
+from utils.data import find_split, make_chat
 from utils.files import from_root
+from utils.samples import load_samples
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,15 +75,15 @@ def main(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, set_seed
 
     from utils.model import load_tokenizer
-    from utils.packing import windows
+    from utils.packing import draw_windows
 
     set_seed(settings["seed"])
     chat = make_chat(load_tokenizer(from_root(args.model), record["chat_template"]))
     train_set, test_set = (
-        load_samples(find_split(from_root(args.data_dir), split), chat, settings["max_tokens"]).samples
+        load_samples(find_split(from_root(args.data_dir), split), chat, settings["max_tokens"], run / "cache").samples
         for split in ("train", "test")
     )
-    test_set = test_set[: more["eval_samples"]] if more["eval_samples"] >= 0 else test_set
+    test_set = [*test_set][: more["eval_samples"] if more["eval_samples"] >= 0 else None]
     model = AutoModelForCausalLM.from_pretrained(from_root(args.model), dtype=torch.float32)
     lora = LoraConfig(
         r=settings["lora_r"], lora_alpha=settings["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
@@ -91,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings["lr"], weight_decay=settings["weight_decay"])
     batch_size = settings["batch_size"]
-    plan = windows(len(train_set), batch_size * settings["grad_accum"], more["epochs"], settings["seed"])
+    window_samples, group_size = batch_size * settings["grad_accum"], settings["group_size"]
+    plan = draw_windows(train_set.group, window_samples, group_size, more["epochs"], settings["seed"])
     total = len(plan) if more["max_steps"] < 0 else min(more["max_steps"], len(plan))
     expected = {line["step"]: line for line in metrics}
     rows, seconds = [], 0.0

@@ -20,8 +20,8 @@ import math
 import os
 import sys
 import time
-import zlib
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, Sample, find_split, load_samples, make_chat, show_sample
+from utils.data import DataError, Sample, find_split, make_chat, show_sample
 from utils.engine import (
     add_run_arguments,
     argument_problems,
@@ -44,6 +44,7 @@ from utils.engine import (
     start_ranks,
 )
 from utils.files import from_root, missing_model, replacing, sha256, shown
+from utils.samples import Samples, load_samples
 
 SHOWN_REPLIES = 4
 
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
+def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[Samples, Samples, dict[str, Any]]:
     """Loads the training and the held-out samples.
 
     Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash.
@@ -93,18 +94,20 @@ def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[list[Sam
     Returns:
         Training samples, held-out samples, and what run.json says of the data.
     """
+    cache = from_root(args.output_dir) / "cache"
     train_file, test_file = (find_split(from_root(args.data_dir), split) for split in ("train", "test"))
     try:
-        train, counts, system_prompt = load_samples(train_file, chat, args.max_tokens, "reading" if show else "")
+        train, counts, system_prompt = load_samples(train_file, chat, args.max_tokens, cache, "reading" if show else "")
         if test_file:
-            test = load_samples(test_file, chat, args.max_tokens).samples
+            test = load_samples(test_file, chat, args.max_tokens, cache).samples
         else:
-            test = [sample for sample in train if _held_out(sample)]
-            train = [sample for sample in train if not _held_out(sample)] or test
+            held_out = train.group % 20 == 0
+            test = train.select(held_out.nonzero()[0])
+            train = train if held_out.all() else train.select((~held_out).nonzero()[0])
     except DataError as error:
         fail(str(error))
     if show:
-        lengths = sorted(len(sample.input_ids) for sample in train)
+        lengths = sorted(train.lengths)
         print(f"{shown(train_file)}: {', '.join(f'{n} {what}' for what, n in counts.items())}; held out: {len(test)}.")
         print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
         print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
@@ -121,10 +124,6 @@ def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[list[Sam
     )
 
 
-def _held_out(sample: Sample) -> bool:
-    return zlib.crc32(sample.group.encode()) % 20 == 0
-
-
 def build_model(args: argparse.Namespace, path: Path, precision: str, device: str) -> Any:
     """Loads the base model and makes trainable what is to be trained."""
     from utils.model import DTYPES, add_lora, load_model
@@ -137,24 +136,23 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
     return model
 
 
-def evaluate(engine: Any, samples: list[Sample], args: argparse.Namespace, attention: dict[str, int | None]) -> float:
-    """Mean loss of the supervised tokens of held-out samples, over all ranks, in nats."""
+def evaluate(engine: Any, samples: Samples, plan: Any, attention: dict[str, int | None] | None) -> float:
+    """Mean loss of the supervised tokens of held-out samples, over all ranks, in nats; `plan` is one window of them."""
     import deepspeed
     import torch
 
-    from utils.packing import model_inputs, n_targets, rank_packs
+    from utils.packing import model_inputs, rank_packs
     from utils.tensors import all_reduced
 
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     engine.eval()
     loss_sum = 0.0
     with torch.no_grad():
-        for pack in rank_packs(samples, args.pack_tokens, rank, world_size):
+        for pack in rank_packs(samples, plan, 0, deepspeed.comm.get_rank()):
             pack = pack.to(engine.device)
             logits = engine(**model_inputs(pack, attention)).logits[0]
             loss_sum += sft_loss(logits, pack.target_ids, pack.target_weight).item()
     engine.train()
-    return all_reduced(loss_sum) / sum(n_targets(sample) for sample in samples)
+    return all_reduced(loss_sum) / int(samples.targets.sum())
 
 
 def show_replies(
@@ -177,14 +175,15 @@ def show_replies(
     ]
 
 
-def look(engine: Any, chat: Any, samples: list[Sample], args: argparse.Namespace, attention: dict[str, int | None],
-         tracker: Any, step: int) -> dict[str, float]:  # fmt: skip
+def look(
+    engine: Any, chat: Any, samples: Samples, plan: Any, attention: Any, max_new_tokens: int, tracker: Any, step: int
+) -> dict[str, float]:
     """Measures the held-out loss and shows a few replies, because that is how over-fitting is noticed."""
     if not samples:
         return {}
-    loss = evaluate(engine, samples, args, attention)
+    loss = evaluate(engine, samples, plan, attention)
     engine.eval()
-    rows = show_replies(engine.module, chat, samples[:SHOWN_REPLIES], args.max_new_tokens)
+    rows = show_replies(engine.module, chat, list(islice(samples, SHOWN_REPLIES)), max_new_tokens)
     engine.train()
     if tracker:
         tracker.log_samples(step, rows)
@@ -197,12 +196,13 @@ def look(engine: Any, chat: Any, samples: list[Sample], args: argparse.Namespace
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and sample replies in the run's folder."""
     rank, world_size = start_ranks(args.seed)
+    import numpy as np
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
     from utils.model import attention_windows, count_parameters, load_tokenizer, needed_bytes, report_needs
-    from utils.packing import model_inputs, n_targets, rank_packs, windows
+    from utils.packing import draw_windows, make_plan, model_inputs, rank_packs, usable_masks
     from utils.tensors import all_reduced
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
@@ -211,11 +211,12 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     template = from_root(args.chat_template).read_text(encoding="utf-8") if args.chat_template else ""
     chat = make_chat(load_tokenizer(model_path, template, args.trust_remote_code))
     train_set, test_set, data_facts = load_data(args, chat, show=rank == 0)
-    eval_set = test_set[: args.eval_samples] if args.eval_samples >= 0 else test_set
+    eval_set = test_set.select(range(len(test_set))[: args.eval_samples]) if args.eval_samples >= 0 else test_set
 
     # Settings; what was not given depends on the device and the kind of training.
     precision, device = choose_precision(args.precision), get_accelerator().current_device_name()
     args.lr = args.lr or (2e-5 if args.tuner == "full" else 2e-4)
+    args.group_size = args.group_size or (8 if args.share_prefix else 1)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
     ds_config = make_ds_config(args, Path(__file__).with_name("ds_config.json"), precision)
@@ -232,51 +233,60 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     # Model and engine. While the configuration object lives, transformers shards weights as it reads them.
     sharding = HfDeepSpeedConfig(ds_config) if stage == 3 and not quant_bits(args) else None
     model = build_model(args, model_path, precision, device)
-    attention = attention_windows(model.config)
     window_samples = args.batch_size * args.grad_accum * world_size
-    plan = windows(len(train_set), window_samples, args.epochs, args.seed)
-    total_steps = len(plan) if args.max_steps < 0 else min(args.max_steps, len(plan))
+    windows = draw_windows(train_set.group, window_samples, args.group_size, args.epochs, args.seed)
+    total_steps = len(windows) if args.max_steps < 0 else min(args.max_steps, len(windows))
     engine = make_engine(model, args, ds_config, total_steps)
     torch.manual_seed(args.seed + rank)  # Until here all ranks drew the same numbers; dropout is each rank's own.
+    attention, why_not = usable_masks(engine, attention_windows(model.config), args.max_tokens, precision)
+    layout = (args.pack_tokens if attention else 0, world_size, args.share_prefix and attention is not None)
+    cache = from_root(args.output_dir) / "cache"
+    plan = make_plan(train_set, windows[:total_steps], *layout, cache)
+    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], *layout, cache) if eval_set else None
     if rank == 0:
         trainable, total = count_parameters(model)
+        tokens = plan.count(train_set, range(total_steps))
         print(
             f"{len(train_set)} samples x {args.epochs} epochs = {total_steps} steps of batch_size {args.batch_size} x "
             f"grad_accum {args.grad_accum} x {world_size} rank(s) = {window_samples} samples. {precision}, ZeRO stage "
-            f"{stage}; {trainable:,} of {total:,} weights are trained ({trainable / total:.2%})."
+            f"{stage}; {trainable:,} of {total:,} weights are trained ({trainable / total:.2%}).\n{why_not}"
+            f"{tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; {tokens['executed']:,} are "
+            f"computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
         )
+    look_now = partial(look, engine, chat, eval_set, eval_plan, attention, args.max_new_tokens, tracker)
     if previous:
         load_checkpoint(engine, run)
     else:
-        metrics = look(engine, chat, eval_set, args, attention, tracker, 0)
+        metrics = look_now(0)
         if tracker and metrics:
             tracker.log(0, metrics)
 
     steps = range(progress["step"] + 1, total_steps + 1)
     for step in tqdm(steps, "training", initial=steps.start - 1, total=total_steps, unit="step", disable=rank != 0):
-        batch = [train_set[number] for number in plan[step - 1]]
-        n_supervised = sum(n_targets(sample) for sample in batch)
+        tokens = plan.count(train_set, range(step - 1, step))
         metrics = {"train/lr": engine.get_lr()[0]}
         started = time.perf_counter()
         loss_sum = 0.0
-        for pack in rank_packs(batch, args.pack_tokens, rank, world_size):
+        for pack in rank_packs(train_set, plan, step - 1, rank):
             pack = pack.to(engine.device)
             logits = engine(**model_inputs(pack, attention)).logits[0]
             loss = sft_loss(logits, pack.target_ids, pack.target_weight)
             # DeepSpeed averages gradients over the ranks: times world_size makes it their sum.
-            engine.backward(loss * world_size / n_supervised, scale_wrt_gas=False)
+            engine.backward(loss * world_size / tokens["supervised"], scale_wrt_gas=False)
             loss_sum += loss.item()
         engine.step()
 
-        metrics["train/loss"] = all_reduced(loss_sum) / n_supervised
+        metrics["train/loss"] = all_reduced(loss_sum) / tokens["supervised"]
         if (norm := engine.get_global_grad_norm()) is not None:  # Not measured at ZeRO stage 0 without clipping.
             metrics["train/grad_norm"] = float(norm)
-        metrics["train/tokens_per_sec"] = sum(len(s.input_ids) for s in batch) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        metrics["train/tokens_per_sec"] = tokens["logical"] / seconds
+        metrics["train/executed_tokens_per_sec"] = tokens["executed"] / seconds
         if not math.isfinite(metrics["train/loss"]):
             fail(f"The loss is {metrics['train/loss']} at step {step}. Try a smaller --lr or another --precision.")
         at_stop = step == total_steps or step % args.eval_steps == 0
         if at_stop:
-            metrics |= look(engine, chat, eval_set, args, attention, tracker, step)
+            metrics |= look_now(step)
         if tracker:
             tracker.log(step, metrics)
         held_out, best = metrics.get("eval/loss"), progress["best_eval_loss"]
@@ -284,7 +294,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         progress |= {"step": step} | ({"best_step": step, "best_eval_loss": held_out} if is_best else {})
         if is_best or step == total_steps or step % args.save_steps == 0:
             engine.eval()
-            probe = record_probe(engine, [probe_prompt(sample) for sample in (eval_set or train_set)[:PROBE_PROMPTS]])
+            probe = record_probe(engine, [probe_prompt(s) for s in islice(eval_set or train_set, PROBE_PROMPTS)])
             engine.train()
             save_checkpoint(engine, run, step, record | {"progress": progress}, probe, is_best)
 

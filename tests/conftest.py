@@ -65,11 +65,12 @@ def make_tokenizer(vocab_size: int = 800) -> Any:
 
 
 def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
-    """A random model of two small layers: "llama", "qwen2" (tied embeddings), "gemma3" or "mistral" (windows of 16)."""
+    """A random model of two small layers: "llama", "qwen2" (tied embeddings), "qwen3", "gemma3" or "mistral" (windows
+    of 16)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    names = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text", "mistral": "mistral"}
+    names = {"gemma3": "gemma3_text"}
     sizes = dict(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -89,7 +90,7 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
     if kind == "gemma3":
         sizes["layer_types"] = ["sliding_attention", "full_attention"]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names[kind], **sizes, **changes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names.get(kind, kind), **sizes, **changes))
     # Larger than the usual first weights, so that attention is far from uniform and the tests can see its mask.
     with torch.no_grad():
         for weight in model.parameters():
@@ -105,9 +106,9 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/gemma3, tiny/mistral."""
+    """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/qwen3, tiny/gemma3, tiny/mistral."""
     folder = tmp_path_factory.mktemp("model")
-    for kind in ("llama", "qwen2", "gemma3", "mistral"):
+    for kind in ("llama", "qwen2", "qwen3", "gemma3", "mistral"):
         make_model(kind, len(tokenizer)).save_pretrained(folder / "tiny" / kind)
         tokenizer.save_pretrained(folder / "tiny" / kind)
     return folder

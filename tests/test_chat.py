@@ -1,6 +1,6 @@
 """chat.py: what the model is asked is what it was trained on, and errors are one sentence.
 
-    python -m pytest tests/test_chat.py
+python -m pytest tests/test_chat.py
 """
 
 import io

@@ -368,7 +368,7 @@ def test_truncated_and_interleaved_json(tmp_path: Path) -> None:
 
 def test_scan_json_reads_in_pieces() -> None:
     """Whatever the size of a piece, the objects are those that json reads."""
-    records = [comment(i, content="{" * (i % 3) + "文字\\\"") for i in range(20)]
+    records = [comment(i, content="{" * (i % 3) + '文字\\"') for i in range(20)]
     for options in ({}, {"indent": 4}):
         text = json.dumps(records, ensure_ascii=False, **options)
         for chunk_chars in (1000, 1777, 1 << 20):
@@ -378,7 +378,7 @@ def test_scan_json_reads_in_pieces() -> None:
 def test_torn_csv(tmp_path: Path) -> None:
     """Two processes wrote at once: a record without its start, one without its end, and an invalid byte."""
     write_json(tmp_path / "crawl/contents.json", [video(0)])
-    records = [comment(i, content=f"第{i}条\n引\"号") for i in range(40)]
+    records = [comment(i, content=f'第{i}条\n引"号') for i in range(40)]
     path = write_csv(tmp_path / "crawl/search_comments_1.csv", records)
     starts = [path.read_bytes().index(f"{50000 + i},0".encode()) for i in range(40)]
     data = path.read_bytes()
@@ -388,7 +388,7 @@ def test_torn_csv(tmp_path: Path) -> None:
     path.write_bytes(data[: starts[3]] + no_start + middle + no_end + b"\r\n" + data[starts[20] :])
     written, report = prepare(tmp_path / "crawl")
     assert set(written) == {str(50000 + i) for i in range(40)}
-    assert all(answer(record) == f"第{int(id) - 50000}条\n引\"号" for id, record in written.items())
+    assert all(answer(record) == f'第{int(id) - 50000}条\n引"号' for id, record in written.items())
     assert dropped(report) == {"torn": 2}
     path.write_bytes(data[: starts[20]] + no_end + data[starts[20] :].replace("第30条".encode(), b"\xff\xfe"))
     written, report = prepare(tmp_path / "crawl")

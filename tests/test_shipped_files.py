@@ -1,6 +1,6 @@
 """The files of the repository themselves: they load, answer quickly, name what they need and nothing they should not.
 
-    python -m pytest tests/test_shipped_files.py
+python -m pytest tests/test_shipped_files.py
 """
 
 import ast

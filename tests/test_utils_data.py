@@ -22,7 +22,6 @@ from utils.data import (
     UnusableRecord,
     comment_prompt,
     find_split,
-    load_samples,
     make_chat,
     read_records,
     show_sample,
@@ -313,35 +312,6 @@ def test_find_split(tmp_path: Path) -> None:
     (tmp_path / "data_train.jsonl").touch()
     assert find_split(tmp_path, "train") == tmp_path / "data_train.jsonl"
     assert find_split(tmp_path, "test") is None
-
-
-def test_load_samples_counts_what_it_drops(tmp_path: Path, chats: dict[str, Chat]) -> None:
-    chat = chats["chatml"]
-    records = [
-        {"id": "a", "video_id": 7, "messages": say("问", "答", system="常用")},
-        {"id": "b", "messages": say("问", "答", system="常用")},
-        {"messages": say("问", "", system="少见")},
-        {"messages": say("问", "长" * 500)},
-        {"messages": TWO},
-    ]
-    loaded = load_samples(write(tmp_path / "train.json", records), chat, max_tokens=100)
-    assert [(sample.id, sample.group) for sample in loaded.samples] == [("a", "7"), ("b", "b"), ("4", "4")]
-    assert loaded.counts["used"] == 3 and sum(loaded.counts.values()) == 5
-    assert sum(n for reason, n in loaded.counts.items() if "empty assistant" in reason) == 1
-    assert sum(n for reason, n in loaded.counts.items() if "max_tokens 100" in reason) == 1
-    assert loaded.system_prompt == "常用"
-
-
-def test_load_samples_names_the_record(tmp_path: Path, chats: dict[str, Chat]) -> None:
-    path = write(tmp_path / "train.json", [{"messages": ONE}, {"id": "x9", "question": "问"}])
-    with pytest.raises(DataError, match=r"train\.json.*record 1.*x9.*question"):
-        load_samples(path, chats["chatml"], 100)
-
-
-@pytest.mark.parametrize("records", [[], [{"messages": say("问", "")}]], ids=["empty", "nothing usable"])
-def test_load_samples_wants_something(tmp_path: Path, chats: dict[str, Chat], records: list[Any]) -> None:
-    with pytest.raises(DataError, match="no record can be used"):
-        load_samples(write(tmp_path / "train.json", records), chats["chatml"], 100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """utils/files.py: results appear whole or not at all, and damage is noticed.
 
-    python -m pytest tests/test_utils_files.py
+python -m pytest tests/test_utils_files.py
 """
 
 import hashlib

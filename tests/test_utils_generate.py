@@ -1,6 +1,6 @@
 """utils/generate.py: batches, single replies and streams say the same.
 
-    python -m pytest tests/test_utils_generate.py
+python -m pytest tests/test_utils_generate.py
 """
 
 import copy
@@ -85,9 +85,7 @@ def test_replies_to_nothing(tokenizer: Any, chat: Chat) -> None:
     assert replies(speaking_model("llama", tokenizer), chat, [], N_NEW) == []
 
 
-def test_replies_are_greedy_whatever_the_model_recommends(
-    tokenizer: Any, chat: Chat, prompts: list[list[int]]
-) -> None:
+def test_replies_are_greedy_whatever_the_model_recommends(tokenizer: Any, chat: Chat, prompts: list[list[int]]) -> None:
     """Published models recommend sampling settings in generation_config.json, and padding must not disturb them."""
     model = speaking_model("llama", tokenizer)
     expected = replies(model, chat, prompts, N_NEW)

@@ -1,6 +1,6 @@
 """utils/tensors.py: against the formulas written out.
 
-    python -m pytest tests/test_utils_tensors.py
+python -m pytest tests/test_utils_tensors.py
 """
 
 import pytest

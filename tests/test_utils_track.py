@@ -1,6 +1,6 @@
 """utils/track.py: every measurement once, whatever was killed in between, and a picture of them.
 
-    python -m pytest tests/test_utils_track.py
+python -m pytest tests/test_utils_track.py
 """
 
 import importlib.util

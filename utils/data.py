@@ -5,7 +5,6 @@ Shapes: L tokens in a sample.
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -172,7 +171,6 @@ class Sample(NamedTuple):
     """A token sequence with the tokens that are to be learnt."""
 
     id: str  # The record's, or its place in the file.
-    group: str  # What samples with much text in common share (the video), or the id.
     input_ids: np.ndarray  # (L,) int32
     supervised: np.ndarray  # (L,) bool; True where the token is part of an answer or its end.
 
@@ -216,7 +214,7 @@ class Chat:
             return ids[: ids.index(self.stop_id) + 1]
         return [*ids, self.stop_id]
 
-    def samples(self, messages: list[Message], max_tokens: int, id: str = "", group: str = "") -> list[Sample]:
+    def samples(self, messages: list[Message], max_tokens: int, id: str = "") -> list[Sample]:
         """Renders a conversation for training: every answer is supervised, from its first token to the stop token.
 
         A prompt that is too long is shortened in the middle of its longest text, older exchanges leave first. An answer
@@ -239,12 +237,12 @@ class Chat:
                 if prompt is None:
                     continue
             if ids and prompt[: len(ids)] != ids:
-                samples.append(_sample(id, group, ids, supervised))
+                samples.append(_sample(id, ids, supervised))
                 ids, supervised = [], []
             supervised += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
             ids = [*prompt, *answer]
         if ids:
-            samples.append(_sample(id, group, ids, supervised))
+            samples.append(_sample(id, ids, supervised))
         return samples
 
     def _fit(self, messages: list[Message], room_tokens: int) -> list[int] | None:
@@ -276,8 +274,8 @@ def _apply_template(tokenizer: Any, messages: list[Message], add_generation_prom
     )["input_ids"]
 
 
-def _sample(id: str, group: str, ids: list[int], supervised: list[bool]) -> Sample:
-    return Sample(id, group, np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool))
+def _sample(id: str, ids: list[int], supervised: list[bool]) -> Sample:
+    return Sample(id, np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool))
 
 
 def make_chat(tokenizer: Any) -> Chat:
@@ -305,50 +303,6 @@ def make_chat(tokenizer: Any) -> Chat:
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     stop_id = next((id for id in whole[len(prompt) :] if id in special), None)
     return Chat(tokenizer, folds_system, tokenizer.eos_token_id if stop_id is None else stop_id, stop_id is not None)
-
-
-class Loaded(NamedTuple):
-    """A file of records, ready for training."""
-
-    samples: list[Sample]  # In the file's order.
-    counts: Counter[str]  # Records used, and dropped for which reason.
-    system_prompt: str  # The commonest system text; "" where there is none.
-
-
-def load_samples(path: Path, chat: Chat, max_tokens: int, progress: str = "") -> Loaded:
-    """Reads a file of records and renders them for training.
-
-    Args:
-        path: A file that `read_records` knows.
-        chat: From `make_chat`.
-        max_tokens: The longest sample.
-        progress: Name of a progress bar, if there shall be one.
-
-    Raises:
-        DataError: if a record's format is unknown (it is named), or no record is left.
-    """
-    from tqdm import tqdm
-
-    samples: list[Sample] = []
-    counts: Counter[str] = Counter()
-    systems: Counter[str] = Counter()
-    for number, record in enumerate(tqdm(read_records(path), desc=progress, disable=not progress, unit=" records")):
-        id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
-        group = str(record.get("video_id", id)) if isinstance(record, dict) else id
-        try:
-            messages = to_messages(record)
-            rendered = chat.samples(messages, max_tokens, id, group)
-        except UnusableRecord as reason:
-            counts[f"dropped: {reason}"] += 1
-            continue
-        except DataError as error:
-            raise DataError(f"{shown(path)}, record {number} (id {id}): {error}") from error
-        counts["used" if rendered else f"dropped: longer than --max_tokens {max_tokens} with the shortest prompt"] += 1
-        systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
-        samples += rendered
-    if not samples:
-        raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
-    return Loaded(samples, counts, systems.most_common(1)[0][0])
 
 
 def show_sample(sample: Sample, tokenizer: Any) -> str:

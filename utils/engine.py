@@ -43,6 +43,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grad_accum", type=int, default=8, help="an optimizer step sees batch_size x grad_accum x ranks samples")
     add("--max_tokens", type=int, default=1024, help="longest sample; the prompts of longer ones are shortened")
     add("--pack_tokens", type=int, default=2048, help="most tokens in a forward pass (samples are packed, not padded)")
+    add("--share_prefix", type=boolean, default=True,
+        help="True: compute what samples of a step have in common (a video's text) once; False: for each of them")
+    add("--group_size", type=int,
+        help="so many samples of a group (video) stand together in the data order; more share more, fewer mix better "
+        "(default: 8, or 1 without --share_prefix)")
     add("--lr", type=float, help="peak learning rate (default: 2e-4 for LoRA, 2e-5 for full training)")
     add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="part of the steps in which the learning rate rises")
@@ -81,6 +86,8 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     for name in ("epochs", "batch_size", "grad_accum", "eval_steps", "save_steps", "lora_r", "max_new_tokens"):
         if getattr(args, name) < 1:
             problems.append(f"--{name}: got {getattr(args, name)}, expected 1 or more.")
+    if args.group_size is not None and args.group_size < 1:
+        problems.append(f"--group_size: got {args.group_size}, expected 1 or more.")
     if args.max_tokens < 16:
         problems.append(f"--max_tokens: got {args.max_tokens}, expected 16 or more.")
     if args.pack_tokens < args.max_tokens:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -63,6 +65,25 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(temporary)
         if path.exists():
             _remove(old)
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[Path | None]:
+    """Lets one of all processes that ask for a file or folder make it, while the others wait.
+
+    Args:
+        path: The place.
+
+    Yields:
+        Where to make it, as `replacing` does; None if it is there already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            yield None
+        else:
+            with replacing(path) as temporary:
+                yield temporary
 
 
 def sha256(path: Path) -> str:

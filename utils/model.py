@@ -58,9 +58,15 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code, **options
     )
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Some CPUs would repack 4-bit weights in place at the first evaluation. ZeRO stage 3 brings the old ones
+            # back, which are then read wrongly; and other kernels give other numbers than training saw.
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:

@@ -1,24 +1,225 @@
-"""Samples become packs (token trees laid out in depth-first order) and windows (the samples of one optimizer step).
+"""Samples become packs (token tries laid out in depth-first order) and windows (the samples of one optimizer step).
 
-Shapes: L tokens in a pack, T supervised targets in a pack.
+Samples that begin alike are computed together: their common tokens stand in a pack once, and every sample still sees
+its own tokens alone. That this gives the gradients of separate samples is the tree training of arXiv 2511.00413 and the
+prefix sharing of arXiv 2410.20305, here for any set of samples.
+
+Shapes: N samples drawn in a run, P packs, W windows; L tokens in a pack, T supervised targets in a pack.
 """
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from utils.data import Sample
+from utils.files import made_once, sha256
+from utils.samples import Samples
+
+# What a pack costs, in tokens that only pass through the linear layers: L + L^2 / DENSE_TOKENS for attention, which is
+# computed for all pairs of tokens, masked ones too, + PACK_OVERHEAD. Measured with benchmarks/bench_packs.py.
+DENSE_TOKENS = 2048
+PACK_OVERHEAD = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and plans: which samples are computed together
+
+
+def draw_windows(group: np.ndarray, window_samples: int, group_size: int, epochs: int, seed: int) -> list[np.ndarray]:
+    """Draws the samples of every optimizer step of a run; each epoch draws every sample once.
+
+    Args:
+        group: The group of every sample of the training set.
+        window_samples: Samples in a step, over all ranks.
+        group_size: So many samples of one group, or what there is of it, stand together in the order; 1 mixes all. A
+            window may end in the midst of them.
+        epochs: Passes over the data.
+        seed: Same seed, same windows.
+
+    Returns:
+        For each step the numbers of its samples; the last step of an epoch has what is left.
+    """
+    orders = [_draw_epoch(group, group_size, np.random.default_rng([seed, epoch])) for epoch in range(epochs)]
+    return [order[start : start + window_samples] for order in orders for start in range(0, len(group), window_samples)]
+
+
+def _draw_epoch(group: np.ndarray, group_size: int, random: np.random.Generator) -> np.ndarray:
+    order = random.permutation(len(group))
+    if group_size == 1:
+        return order
+    order = order[np.argsort(group[order], kind="stable")]
+    starts = np.diff(group[order], prepend=-1) != 0
+    place = np.arange(len(order))
+    place_in_group = place - np.maximum.accumulate(np.where(starts, place, 0))
+    chunk = np.cumsum(place_in_group % group_size == 0) - 1
+    return order[np.argsort(random.permutation(chunk[-1] + 1)[chunk], kind="stable")]
+
+
+class Plan(NamedTuple):
+    """Where the samples of a run lie. A draw is a sample in a window; samples are drawn once an epoch."""
+
+    order: np.ndarray  # (N,) int64, the drawn samples' numbers, window by window and pack by pack, depth first
+    shared: np.ndarray  # (N,) int64, leading tokens that a draw has in common with the one before it in its pack
+    pack_end: np.ndarray  # (P,) int64, draws up to the end of a pack
+    pack_rank: np.ndarray  # (P,) int64, which rank computes a pack
+    window_end: np.ndarray  # (W,) int64, packs up to the end of a window
+
+    def packs(self, window: int) -> range:
+        """The packs of a window."""
+        return range(self.window_end[window - 1] if window else 0, self.window_end[window])
+
+    def draws(self, pack: int) -> slice:
+        """The draws of a pack."""
+        return slice(self.pack_end[pack - 1] if pack else 0, self.pack_end[pack])
+
+    def count(self, samples: Samples, windows: range) -> dict[str, int]:
+        """Counts the tokens of windows that follow one another.
+
+        Returns:
+            "logical": of all samples; "executed": that pass through the model; "supervised": that are learnt.
+        """
+        packs = range(self.packs(windows.start).start, self.packs(windows[-1]).stop)
+        draws = slice(self.draws(packs.start).start, self.draws(packs[-1]).stop)
+        numbers = self.order[draws]
+        logical = int(samples.lengths[numbers].sum())
+        return {
+            "logical": logical,
+            "executed": logical - int(self.shared[draws].sum()),
+            "supervised": int(samples.targets[numbers].sum()),
+        }
+
+
+def make_plan(
+    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool, cache: Path
+) -> Plan:
+    """Lays all windows out in packs, or finds the plan that was made before for the same samples and windows.
+
+    Args:
+        samples: The samples.
+        windows: The samples of every step; from `draw_windows`.
+        pack_tokens: The most tokens in a pack; a longer sample gets a pack of its own. 0: every sample gets its own.
+        world_size: Number of ranks; a window's samples are dealt to them in parts of about equal cost.
+        share_prefix: Whether samples that begin alike are computed together.
+        cache: Folder of earlier plans.
+    """
+    made_from = hashlib.sha256(f"{pack_tokens} {world_size} {share_prefix} {sha256(Path(__file__))}".encode())
+    for array in (samples.begin, samples.end, samples.tokens, *windows):
+        made_from.update(np.ascontiguousarray(array))
+    path = cache / f"packs-{made_from.hexdigest()[:16]}.npz"
+    with made_once(path) as temporary:
+        if temporary:
+            with temporary.open("wb") as file:
+                np.savez(file, **plan_packs(samples, windows, pack_tokens, world_size, share_prefix)._asdict())
+    return Plan(**np.load(path))
+
+
+def plan_packs(
+    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool
+) -> Plan:
+    """What `make_plan` does, without the cache."""
+    order, shared, pack_end, pack_rank, window_end = [], [], [], [], []
+    drawn = 0
+    for window in windows:
+        numbers = window.tolist()
+        texts = [samples.tokens[samples.begin[number] : samples.end[number]] for number in numbers]
+        if share_prefix:
+            # Sorted by their bytes, samples that begin alike stand together, and a prefix before what it begins.
+            places = sorted(range(len(numbers)), key=lambda place: texts[place].tobytes())
+            numbers, texts = [numbers[place] for place in places], [texts[place] for place in places]
+        common = np.array([0, *map(_common_tokens, texts, texts[1:])] if share_prefix else [0] * len(texts))
+        lengths = np.array([len(text) for text in texts])
+        start = 0
+        for rank, end in enumerate(_deal(lengths, common, world_size)):
+            for pack_start, pack_stop in pairwise([start, *_cut(lengths, common, start, end, pack_tokens)]):
+                common[pack_start] = 0  # A pack's first sample stands in it whole.
+                pack_end.append(drawn + pack_stop)
+                pack_rank.append(rank)
+            start = end
+        drawn += len(numbers)
+        order += numbers
+        shared.append(common)
+        window_end.append(len(pack_end))
+    arrays = (order, np.concatenate(shared), pack_end, pack_rank, window_end)
+    return Plan(*(np.asarray(array, dtype=np.int64) for array in arrays))
+
+
+def _common_tokens(one: np.ndarray, two: np.ndarray) -> int:
+    shorter = min(len(one), len(two))
+    differing = one[:shorter] != two[:shorter]
+    first = int(differing.argmax()) if shorter else 0
+    return first if shorter and differing[first] else shorter
+
+
+def _deal(lengths: np.ndarray, shared: np.ndarray, world_size: int) -> list[int]:
+    """Cuts a window's samples, in their order, in a part for each rank, so that the largest part is smallest.
+
+    Returns:
+        Where each rank's part ends. With fewer samples than ranks the last parts are empty.
+    """
+    if world_size == 1:
+        return [len(lengths)]
+    total = np.concatenate([[0], np.cumsum(lengths - shared)])
+
+    def parts(most_tokens: int) -> list[int]:
+        ends = [0]
+        while ends[-1] < len(lengths):
+            # A part's first sample stands in it whole, with the tokens it shares with the part before.
+            room = most_tokens - shared[ends[-1]] + total[ends[-1]]
+            ends.append(max(int(np.searchsorted(total, room, side="right")) - 1, ends[-1] + 1))
+        return ends[1:]
+
+    low, high = int(lengths.max()), int(lengths.sum())
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(parts(middle)) <= world_size else (middle + 1, high)
+    ends = parts(high)
+    return ends + [len(lengths)] * (world_size - len(ends))
+
+
+def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tokens: int) -> list[int]:
+    """Cuts samples start ... end - 1, in their order, in the cheapest packs (dynamic programming over the last pack).
+
+    Returns:
+        Where each pack ends.
+    """
+    if pack_tokens == 0:
+        return list(range(start + 1, end + 1))
+    total = np.concatenate([[0], np.cumsum((lengths - shared)[start:end])])
+    whole = shared[start:end] - total[:-1]  # + total[n]: tokens of a pack from here up to sample n
+    price = np.zeros(end - start + 1)  # Of the cheapest packs of the first samples.
+    previous = np.zeros(end - start + 1, dtype=np.int64)
+    for last in range(1, end - start + 1):
+        first = min(int(np.searchsorted(total, total[last] - pack_tokens)), last - 1)
+        tokens = whole[first:last] + total[last]
+        prices = price[first:last] + tokens * (1 + tokens / DENSE_TOKENS) + PACK_OVERHEAD
+        prices[:-1][tokens[:-1] > pack_tokens] = np.inf
+        best = int(prices.argmin())
+        price[last], previous[last] = prices[best], first + best
+    ends = []
+    last = end - start
+    while last > 0:
+        ends.append(start + last)
+        last = previous[last]
+    return ends[::-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packs: what the model computes
 
 
 class Pack(NamedTuple):
-    """Token trees in depth-first order. Token i may attend to token j iff j <= i < subtree_end[j]: j is its ancestor.
+    """Token tries in depth-first order. Token i may attend to token j iff j <= i < subtree_end[j]: j is its ancestor.
 
     A sample that shares nothing is a chain: every token's subtree ends where the chain ends. Integers are int64.
     """
 
     input_ids: torch.Tensor  # (L,)
-    position_ids: torch.Tensor  # (L,) depth in the tree
+    position_ids: torch.Tensor  # (L,) depth in the trie
     subtree_end: torch.Tensor  # (L,) index after the last descendant
     target_index: torch.Tensor  # (T,) places whose next token is supervised, once per sample
     target_ids: torch.Tensor  # (T,) those next tokens
@@ -29,47 +230,55 @@ class Pack(NamedTuple):
         return Pack(*(tensor.to(device) for tensor in self))
 
 
-def n_targets(sample: Sample) -> int:
-    """Number of supervised tokens. The first token of a sample has nothing to be predicted from."""
-    return int(sample.supervised[1:].sum())
-
-
-def make_packs(samples: list[Sample], pack_tokens: int) -> list[Pack]:
-    """Lays samples out in as few packs as first-fit-decreasing finds.
+def lay_out(samples: Sequence[Sample], shared: Sequence[int]) -> Pack:
+    """Writes samples into a pack, each from where it leaves the one before.
 
     Args:
-        samples: In any order; the same packs come out of the same samples in the same order.
-        pack_tokens: The most tokens in a pack. A longer sample gets a pack of its own.
-
-    Returns:
-        Packs; none for no samples.
+        samples: So ordered that what begins alike stands together.
+        shared: The number of leading tokens that each has in common with the one before; the first's is 0.
     """
-    bins: list[list[Sample]] = []
-    room: list[int] = []
-    for sample in sorted(samples, key=lambda sample: -len(sample.input_ids)):
-        length = len(sample.input_ids)
-        place = next((number for number, left in enumerate(room) if left >= length), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            room.append(pack_tokens)
-        bins[place].append(sample)
-        room[place] -= length
-    return [_lay_out(samples) for samples in bins]
-
-
-def _lay_out(samples: list[Sample]) -> Pack:
     lengths = [len(sample.input_ids) for sample in samples]
-    starts = np.cumsum([0, *lengths[:-1]])
-    ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
-    subtree_end = np.repeat(starts + lengths, lengths)
-    target_index = np.concatenate(
-        [start + np.flatnonzero(sample.supervised[1:]) for start, sample in zip(starts, samples, strict=True)]
-    )
-    target_ids = ids[target_index + 1]
-    weight = np.ones(len(target_index), dtype=np.float32)
-    return Pack(*map(torch.from_numpy, (ids, position_ids, subtree_end, target_index, target_ids, weight)))
+    starts = np.concatenate([[0], np.cumsum(np.subtract(lengths, shared))]).tolist()
+    place = np.zeros(max(lengths), dtype=np.int64)  # By depth: where the current sample's token stands.
+    input_ids, position_ids, target_index, target_ids = [], [], [], []
+    for sample, length, skipped, start, stop in zip(samples, lengths, shared, starts, starts[1:], strict=False):
+        place[skipped:length] = np.arange(start, stop)
+        input_ids.append(sample.input_ids[skipped:])
+        position_ids.append(np.arange(skipped, length))
+        depth = np.flatnonzero(sample.supervised[1:])
+        target_index.append(place[depth])
+        target_ids.append(sample.input_ids[depth + 1])
+    # A subtree ends where the first later sample leaves the branch above it: read from the end.
+    end_at = np.full(max(lengths), starts[-1])
+    subtree_end = []
+    for length, skipped, start in zip(lengths[::-1], shared[::-1], starts[-2::-1], strict=True):
+        subtree_end.append(end_at[skipped:length].copy())
+        end_at[skipped:] = start
+    arrays = (input_ids, position_ids, subtree_end[::-1], target_index, target_ids)
+    tensors = [torch.from_numpy(np.concatenate(array).astype(np.int64)) for array in arrays]
+    return Pack(*tensors, torch.ones(len(tensors[-1])))
+
+
+def rank_packs(samples: Samples, plan: Plan, window: int, rank: int) -> list[Pack]:
+    """One rank's packs of a window; every rank gets the same number, so that collective calls meet.
+
+    Args:
+        samples: The samples.
+        plan: From `make_plan`.
+        window: Its number.
+        rank: This one.
+    """
+    packs = plan.packs(window)
+    ranks = plan.pack_rank[packs.start : packs.stop]
+    own = [
+        lay_out([samples[number] for number in plan.order[plan.draws(pack)]], plan.shared[plan.draws(pack)].tolist())
+        for pack, owner in zip(packs, ranks, strict=True)
+        if owner == rank
+    ]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    filler = Pack(one, one, one + 1, nothing, nothing, nothing.float())
+    return own + [filler] * (int(np.bincount(ranks).max()) - len(own))
 
 
 def attention_mask(pack: Pack, window: int | None = None) -> torch.Tensor:
@@ -90,59 +299,70 @@ def attention_mask(pack: Pack, window: int | None = None) -> torch.Tensor:
     return mask[None, None]
 
 
-def model_inputs(pack: Pack, windows: dict[str, int | None]) -> dict[str, torch.Tensor]:
+def model_inputs(pack: Pack, windows: dict[str, int | None] | None) -> dict[str, torch.Tensor]:
     """What a model's forward takes for a pack; only supervised places go through the output head.
 
     Args:
         pack: Of L tokens.
-        windows: From `utils.model.attention_windows`: the kind of layer -> its window.
+        windows: From `utils.model.attention_windows`: the kind of layer -> its window. None for a model that takes no
+            mask; the pack then has to be a single chain.
 
     Returns:
         `input_ids` (1, L), `position_ids` (1, L), `attention_mask` (1, 1, L, L) or a dict of them by kind of layer,
         `logits_to_keep` (T,).
     """
-    masks = {kind: attention_mask(pack, window) for kind, window in windows.items()}
-    return {
+    inputs = {
         "input_ids": pack.input_ids[None],
         "position_ids": pack.position_ids[None],
-        "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
         "logits_to_keep": pack.target_index,
         "use_cache": False,
     }
+    if windows is None:
+        return inputs
+    masks = {kind: attention_mask(pack, window) for kind, window in windows.items()}
+    return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
-def rank_packs(samples: list[Sample], pack_tokens: int, rank: int, world_size: int) -> list[Pack]:
-    """One rank's packs of a window; every rank gets the same number, so that collective calls meet.
-
-    Args:
-        samples: The whole window's, the same on all ranks.
-        pack_tokens: The most tokens in a pack.
-        rank: This one.
-        world_size: Number of ranks.
-
-    Returns:
-        At least one pack; some may be empty.
-    """
-    packs = make_packs(samples, pack_tokens)
-    # Longest first, dealt to and fro, so that the ranks' work is about equal.
-    packs.sort(key=lambda pack: -len(pack.input_ids))
-    filler = packs[-1]._replace(target_weight=torch.zeros_like(packs[-1].target_weight))
-    packs += [filler] * (-len(packs) % world_size)
-    rows = [packs[start : start + world_size] for start in range(0, len(packs), world_size)]
-    return [row[rank if number % 2 == 0 else world_size - 1 - rank] for number, row in enumerate(rows)]
-
-
-def windows(n_samples: int, window_samples: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """Draws the samples of every optimizer step of a run; each epoch draws every sample once.
+def usable_masks(
+    engine: Any, windows: dict[str, int | None], max_tokens: int, precision: str
+) -> tuple[dict[str, int | None] | None, str]:
+    """Tries whether a model computes a trie as it computes each branch alone, without a mask of ours.
 
     Args:
-        n_samples: In the training set.
-        window_samples: Samples in a step, over all ranks.
-        epochs: Passes over the data.
-        seed: Same seed, same windows.
+        engine: In training mode. All ranks call this together.
+        windows: From `utils.model.attention_windows`.
+        max_tokens: The longest sample.
+        precision: Of the engine's arithmetic.
 
     Returns:
-        For each step the numbers of its samples; the last step of an epoch has what is left.
+        The windows and an empty text; or None and why: then samples are computed one by one, without a mask.
     """
-    orders = [np.random.default_rng([seed, epoch]).permutation(n_samples) for epoch in range(epochs)]
-    return [order[start : start + window_samples] for order in orders for start in range(0, n_samples, window_samples)]
+    # The branches part beyond every window that a sample can reach.
+    depth = 32 + max((window for window in windows.values() if window and window < max_tokens), default=0)
+    engine.eval()
+    try:
+        error = _mask_error(engine, windows, depth)
+        problem = "" if error < (1e-3 if precision == "fp32" else 0.05) else f"logits differ by {error:.1%}"
+    except Exception as failure:  # Whatever a model makes of a mask that it does not know.
+        problem = f"{type(failure).__name__}: {failure}"
+    engine.train()
+    if not problem:
+        return windows, ""
+    return None, f"This model takes no tree masks ({problem}): samples are computed one by one, nothing is shared.\n"
+
+
+@torch.no_grad()
+def _mask_error(engine: Any, windows: dict[str, int | None], depth: int) -> float:
+    """Error of the logits at the ends of two branches that part at a depth, relative to the logits' spread."""
+    random = np.random.default_rng(0)
+    vocab_size = engine.module.get_input_embeddings().num_embeddings
+    trunk, *branches = (random.integers(0, vocab_size, length).astype(np.int32) for length in (depth, 8, 8))
+    ends = np.arange(depth + 8) == depth + 7
+    chains = [Sample("", np.concatenate([trunk, branch]), ends) for branch in branches]
+
+    def logits(pack: Pack, windows: dict[str, int | None] | None) -> torch.Tensor:
+        return engine(**model_inputs(pack.to(engine.device), windows)).logits[0].float()
+
+    together = logits(lay_out(chains, [0, depth]), windows)
+    alone = torch.cat([logits(lay_out([chain], [0]), None) for chain in chains])
+    return ((together - alone).norm() / (alone - alone.mean(-1, keepdim=True)).norm()).item()

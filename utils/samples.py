@@ -1,0 +1,142 @@
+"""Rendered samples on disk: written once for a data file and a tokenizer, then mapped into memory by every rank.
+
+Shapes: N samples, K tokens in all of them.
+"""
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils import data
+from utils.data import Chat, DataError, Sample, UnusableRecord, read_records, to_messages
+from utils.files import made_once, sha256, shown
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in flat arrays that are mapped from files, so that a million of them need no memory of a process."""
+
+    tokens: np.ndarray  # (K,) int32
+    supervised: np.ndarray  # (K,) bool
+    begin: np.ndarray  # (N,) int64, where a sample's tokens stand
+    end: np.ndarray  # (N,) int64
+    group: np.ndarray  # (N,) int64; equal for samples of one group (video), which have much text in common
+    targets: np.ndarray  # (N,) int64, number of supervised tokens
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> Sample:
+        place = slice(self.begin[number], self.end[number])
+        return Sample(self.ids[number], self.tokens[place], self.supervised[place])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64, tokens of each sample."""
+        return self.end - self.begin
+
+    def select(self, numbers: Sequence[int] | np.ndarray) -> "Samples":
+        """Some of the samples, without copying their tokens."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        arrays = {name: getattr(self, name)[numbers] for name in ("begin", "end", "group", "targets")}
+        return replace(self, **arrays, ids=[self.ids[number] for number in numbers])
+
+
+class Loaded(NamedTuple):
+    """A file of records, ready for training."""
+
+    samples: Samples  # In the file's order.
+    counts: Counter[str]  # Records used, and dropped for which reason.
+    system_prompt: str  # The commonest system text; "" where there is none.
+
+
+def load_samples(path: Path, chat: Chat, max_tokens: int, cache: Path, progress: str = "") -> Loaded:
+    """Renders a file of records for training, or finds what was rendered before from the same file in the same way.
+
+    Args:
+        path: A file that `utils.data.read_records` knows.
+        chat: From `utils.data.make_chat`.
+        max_tokens: The longest sample.
+        cache: Folder of what was rendered before. Of all ranks that call this together one does the work.
+        progress: Name of a progress bar, if there shall be one.
+
+    Raises:
+        DataError: if a record's format is unknown (it is named), or no record is left.
+    """
+    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, sha256(Path(data.__file__))]
+    folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+    with made_once(folder) as temporary:
+        if temporary:
+            _render(path, chat, max_tokens, temporary, progress)
+    index, facts = np.load(folder / "index.npz"), json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    end = index["lengths"].cumsum()
+    samples = Samples(
+        # Plain arrays over the mapped files, since numpy's own class for them takes longer to slice. "c": torch wants
+        # arrays that could be written to; what is written stays in memory.
+        tokens=np.memmap(folder / "tokens.bin", dtype=np.int32, mode="c").view(np.ndarray),
+        supervised=np.memmap(folder / "supervised.bin", dtype=bool, mode="c").view(np.ndarray),
+        begin=end - index["lengths"],
+        end=end,
+        group=index["group"],
+        targets=index["targets"],
+        ids=facts["ids"],
+    )
+    return Loaded(samples, Counter(facts["counts"]), facts["system_prompt"])
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Hashes all that a tokenizer consists of, its chat template too."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return " ".join(sha256(path) for path in files)
+
+
+def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str) -> None:
+    from tqdm import tqdm
+
+    folder.mkdir()
+    ids: list[str] = []
+    lengths, groups, targets = [], [], []
+    counts: Counter[str] = Counter()
+    systems: Counter[str] = Counter()
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "supervised.bin").open("wb") as supervised:
+        for number, record in enumerate(tqdm(read_records(path), progress, disable=not progress, unit=" records")):
+            id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
+            group = str(record.get("video_id", id)) if isinstance(record, dict) else id
+            try:
+                messages = to_messages(record)
+                rendered = chat.samples(messages, max_tokens, id)
+            except UnusableRecord as reason:
+                counts[f"dropped: {reason}"] += 1
+                continue
+            except DataError as error:
+                raise DataError(f"{shown(path)}, record {number} (id {id}): {error}") from error
+            too_long = f"dropped: longer than --max_tokens {max_tokens} with the shortest prompt"
+            counts["used" if rendered else too_long] += 1
+            systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
+            for sample in rendered:
+                tokens.write(sample.input_ids)
+                supervised.write(sample.supervised)
+                ids.append(id)
+                lengths.append(len(sample.input_ids))
+                groups.append(zlib.crc32(group.encode()))
+                targets.append(sample.supervised[1:].sum())  # Nothing predicts the first token.
+    if not ids:
+        raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
+    arrays = {"lengths": lengths, "group": groups, "targets": targets}
+    np.savez(folder / "index.npz", **{name: np.array(values, dtype=np.int64) for name, values in arrays.items()})
+    facts = {"ids": ids, "counts": counts, "system_prompt": systems.most_common(1)[0][0]}
+    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
