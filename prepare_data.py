@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -666,6 +667,7 @@ def main(args: argparse.Namespace) -> None:
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
     try:
         with duckdb.connect(config=config) as con:
+            con.execute(f"SET enable_progress_bar = {sys.stdout.isatty()}")  # for what takes longer than two seconds
             files = load_files(con, data_dir, work, print)
             counts = join_tables(con, args.anonymize, args.total, share, args.seed)
             torn = sum(line["torn"] for line in files if line["kind"] == "comments")

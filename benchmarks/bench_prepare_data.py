@@ -23,7 +23,7 @@ from prepare_data import find_files, kind_of, read_tables  # noqa: E402
 
 STEP = 10**15  # larger than any id of the source, so that copies of a record never share one
 
-PLAIN = '''
+PLAIN = """
 import json, sys
 folder, output = sys.argv[1:]
 videos = {video["video_id"]: video for video in json.load(open(f"{folder}/search_contents_2026-01-01.json"))}
@@ -40,13 +40,13 @@ for comment in comments.values():
     conversations = [{"from": name, "value": value} for name, value in turns]
     records.append({"id": comment["comment_id"], "video_id": comment["video_id"], "conversations": conversations})
 json.dump(records, open(f"{output}/data.json", "w"), ensure_ascii=False)
-'''
-ORJSON = '''
+"""
+ORJSON = """
 import pathlib, sys
 import orjson
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     orjson.loads(path.read_bytes())
-'''
+"""
 
 
 def read_source(source: Path) -> dict[str, list[dict[str, Any]]]:

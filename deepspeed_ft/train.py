@@ -279,9 +279,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         metrics["train/loss"] = all_reduced(loss_sum) / tokens["supervised"]
         if (norm := engine.get_global_grad_norm()) is not None:  # Not measured at ZeRO stage 0 without clipping.
             metrics["train/grad_norm"] = float(norm)
-        seconds = time.perf_counter() - started
-        metrics["train/tokens_per_sec"] = tokens["logical"] / seconds
-        metrics["train/executed_tokens_per_sec"] = tokens["executed"] / seconds
+        metrics["train/step_sec"] = time.perf_counter() - started
+        metrics["train/tokens_per_sec"] = tokens["logical"] / metrics["train/step_sec"]
+        metrics["train/executed_tokens_per_sec"] = tokens["executed"] / metrics["train/step_sec"]
         if not math.isfinite(metrics["train/loss"]):
             fail(f"The loss is {metrics['train/loss']} at step {step}. Try a smaller --lr or another --precision.")
         at_stop = step == total_steps or step % args.eval_steps == 0
