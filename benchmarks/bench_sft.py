@@ -1,0 +1,248 @@
+"""Measures LoRA fine-tuning on real comments against plain PyTorch, LLaMA-Factory and TRL: speed, memory, loss.
+
+    python benchmarks/bench_sft.py --model model/HuggingFaceTB/SmolLM2-135M-Instruct-from-q4 --data_dir data
+
+All train one epoch on the same comments (whole videos) with the same model, LoRA on all linear layers, fp32, learning
+rate and samples an update, in turn, --rounds times; then ours and the fastest peer that keeps samples apart once more
+on --final comments. Seconds are those of the training loop, without loading; memory is the process's peak; the held-out
+loss is measured for all by the same plain loop. Peers get virtual environments of their own in --work_dir.
+
+Prints a markdown table and a JSON line.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bench_prepare_data import measured  # noqa: E402
+
+from utils.data import read_records, to_messages  # noqa: E402
+from utils.files import from_root  # noqa: E402
+
+SETTINGS = {"batch_size": 4, "grad_accum": 4, "max_tokens": 1024, "lora_r": 16, "lora_alpha": 32, "lr": 2e-4}
+PACK_TOKENS = 2048
+# name -> (environment, whether a sample sees no other sample, rounds at most)
+CONTENDERS = {
+    "ours": ("ours", True, 99),
+    "ours, nothing shared": ("ours", True, 99),
+    "plain PyTorch, padded": ("ours", True, 99),
+    "LLaMA-Factory, padded": ("llamafactory", True, 99),
+    "LLaMA-Factory, packing": ("llamafactory", False, 99),
+    "LLaMA-Factory, neat_packing": ("llamafactory", True, 1),
+    "TRL, padded": ("trl", True, 99),
+    "TRL, packing": ("trl", False, 99),
+}
+PEERS = {
+    "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
+    "trl": ["torch==2.13.0", "trl==1.16.0", "peft==0.21.2"],
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of the base model, with SmolLM2's chat template")
+    parser.add_argument("--data_dir", default="data", help="folder with data_train.json and data_test.json")
+    parser.add_argument("--work_dir", default="benchmarks/output", help="for environments, data and adapters")
+    parser.add_argument("--comments", type=int, default=64, help="training comments, in whole videos")
+    parser.add_argument("--held_out", type=int, default=64, help="comments to measure the loss on")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--final", type=int, default=400, help="comments of the last comparison; 0: none")
+    parser.add_argument("--only", default="", help="names of contenders separated by ; (not given: all)")
+    return parser
+
+
+def environment(name: str, work: Path) -> Path:
+    """The Python of a peer's environment, which is made at the first use."""
+    if name == "ours":
+        return Path(sys.executable)
+    python = work / f"env-{name}" / "bin/python"
+    if not (work / f"env-{name}" / "ready").exists():
+        print(f"Installing {' '.join(PEERS[name])} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", work / f"env-{name}"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[name]], check=True)
+        if name == "llamafactory":
+            # The CPU build of torch has no matching torchvision and torchaudio; text training calls neither, but
+            # the second is imported.
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio"], check=True)
+            (package,) = (work / f"env-{name}").glob("lib/*/site-packages")
+            (package / "torchaudio.py").touch()
+        (work / f"env-{name}" / "ready").touch()
+    return python
+
+
+def write_data(args: argparse.Namespace, comments: int, work: Path) -> int:
+    """Writes the comments the way every contender reads them.
+
+    Returns:
+        The number of training comments, whole videos up to about `comments`.
+    """
+    data_dir = from_root(args.data_dir)
+    chosen: list[dict[str, Any]] = []
+    for record in read_records(data_dir / "data_train.json"):
+        if len(chosen) >= comments and record["video_id"] != chosen[-1]["video_id"]:
+            break
+        chosen.append(record)
+    held_out = list(read_records(data_dir / "data_test.json"))[: args.held_out]
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for name, records in (("messages", chosen), ("held_out", held_out)):
+        lines = [json.dumps({"messages": to_messages(record)}, ensure_ascii=False) for record in records]
+        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for split, records in (("train", chosen), ("test", held_out)):
+        text = json.dumps(records, ensure_ascii=False)
+        (work / f"data_{split}.json").write_text(text, encoding="utf-8")
+    columns = {"messages": "messages"}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    info = {"file_name": "messages.jsonl", "formatting": "sharegpt", "columns": columns}
+    info["tags"] = tags | {"system_tag": "system"}
+    (work / "dataset_info.json").write_text(json.dumps({"comments": info}))
+    return len(chosen)
+
+
+def command(name: str, python: Path, model: Path, work: Path, output: Path) -> list[str]:
+    """What runs a contender."""
+    flags = [text for key, value in SETTINGS.items() for text in (f"--{key}", str(value))]
+    if name.startswith("ours"):
+        own = {
+            "model_dir": model.parent,
+            "model_name": model.name,
+            "data_dir": work,
+            "output_dir": output,
+            "epochs": 1,
+            "lora_dropout": 0,
+            "lr_scheduler": "constant",
+            "warmup_ratio": 0,
+            "eval_samples": 0,
+            "pack_tokens": PACK_TOKENS,
+            "share_prefix": name == "ours",
+        }
+        own_flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
+        return [str(python), str(ROOT / "deepspeed_ft/train.py"), *flags, *own_flags]
+    if name.startswith("LLaMA-Factory"):
+        packing = "packing" in name
+        config = {
+            "stage": "sft",
+            "do_train": True,
+            "model_name_or_path": str(model),
+            "template": "smollm2",
+            "dataset_dir": str(work),
+            "dataset": "comments",
+            "cutoff_len": PACK_TOKENS if packing else SETTINGS["max_tokens"],
+            "packing": packing,
+            "neat_packing": "neat" in name,
+            "finetuning_type": "lora",
+            "lora_target": "all",
+            "lora_rank": SETTINGS["lora_r"],
+            "lora_alpha": SETTINGS["lora_alpha"],
+            "per_device_train_batch_size": 1 if packing else SETTINGS["batch_size"],
+            "gradient_accumulation_steps": 2 if packing else SETTINGS["grad_accum"],
+            "learning_rate": SETTINGS["lr"],
+            "lr_scheduler_type": "constant",
+            "num_train_epochs": 1,
+            "disable_gradient_checkpointing": True,
+            "use_cpu": True,
+            "output_dir": str(output),
+            "overwrite_output_dir": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "preprocessing_num_workers": 1,
+        }
+        output.mkdir(parents=True)
+        (output / "config.json").write_text(json.dumps(config))  # JSON is YAML too.
+        return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.json")]
+    trainer = {"plain PyTorch, padded": "plain", "TRL, padded": "trl", "TRL, packing": "trl_packing"}[name]
+    return peer_command(python, trainer, model, work, output)
+
+
+def peer_command(python: Path, trainer: str, model: Path, work: Path, output: Path) -> list[str]:
+    """What runs sft_peer.py."""
+    flags = [text for key, value in SETTINGS.items() for text in (f"--{key}", str(value))]
+    places = ["--trainer", trainer, "--work_dir", str(work), "--model", str(model), "--output_dir", str(output)]
+    return [str(python), str(ROOT / "benchmarks/sft_peer.py"), *places, "--pack_tokens", str(PACK_TOKENS), *flags]
+
+
+def loop_seconds(name: str, output: Path) -> float:
+    """How long the training loop of a finished run took."""
+    if name.startswith("ours"):
+        (metrics,) = output.rglob("metrics.jsonl")
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        return sum(line["train/step_sec"] for line in lines if "train/step_sec" in line)
+    if name.startswith("LLaMA-Factory"):
+        return json.loads((output / "train_results.json").read_text())["train_runtime"]
+    return json.loads((output / "result.json").read_text())["seconds"]
+
+
+def adapter_of(name: str, output: Path) -> Path:
+    """Where a finished run left its adapter."""
+    return next(
+        path.parent for path in output.rglob("adapter_model.safetensors") if "-last" in str(path) or name[:4] != "ours"
+    )
+
+
+def run(name: str, model: Path, work: Path, number: int) -> dict[str, float]:
+    """Trains with a contender: seconds of its loop, peak memory in GB, and in the first round its held-out loss."""
+    output = work / f"{name.replace(', ', '-').replace(' ', '_')}-{number}"
+    python = environment(CONTENDERS[name][0], from_root(work).parent)
+    print(f"round {number}: {name} ...", flush=True)
+    _, peak_gb = measured(command(name, python, model, work, output))
+    result = {"seconds": loop_seconds(name, output), "peak_gb": peak_gb}
+    if number == 1:
+        probe = work / "held_out_loss"
+        adapter = ["--adapter", str(adapter_of(name, output))]
+        measured(peer_command(Path(sys.executable), "none", model, work, probe) + adapter)
+        result["held_out"] = json.loads((probe / "result.json").read_text())["held_out"]
+    print(f"    {result}", flush=True)
+    return result
+
+
+def table(title: str, comments: int, results: dict[str, list[dict[str, float]]]) -> None:
+    """Prints speed, ratios to ours with their range over the rounds, memory and loss."""
+    print(f"\n{title}: {comments} comments, {os.cpu_count()} cores\n")
+    print("| | samples/s | ours is faster by | peak memory, GB | held-out loss |\n|---|---|---|---|---|")
+    for name, runs in results.items():
+        speeds = sorted(comments / run["seconds"] for run in runs)
+        ratios = sorted(run["seconds"] / ours["seconds"] for run, ours in zip(runs, results["ours"], strict=False))
+        middle = len(ratios) // 2
+        range_text = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
+        apart = "" if CONTENDERS[name][1] else " (samples see one another)"
+        peak, loss = max(run["peak_gb"] for run in runs), runs[0].get("held_out", float("nan"))
+        print(
+            f"| {name}{apart} | {speeds[len(speeds) // 2]:.2f} | {ratios[middle]:.2f}x{range_text} | {peak:.2f} "
+            f"| {loss:.4f} |"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs all in turn and prints the figures."""
+    model, work = from_root(args.model), from_root(args.work_dir)
+    chosen = args.only.split(";") if args.only else list(CONTENDERS)
+    comments = write_data(args, args.comments, work / "few")
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for number in range(1, args.rounds + 1):
+        for name in chosen:
+            if number <= CONTENDERS[name][2]:
+                results[name].append(run(name, model, work / "few", number))
+    table("In turn", comments, results)
+    if args.final:
+        apart = [name for name in chosen if CONTENDERS[name][1] and not name.startswith("ours")]
+        best = min(apart, key=lambda name: min(run["seconds"] for run in results[name]))
+        final_comments = write_data(args, args.final, work / "many")
+        final = {name: [run(name, model, work / "many", 1)] for name in ("ours", best)}
+        table("Once more", final_comments, final)
+        results |= {f"{name}, {final_comments} comments": runs for name, runs in final.items()}
+    print("\n" + json.dumps({"bench": "sft", "comments": comments, "settings": SETTINGS, "results": results}))
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
