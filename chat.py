@@ -75,14 +75,14 @@ def main(args: argparse.Namespace) -> None:
             "Convert a training checkpoint with convert_model.py, or fetch a model with download_pt.py."
         )
 
-    from transformers import set_seed
+    import torch
     from transformers.utils import logging
 
     from utils.generate import load_finished, stream
 
     logging.disable_progress_bar()
     if args.seed is not None:
-        set_seed(args.seed)
+        torch.manual_seed(args.seed)
     try:
         model, chat = load_finished(path, args.trust_remote_code)
     except DataError as error:  # The chat template is not one that can be used.

@@ -135,8 +135,8 @@ def start_ranks(seed: int) -> tuple[int, int]:
         This rank and the number of ranks.
     """
     import deepspeed
+    import torch
     from deepspeed.accelerator import get_accelerator
-    from transformers import set_seed
 
     deepspeed.utils.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
@@ -155,7 +155,7 @@ def start_ranks(seed: int) -> tuple[int, int]:
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
-    set_seed(seed)
+    torch.manual_seed(seed)
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
 

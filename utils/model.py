@@ -1,6 +1,7 @@
 """Models as they are trained: tokenizer, base weights in 32, 16 or 4 bits, LoRA, attention windows, memory needs."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ GIB = 1024**3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NF4 with double quantisation: 4 bits a weight and 0.127 bits a weight of scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = 4.127 / 8
+
+# On CPUs with AVX512-BF16 bitsandbytes asks at its import for a package of kernels that `load_model` has no use for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool = False) -> Any:
