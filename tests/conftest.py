@@ -65,8 +65,8 @@ def make_tokenizer(vocab_size: int = 800) -> Any:
 
 
 def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
-    """A random model of two small layers: "llama", "qwen2" (tied embeddings), "qwen3", "gemma3" or "mistral" (windows
-    of 16)."""
+    """A random model of two small layers: "llama", "qwen2" (tied embeddings), "qwen3", "gemma2", "gemma3" or "mistral"
+    (windows of 16)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,14 +80,14 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=2048,
-        tie_word_embeddings=kind in ("qwen2", "gemma3"),
+        tie_word_embeddings=kind in ("qwen2", "gemma2", "gemma3"),
         eos_token_id=0,
         bos_token_id=None,
         pad_token_id=None,
     )
-    if kind in ("gemma3", "mistral"):
+    if kind in ("gemma2", "gemma3", "mistral"):
         sizes["sliding_window"] = 16
-    if kind == "gemma3":
+    if kind in ("gemma2", "gemma3"):
         sizes["layer_types"] = ["sliding_attention", "full_attention"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names.get(kind, kind), **sizes, **changes))
@@ -106,9 +106,9 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/qwen3, tiny/gemma3, tiny/mistral."""
+    """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/qwen3 and so on."""
     folder = tmp_path_factory.mktemp("model")
-    for kind in ("llama", "qwen2", "qwen3", "gemma3", "mistral"):
+    for kind in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"):
         make_model(kind, len(tokenizer)).save_pretrained(folder / "tiny" / kind)
         tokenizer.save_pretrained(folder / "tiny" / kind)
     return folder

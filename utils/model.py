@@ -62,9 +62,8 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code, **options
-    )
+    # Attention is SDPA where the model's code has it: transformers' own choice.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # Some CPUs would repack 4-bit weights in place at the first evaluation. ZeRO stage 3 brings the old ones
