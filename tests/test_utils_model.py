@@ -100,6 +100,7 @@ def needs_args() -> Callable[..., argparse.Namespace]:
             "lora_r": 8,
             "lora_dropout": 0.0,
             "pack_tokens": 512,
+            "share_prefix": False,
             "gradient_checkpointing": False,
             "trust_remote_code": False,
         }

@@ -156,12 +156,14 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
         if args.gradient_checkpointing
         else (layer_floats * text.num_hidden_layers)
     )
-    # A quarter of the tokens of a pack is supervised, or less; the softmax takes the logits in fp32 once more.
-    logits = args.pack_tokens // 4 * text.vocab_size * (width + 4)
+    # A quarter of the tokens of a pack is supervised, or less, where prompts are shared a half; the softmax takes the
+    # logits in fp32 once more. The mask is boolean, and in the attention a number for every pair of tokens.
+    logits = args.pack_tokens // (2 if args.share_prefix else 4) * text.vocab_size * (width + 4)
+    mask = args.pack_tokens**2 * (1 + width)
     return {
         "weights": weights,
         "gradients and optimizer": training,
-        "activations": args.pack_tokens * kept_floats * width + logits,
+        "activations": args.pack_tokens * kept_floats * width + logits + mask,
         "checkpoints": 2 * trainable * (12 + width),
     }
 
