@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -43,6 +42,11 @@ COLUMNS = {
 REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
 SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
 OUR_FILES = ("data_train.json", "data_test.json", "report.json")
+# How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
+BEGINNINGS = {
+    "comments": (["comment_id", "parent_comment_id", "create_time", "video_id", "content"], {10, 12, 13}),
+    "videos": (["video_id", "video_type", "title", "desc", "create_time"], {15, 16, 19, 20}),
+}
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
@@ -99,9 +103,9 @@ def read_tables(path: Path) -> Iterator[Table]:
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl"):
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            records = scan_json(file)
-            first = next(records, None)
-            yield path.stem, set(first or ()), chain([first], records) if first else iter(())
+            columns = next((set(record) for record in scan_json(file) if record), set())
+            file.seek(0)
+            yield path.stem, columns, scan_json(file)
     elif suffix == ".csv":
         with path.open(encoding=csv_encoding(path), errors="replace", newline="") as file:
             yield path.stem, *scan_csv(file)
@@ -164,15 +168,17 @@ def csv_encoding(path: Path) -> str:
 def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
     """Reads a CSV file that several processes may have written to at once.
 
-    A record that lost its end swallows the lines after it up to the next quotation mark. So after a record with a wrong
-    number of cells only its first line is given up, and reading goes on with the second.
+    A record that lost its end swallows the lines after it up to the next quotation mark. So of a record with a wrong
+    number of cells, or with text behind a closing quotation mark, only the first line is given up, and reading goes on
+    with the second.
 
     Args:
         file: The text, opened with newline="".
         max_lines: No comment has more lines.
 
     Returns:
-        The columns, and the records with one None for each stretch of torn lines.
+        The columns, and the records, with a None for each stretch of torn lines and for each line in it that begins
+        with an id, as a row does.
     """
     # Spreadsheets and interrupted writes may leave one huge cell, which is no reason to give up the file.
     csv.field_size_limit(1 << 30)
@@ -187,19 +193,38 @@ def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Re
                 taken.append(line)
                 yield line
 
-        torn = False
-        while (cells := next(csv.reader(lines()), None)) is not None:
-            if len(cells) == len(columns):
-                yield dict(zip(columns, cells, strict=True))
+        torn, kind = False, kind_of(set(columns))
+        while True:
+            try:
+                cells = next(csv.reader(lines(), strict=True), None)
+            except csv.Error:
+                cells = ["torn"]
+            if cells is None:
+                return
+            same = len(cells) == len(columns)
+            if record := dict(zip(columns, cells, strict=True)) if same else of_another_version(cells, kind):
+                yield record
                 torn = False
             elif cells:  # an empty line is no record
                 waiting += reversed(taken[1:])
-                if not torn:
+                if not torn or re.match(r'"?\d+"?,', taken[0]):
                     yield None
                 torn = True
             taken.clear()
 
     return set(columns), records()
+
+
+def of_another_version(cells: list[str], kind: str) -> Record | None:
+    """Reads a row that another version of the crawler wrote below the header of the first.
+
+    Returns:
+        The columns that all versions begin with; None for a row that is none of theirs.
+    """
+    names, lengths = BEGINNINGS[kind]
+    record = dict(zip(names, cells, strict=False))
+    numbers = (record[name] for name in names if name.endswith(("_id", "_time")))
+    return record if len(cells) in lengths and all(map(str.isdigit, numbers)) else None
 
 
 def xlsx_tables(path: Path) -> Iterator[Table]:

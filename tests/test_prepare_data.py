@@ -395,6 +395,73 @@ def test_torn_csv(tmp_path: Path) -> None:
     assert set(written) >= {str(50000 + i) for i in range(40) if i != 20} and "\ufffd" in answer(written["50030"])
 
 
+@pytest.mark.parametrize("later", ['他说"好"，对吧\n真的', '他说"好"吧', '"好"吧'])
+def test_torn_csv_row_swallows_no_record(tmp_path: Path, later: str) -> None:
+    """A quoted text without its end reaches to the next quotation mark, and no further columns betray it."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    records = [comment(i) for i in range(12)] + [comment(12, content=later)]
+    path = write_csv(tmp_path / "crawl/search_comments_1.csv", records)
+    text = path.read_text("utf-8-sig")
+    path.write_text(
+        text.replace("评论3,90002,昵称乙,https://example.com/b.jpg,0,1700000200000", '"开头，\n第'), "utf-8", newline=""
+    )
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in range(13) if i != 3} and dropped(report) == {"torn": 1}
+    assert "昵称乙" not in (tmp_path / "crawl_out/data_train.json").read_text("utf-8")
+    path.write_text(text.replace("评论3", '"评论3').replace("评论7", '评"论7'), "utf-8", newline="")
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in range(13) if i != 3} and dropped(report) == {"torn": 1}
+
+
+def test_csv_rows_of_a_later_version(tmp_path: Path) -> None:
+    """A crawler that was updated between two runs of a day goes on below the old header."""
+    first = [comment(i, of=i) for i in range(5)]
+    about = {"sex": "男", "sign": "签名,\n二"}
+    kinds = [
+        [comment(i) | about for i in range(5, 10)],  # to 12 columns
+        [comment(i) | about | {"like_count": 3} for i in range(10, 15)],  # to 13
+        [comment(i) | {"future": 1} for i in range(15, 35)],  # to 11, of no known version
+        [comment(i) for i in range(35, 40)],
+    ]
+    counters = dict.fromkeys(
+        ("liked_count", "video_play_count", "video_danmaku", "video_comment", "video_cover_url"), "1"
+    )
+    videos = [
+        [video(i) | counters for i in range(2)],
+        [video(i) | counters | {"source_keyword": "词"} for i in range(2, 5)],
+    ]
+    for name, runs in {"comments": [first, *kinds], "videos": videos}.items():
+        paths = [write_csv(tmp_path / f"{name}_{i}.csv", run, encoding="utf-8") for i, run in enumerate(runs)]
+        rows = [path.read_bytes().split(b"\r\n", 1)[1] for path in paths[1:]]
+        target = tmp_path / "crawl" / f"search_{name}_1.csv"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(paths[0].read_bytes() + b"".join(rows))
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in [*range(15), *range(35, 40)]}
+    assert dropped(report) == {"torn": 20} and report["read"] == 40 and report["splits"]["train"]["videos"] == 5
+
+
+@pytest.mark.parametrize("first", ["torn", "{}", "too long"])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_first_json_record_that_is_none(tmp_path: Path, first: str, ending: str) -> None:
+    """The columns are those of the first whole record, and the file is read from its start."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    begin = {
+        "torn": '{"comment_id": "5", "conte',
+        "{}": "{},",
+        "too long": json.dumps(comment(0, content="长" * 2_000_000)) + ",",
+    }[first]
+    path = write_json(tmp_path / f"crawl/x_comments_1.{ending}", [comment(1), comment(2)])
+    if ending == "jsonl":
+        begin = begin.rstrip(",") + "\n"
+        write_jsonl(path, [comment(1), comment(2)])
+    text = path.read_text("utf-8")
+    path.write_text(begin + text if ending == "jsonl" else "[" + begin + text[1:], "utf-8")
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {"50001", "50002"} | ({"50000"} if first == "too long" else set())
+    assert dropped(report) == ({} if first == "too long" else {"torn": 1})
+
+
 def test_shifted_rows_are_torn(tmp_path: Path) -> None:
     shifted = list(comment(3).values())[4:] + ["", "", "", ""]
     write_json(tmp_path / "crawl/contents.json", [video(0)])
