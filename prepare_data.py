@@ -394,7 +394,7 @@ def load_table(con: "DuckDBPyConnection", data_dir: Path, path: Path, table: Tab
         reason = f"expected the columns of comments or of videos, got {got}"
         return None if platform or UPLOADERS.search(name) else skipped(place, reason)
     if platform:
-        return skipped(place, f"{platform[2]!r} in its name stands for another platform than Bilibili")
+        return skipped(place, f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it")
     line = {"file": shown(place), "kind": kind, "records": 0, "torn": 0, "note": ""}
     if path.suffix.lower() in (".json", ".jsonl") and not NO_NAME.search(str(path)):
         with path.open(encoding="utf-8-sig", errors="replace") as file:

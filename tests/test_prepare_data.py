@@ -580,7 +580,7 @@ def test_unreadable_and_foreign_files_are_passed_over(tmp_path: Path, capsys: py
         "x_comments_4.json", "empty_comments.csv", "settings.json", "all.db [bilibili_video_comment]",
         "kuaishou_comments_1.json",
     }  # fmt: skip
-    assert notes["kuaishou_comments_1.json"].startswith("skipped: 'kuaishou' in its name stands for another platform")
+    assert notes["kuaishou_comments_1.json"].startswith("skipped: 'kuaishou' in its path names another platform;")
     assert "BadZipFile" in notes["x_comments_2.xlsx"] and "DatabaseError" in notes["x_comments_3.db"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in notes)
