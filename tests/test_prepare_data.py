@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+from datetime import datetime, time
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -318,6 +321,11 @@ def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
     ("@张三 @李四\n", None),
     ("回复 @张三 :", None),
     ("@ 空格", "@ 空格"),
+    ("@张\u0301三 来", "@某人 来"),
+    ("@\u200b张三 来", "@某人 来"),
+    ("\u200b回复 @小明 :好", "好"),
+    (" \ufeff 回复 @小明 :\u200b回复 @张三 :好", "好"),
+    ("hi@12345678 来", "hi@某人 来"),
 ])  # fmt: skip
 def test_anonymize(tmp_path: Path, text: str, expected: str | None) -> None:
     write_json(tmp_path / "crawl/contents.json", [video(0, title=f"标题 {text}", desc=f"简介 @{text}")])
@@ -393,6 +401,73 @@ def test_torn_csv(tmp_path: Path) -> None:
     path.write_bytes(data[: starts[20]] + no_end + data[starts[20] :].replace("第30条".encode(), b"\xff\xfe"))
     written, report = prepare(tmp_path / "crawl")
     assert set(written) >= {str(50000 + i) for i in range(40) if i != 20} and "\ufffd" in answer(written["50030"])
+
+
+@pytest.mark.parametrize("later", ['他说"好"，对吧\n真的', '他说"好"吧', '"好"吧'])
+def test_torn_csv_row_swallows_no_record(tmp_path: Path, later: str) -> None:
+    """A quoted text without its end reaches to the next quotation mark, and no further columns betray it."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    records = [comment(i) for i in range(12)] + [comment(12, content=later)]
+    path = write_csv(tmp_path / "crawl/search_comments_1.csv", records)
+    text = path.read_text("utf-8-sig")
+    path.write_text(
+        text.replace("评论3,90002,昵称乙,https://example.com/b.jpg,0,1700000200000", '"开头，\n第'), "utf-8", newline=""
+    )
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in range(13) if i != 3} and dropped(report) == {"torn": 1}
+    assert "昵称乙" not in (tmp_path / "crawl_out/data_train.json").read_text("utf-8")
+    path.write_text(text.replace("评论3", '"评论3').replace("评论7", '评"论7'), "utf-8", newline="")
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in range(13) if i != 3} and dropped(report) == {"torn": 1}
+
+
+def test_csv_rows_of_a_later_version(tmp_path: Path) -> None:
+    """A crawler that was updated between two runs of a day goes on below the old header."""
+    first = [comment(i, of=i) for i in range(5)]
+    about = {"sex": "男", "sign": "签名,\n二"}
+    kinds = [
+        [comment(i) | about for i in range(5, 10)],  # to 12 columns
+        [comment(i) | about | {"like_count": 3} for i in range(10, 15)],  # to 13
+        [comment(i) | {"future": 1} for i in range(15, 35)],  # to 11, of no known version
+        [comment(i) for i in range(35, 40)],
+    ]
+    counters = dict.fromkeys(
+        ("liked_count", "video_play_count", "video_danmaku", "video_comment", "video_cover_url"), "1"
+    )
+    videos = [
+        [video(i) | counters for i in range(2)],
+        [video(i) | counters | {"source_keyword": "词"} for i in range(2, 5)],
+    ]
+    for name, runs in {"comments": [first, *kinds], "videos": videos}.items():
+        paths = [write_csv(tmp_path / f"{name}_{i}.csv", run, encoding="utf-8") for i, run in enumerate(runs)]
+        rows = [path.read_bytes().split(b"\r\n", 1)[1] for path in paths[1:]]
+        target = tmp_path / "crawl" / f"search_{name}_1.csv"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(paths[0].read_bytes() + b"".join(rows))
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {str(50000 + i) for i in [*range(15), *range(35, 40)]}
+    assert dropped(report) == {"torn": 20} and report["read"] == 40 and report["splits"]["train"]["videos"] == 5
+
+
+@pytest.mark.parametrize("first", ["torn", "{}", "too long"])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_first_json_record_that_is_none(tmp_path: Path, first: str, ending: str) -> None:
+    """The columns are those of the first whole record, and the file is read from its start."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    begin = {
+        "torn": '{"comment_id": "5", "conte',
+        "{}": "{},",
+        "too long": json.dumps(comment(0, content="长" * 2_000_000)) + ",",
+    }[first]
+    path = write_json(tmp_path / f"crawl/x_comments_1.{ending}", [comment(1), comment(2)])
+    if ending == "jsonl":
+        begin = begin.rstrip(",") + "\n"
+        write_jsonl(path, [comment(1), comment(2)])
+    text = path.read_text("utf-8")
+    path.write_text(begin + text if ending == "jsonl" else "[" + begin + text[1:], "utf-8")
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {"50001", "50002"} | ({"50000"} if first == "too long" else set())
+    assert dropped(report) == ({} if first == "too long" else {"torn": 1})
 
 
 def test_shifted_rows_are_torn(tmp_path: Path) -> None:
@@ -491,7 +566,8 @@ def test_unreadable_and_foreign_files_are_passed_over(tmp_path: Path, capsys: py
     (crawl / "~$open.xlsx").write_bytes(b"lock")
     write_json(crawl / "settings.json", [{"a": 1}])
     write_json(crawl / "search_creators_1.json", [{"user_id": "1"}])
-    write_json(crawl / "kuaishou/json/search_comments_1.json", [comment(77)])
+    write_json(crawl / "kuaishou/json/kuaishou_comments_1.json", [comment(77)])
+    write_json(crawl / "douyin/json/search_comments_1.json", [{"aweme_id": "1"}])
     tables = {"kuaishou_video_comment": [comment(78)], "bilibili_video_comment": [comment(79)]}
     write_sqlite(crawl / "all.db", tables)
     for name in prepare_data.OUR_FILES:
@@ -502,10 +578,83 @@ def test_unreadable_and_foreign_files_are_passed_over(tmp_path: Path, capsys: py
     assert set(notes) == {
         "search_contents_1.json", "search_comments_1.json", "x_comments_2.xlsx", "x_comments_3.db",
         "x_comments_4.json", "empty_comments.csv", "settings.json", "all.db [bilibili_video_comment]",
+        "kuaishou_comments_1.json",
     }  # fmt: skip
+    assert notes["kuaishou_comments_1.json"].startswith("skipped: 'kuaishou' in its path names another platform;")
     assert "BadZipFile" in notes["x_comments_2.xlsx"] and "DatabaseError" in notes["x_comments_3.db"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in notes)
+
+
+@pytest.mark.parametrize("name", ["my_creators_comments.json", "dynamics_comments_1.json", "contacts.jsonl"])
+def test_columns_go_before_names(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "crawl/up_info_contents.json", [video(0)])
+    (write_jsonl if name.endswith("l") else write_json)(tmp_path / "crawl" / name, [comment(1)])
+    assert set(prepare(tmp_path / "crawl")[0]) == {"50001"}
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    WRITERS["json"](tmp_path / "crawl/closed")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == set(EXPECTED)
+    notes = {Path(line["file"]).name: line["note"] for line in report["files"]}
+    assert notes["closed"] == "skipped: cannot be listed (Permission denied)"
+
+
+NAMES = [
+    b"we [ir]d\\x/y.json",
+    b"a\\*.json",
+    b"a\\b.json",
+    b"\xff\xfe.json",
+    b"l\nine.jsonl",
+    "（副本）?.json".encode(),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_any_file_name(tmp_path: Path, name: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "crawl/a.json", [video(0)])
+    path = tmp_path / "crawl" / os.fsdecode(name)
+    (write_jsonl if path.suffix == ".jsonl" else write_json)(path, [comment(1)])
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {"50001"} and [line["note"] for line in report["files"]] == ["", ""]
+    shown = name.decode(errors="backslashreplace")
+    assert f"{shown}: 1 comment\n" in capsys.readouterr().out.encode("utf-8").decode()
+    assert {Path(line["file"]).name for line in report["files"]} == {"a.json", Path(shown).name}
+
+
+def test_cells_that_are_no_texts(tmp_path: Path) -> None:
+    """A number, a date, a time and what looks like a formula in a sheet; bytes in a database."""
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    day, hour = datetime(2025, 1, 2, 3, 4, 5), time(12, 30)
+    contents = {1: 666, 2: hour, 3: "=_=", 4: "==b", 5: 6.5, 6: "后"}
+    rows = with_integer_ids([comment(i, content=text, create_time=day) for i, text in contents.items()])
+    write_xlsx(tmp_path / "crawl/x.xlsx", {"Comments": rows})
+    blobs = [comment(7, content="字节".encode()), comment(8, content=b"\xe8"), comment(9)]
+    write_sqlite(tmp_path / "crawl/x.db", {"bilibili_video_comment": blobs})
+    written, report = prepare(tmp_path / "crawl")
+    expected = {1: "666", 2: "12:30:00", 3: "=_=", 4: "==b", 5: "6.5", 6: "后", 7: "字节", 8: "\ufffd", 9: "评论9"}
+    assert {int(id) - 50000: answer(record) for id, record in written.items()} == expected
+    assert not any(line["note"] for line in report["files"]) and not dropped(report)
+
+
+@pytest.mark.parametrize(
+    "time", ["", "2025-01-01 10:00:00", "2025/1/1 8:05", "1/2/2025", "2025年1月2日", "1700000100.0"]
+)
+def test_time_does_not_make_a_row_torn(tmp_path: Path, time: str) -> None:
+    write_json(tmp_path / "crawl/contents.json", [video(0)])
+    write_csv(tmp_path / "crawl/search_comments_1.csv", [comment(1, create_time=time), comment(2, create_time="昵称")])
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {"50001"} and dropped(report) == {"torn": 1}
 
 
 def test_output_into_the_data_folder_is_not_read_again(tmp_path: Path) -> None:
@@ -575,6 +724,9 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--test_size", "20"], "Give --total too"),
     (["--test_size", "20", "--total", "20"], "--total, which must be larger"),
     (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
+    (["--data_dir", "examples/README.md"], "examples/README.md is a file, expected a folder"),
+    (["--data_dir", "examples/README.md"], "python prepare_data.py --data_dir examples"),
+    (["--output_dir", "README.md"], "--output_dir: README.md is no folder that can be written to (Not a directory)"),
 ])  # fmt: skip
 def test_user_errors(tmp_path: Path, options: list[str], message: str) -> None:
     WRITERS["json"](tmp_path / "crawl")
@@ -604,11 +756,49 @@ def test_all_in_the_test_set(tmp_path: Path) -> None:
     assert list((tmp_path / "crawl_out").iterdir()) == []
 
 
-def test_empty_test_set_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("share", ["1e-9", "0"])
+def test_empty_test_set_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str) -> None:
+    """Unless it was asked for."""
+    write_json(tmp_path / "crawl/a.json", [video(0)])
+    write_json(tmp_path / "crawl/b.json", [comment(1)])
+    prepare(tmp_path / "crawl", "--test_size", share)
+    printed = capsys.readouterr().out
+    assert ("No video fell into the test set" in printed) == (share != "0")
+    assert json.loads((tmp_path / "crawl_out/data_test.json").read_text()) == []
+    assert "a.json: 1 video\n" in printed and "b.json: 1 comment\n" in printed
+    assert "1  train: comments under 1 video\n" in printed and "0  test: comments under 0 videos\n" in printed
+
+
+def test_results_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends before its report is there leaves the data of the run before."""
     WRITERS["json"](tmp_path / "crawl")
     prepare(tmp_path / "crawl")
-    assert "No video fell into the test set" in capsys.readouterr().out
-    assert json.loads((tmp_path / "crawl_out/data_test.json").read_text()) == []
+    before = {path.name: path.read_bytes() for path in (tmp_path / "crawl_out").iterdir()}
+    write_json(tmp_path / "crawl/more_comments.json", [comment(30)])
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "plot_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "crawl")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "crawl_out").iterdir()} == before
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """Also while DuckDB works: one line, no traceback, nothing left behind."""
+    comments = [comment(i, of=i % 9, content=f"回复 @小明 :@甲 {i}" * 9) for i in range(60_000)]
+    write_json(tmp_path / "crawl/x_contents_1.json", [video(i) for i in range(9)])
+    write_json(tmp_path / "crawl/x_comments_1.json", comments)
+    folders = ["--data_dir", tmp_path / "crawl", "--output_dir", tmp_path / "out"]
+    command = [sys.executable, "-u", ROOT / "prepare_data.py", *folders]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "videos" not in process.stdout.readline():  # all is read, it is being joined
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.startswith("\nStopped") and error.count("\n") == 2
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_benchmark_runs() -> None:

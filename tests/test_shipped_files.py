@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,21 +19,30 @@ from conftest import ROOT
 
 # What a run leaves behind; `data` holds crawled comments, but examples/data is the project's own.
 SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-SKIPPED |= {"model", "output_hf", "output"}
+SKIPPED |= {"model", "output_hf", "output", "swanlog", "wandb"}
 
 
-def shipped(folder: Path = ROOT) -> Iterator[Path]:
-    """The repository's files, without what runs leave."""
+def walked(folder: Path) -> Iterator[Path]:
+    """The files of a copy without git, without what runs leave."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             is_data = path.name == "data" and path.parent != ROOT / "examples"
             if path.name not in SKIPPED and not is_data:
-                yield from shipped(path)
+                yield from walked(path)
         elif not path.name.endswith((".partial", ".old")):
             yield path
 
 
-FILES = list(shipped())
+def shipped() -> list[Path]:
+    """The repository's files: those that git has or would add."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return list(walked(ROOT))
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return sorted(path for path in map(ROOT.joinpath, listed.split("\0")) if path.is_file())
+
+
+FILES = shipped()
 PYTHON = [path for path in FILES if path.suffix == ".py"]
 SHELL = [path for path in FILES if path.suffix == ".sh"]
 SCRIPTS = [path for path in PYTHON if path.parent.name not in ("utils", "tests")]
@@ -54,7 +64,23 @@ def test_something_is_looked_at() -> None:
     names = {name(path) for path in FILES}
     assert {"chat.py", "deepspeed_ft/train.py", "utils/data.py", "setup_env.sh", "tests/run.sh"} <= names
     assert any(text.startswith("examples/data/") for text in names)
-    assert not any(text.startswith(("data/", "model/", ".venv/")) for text in names)
+    assert not any(text.startswith(("data/", "model/", ".venv")) for text in names - {"data/README.md"})
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="a copy without git")
+@pytest.mark.parametrize("left", [".venv", "data/bili/x.json", "swanlog/run", "wandb/run", "model/a/b", ".x.partial"])
+def test_what_runs_leave_is_ignored(left: str) -> None:
+    """`.venv` also as a link, which git takes for a file."""
+    assert subprocess.run(["git", "check-ignore", "--no-index", "--quiet", left], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["cd /work/x", "in /tmp", "-i https://pypi.mirror.example/simple", "//registry.local/x"]
+)
+def test_forbidden(text: str) -> None:
+    assert any(re.search(pattern, text, re.IGNORECASE) for pattern in FORBIDDEN)
+    allowed = "https://pypi.org/simple https://hf-mirror.com/a output/tmp/x a/work"
+    assert not any(re.search(pattern, allowed, re.IGNORECASE) for pattern in FORBIDDEN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +205,8 @@ def test_json_files(path: Path) -> None:
 
 # Places on one machine, marks of unfinished work, and secrets.
 FORBIDDEN = [
-    r"(?<![\w.}/])/(root|home|mnt|tmp)/",
+    r"(?<![\w.}/])/(root|home|mnt|opt|tmp|work)\b",
+    r"//(?!pypi\.org|hf-mirror\.com)[\w.-]*(pypi|registry|proxy|mirror)",
     r"(?-i:\b(TODO|FIXME|XXX|HACK)\b)",
     r"\bhf_[A-Za-z]{20,}",
     r"\bsk-[A-Za-z0-9]{20,}",

@@ -19,9 +19,12 @@ def from_root(path: str | Path) -> Path:
 
 
 def shown(path: str | Path) -> str:
-    """Writes a path the short way for messages: from the repository's root where it lies inside it."""
+    """Writes a path the short way for messages: from the repository's root where it lies inside it.
+
+    Bytes that are no UTF-8 are written as \\xff, since they can be neither printed nor stored in JSON.
+    """
     path = Path(path)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return os.fsencode(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).decode(errors="backslashreplace")
 
 
 def missing_model(model_dir: Path, model_name: str) -> str:
