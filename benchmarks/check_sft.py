@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="folder of the finished run")
     parser.add_argument("--model", required=True, help="folder of its base model")
     parser.add_argument("--data_dir", required=True, help="folder of its data")
+    parser.add_argument("--steps", type=int, help="repeat only so many steps (not given: all)")
     return parser
 
 
@@ -101,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
     def batches(samples: list[Any]) -> list[list[Any]]:
         return [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
 
-    for step, numbers in enumerate(tqdm(plan[:total], unit="step"), start=1):
+    repeated = plan[: args.steps or total]
+    for step, numbers in enumerate(tqdm(repeated, unit="step"), start=1):
         samples = [train_set[number] for number in numbers]
         tokens = sum(int(sample.supervised[1:].sum()) for sample in samples)
         started = time.perf_counter()
@@ -130,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         ours, plain = row["ours held out"], row["plain held out"]
         losses = " | ".join(f"{loss:.4f}" for loss in (row["ours"], row["plain"], ours, plain))
         print(f"| {row['step']} | {losses} | {ours / plain - 1:+.2%} |")
-    tokens = sum(len(train_set[number].input_ids) for numbers in plan[:total] for number in numbers)
+    tokens = sum(len(train_set[number].input_ids) for numbers in repeated for number in numbers)
     print(json.dumps({"base": expected[0]["eval/loss"], "rows": rows, "plain_tokens_per_sec": tokens / seconds}))
 
 

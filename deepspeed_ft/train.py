@@ -15,6 +15,7 @@ Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, Sample, find_split, make_chat, show_sample
+from utils.data import Chat, DataError, Sample, find_split, make_chat, read_records, show_sample
 from utils.engine import (
     add_run_arguments,
     argument_problems,
@@ -86,10 +87,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_chat(args: argparse.Namespace, path: Path, template: str) -> Chat:
+    """Loads the model's tokenizer with its chat template, or with another one if its text is given."""
+    from jinja2 import TemplateError
+
+    from utils.model import load_tokenizer
+
+    try:
+        return make_chat(load_tokenizer(path, template, args.trust_remote_code))
+    except TemplateError as error:
+        fail(f"The chat template cannot be used: {error}. Name a file with another: --chat_template FILE")
+    except DataError as error:
+        fail(str(error))
+    except (OSError, ValueError) as error:  # What transformers raises where files are missing or broken.
+        fail(
+            f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {args.model_name}"
+        )
+
+
 def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[Samples, Samples, dict[str, Any]]:
     """Loads the training and the held-out samples.
 
-    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash.
+    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash; with an
+    empty one nothing is.
 
     Returns:
         Training samples, held-out samples, and what run.json says of the data.
@@ -98,7 +118,9 @@ def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[Samples,
     train_file, test_file = (find_split(from_root(args.data_dir), split) for split in ("train", "test"))
     try:
         train, counts, system_prompt = load_samples(train_file, chat, args.max_tokens, cache, "reading" if show else "")
-        if test_file:
+        if test_file and not any(True for _ in read_records(test_file)):
+            test = train.select([])
+        elif test_file:
             test = load_samples(test_file, chat, args.max_tokens, cache).samples
         else:
             held_out = train.group % 20 == 0
@@ -126,11 +148,19 @@ def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[Samples,
 
 def build_model(args: argparse.Namespace, path: Path, precision: str, device: str) -> Any:
     """Loads the base model and makes trainable what is to be trained."""
+    from safetensors import SafetensorError
+
     from utils.model import DTYPES, add_lora, load_model
 
-    model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
+    try:
+        model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
+    except (OSError, SafetensorError) as error:
+        fail(f"No whole model in {shown(path)}: {error}\nFetch it: python download_pt.py --model {args.model_name}")
     if args.tuner == "lora":
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+        try:
+            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+        except ValueError as error:
+            fail(f"--lora_target {args.lora_target}: {error}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -201,21 +231,23 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
-    from utils.model import attention_windows, count_parameters, load_tokenizer, needed_bytes, report_needs
+    from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
     from utils.packing import draw_windows, make_plan, model_inputs, rank_packs, usable_masks
     from utils.tensors import all_reduced
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
 
     # Tokenizer and data.
-    template = from_root(args.chat_template).read_text(encoding="utf-8") if args.chat_template else ""
-    chat = make_chat(load_tokenizer(model_path, template, args.trust_remote_code))
+    # A file that is not UTF-8 becomes a template that says nothing of use, and is refused for that.
+    template = from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
+    chat = load_chat(args, model_path, template)
     train_set, test_set, data_facts = load_data(args, chat, show=rank == 0)
     eval_set = test_set.select(range(len(test_set))[: args.eval_samples]) if args.eval_samples >= 0 else test_set
 
     # Settings; what was not given depends on the device and the kind of training.
     precision, device = choose_precision(args.precision), get_accelerator().current_device_name()
-    args.lr = args.lr or (2e-5 if args.tuner == "full" else 2e-4)
+    if args.lr is None:
+        args.lr = 2e-5 if args.tuner == "full" else 2e-4
     args.group_size = args.group_size or (8 if args.share_prefix else 1)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
@@ -224,9 +256,10 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     record = make_record(args, ds_config, precision, world_size, chat.tokenizer.chat_template, data_facts)
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     run, previous = open_run(folder, args, record)
+    ds_config["checkpoint"] = {"use_node_local_storage": not run.shared}
     progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
     tracker = Tracker(run.dir, progress["step"], args.track, record["settings"]) if rank == 0 else None
-    needs = report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, stage)
+    needs = report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, ds_config)
     if rank == 0:
         print(needs)
 
@@ -300,12 +333,15 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
 
     if tracker:
         tracker.close()
+        best = progress["best_eval_loss"]
         print(
-            f"Best: step {progress['best_step']}, held-out loss {progress['best_eval_loss']}. In {shown(run.dir)}: "
+            f"Best: step {progress['best_step']}, held-out loss {'not measured' if best is None else round(best, 4)}. "
+            f"In {shown(run.dir)}: "
             f"checkpoints {args.ckpt_id} (best) and {args.ckpt_id}-last, metrics.jsonl, loss.png, samples.jsonl.\n"
             f"Next: python convert_model.py --zero_model {shown(run.dir)} --org_model {shown(model_path)} "
             f"--save_model {model_path.name}-BiliComments --t {args.ckpt_id}"
         )
+    engine.destroy()  # Its hooks and buffers would keep the model in memory while the test loads another.
     del sharding
 
 
@@ -313,12 +349,12 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Writes the best checkpoint's replies to the held-out comments beside the real ones."""
     import torch
 
-    from utils.model import DTYPES, load_model, load_tokenizer
+    from utils.model import DTYPES, load_model
     from utils.trained import check_tag, rebuild
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     record = check_tag(folder, args.ckpt_id)
-    chat = make_chat(load_tokenizer(model_path, record["chat_template"], args.trust_remote_code))
+    chat = load_chat(args, model_path, record["chat_template"])
     _, samples, _ = load_data(args, chat, show=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[record["settings"]["precision"]]
@@ -350,10 +386,13 @@ def main(args: argparse.Namespace) -> None:
     model_path = from_root(args.model_dir) / args.model_name
     if not (model_path / "config.json").is_file():
         problems.append(missing_model(from_root(args.model_dir), args.model_name))
+    if not (args.train_mode or args.test_mode):
+        problems.append("Neither --train_mode nor --test_mode is True: nothing to do.")
     if problems:
         fail("\n".join(problems))
     if args.train_mode:
         train(args, model_path)
+        gc.collect()
     if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
         test(args, model_path)
 

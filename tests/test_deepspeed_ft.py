@@ -5,14 +5,16 @@ python -m pytest tests/test_deepspeed_ft.py
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,62 @@ def test_weights_that_are_really_sharded(ft: ModuleType, train_args: Build, tmp_
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    "flags", [{"offload": "optimizer"}, {"offload": "param", "zero_stage": 3}], ids=lambda flags: flags["offload"]
+)
+def test_offloading_changes_nothing(
+    ft: ModuleType, train_args: Build, tmp_path: Path, flags: dict, monkeypatch: Any
+) -> None:
+    """Without a compiler: PyTorch's AdamW."""
+    monkeypatch.setattr("utils.engine.shutil.which", lambda name: None)
+    run(ft, train_args(output_dir=tmp_path / "one"))
+    run(ft, train_args(output_dir=tmp_path / "two", **flags))
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="needs a C++ compiler and ninja")
+def test_offloading_to_deepspeeds_own_adam(ft: ModuleType, train_args: Build, tmp_path: Path, capsys: Any) -> None:
+    run(ft, train_args(output_dir=tmp_path / "one"))
+    capsys.readouterr()
+    run(ft, train_args(output_dir=tmp_path / "two", offload="optimizer"))
+    assert "No C++ compiler" not in capsys.readouterr().out
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+def test_zero_stage_0_is_for_fp32(ft: ModuleType, train_args: Build, capsys: Any) -> None:
+    args = ft.build_parser().parse_args(train_args(zero_stage=0))
+    default = ROOT / "deepspeed_ft/ds_config.json"
+    assert ft.make_ds_config(args, default, "fp32")["zero_optimization"]["stage"] == 0
+    capsys.readouterr()
+    assert ft.make_ds_config(args, default, "bf16")["zero_optimization"]["stage"] == 1
+    assert "stage 1 is used" in capsys.readouterr().out
+
+
+def test_what_a_configuration_cannot_say_is_told(
+    ft: ModuleType, train_args: Build, tmp_path: Path, capsys: Any
+) -> None:
+    """An optimizer and a scheduler are left out, what goes with a precision and no offload is kept."""
+    given = {"optimizer": {"type": "SGD"}, "scheduler": {"type": "WarmupLR"}, "fp16": {"initial_scale_power": 8}}
+    given |= {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "train_batch_size": 16}
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    args = ft.build_parser().parse_args(train_args(deepspeed_config=tmp_path / "ds.json"))
+    config = ft.make_ds_config(args, ROOT / "none.json", "fp16")
+    assert config["fp16"] == {"initial_scale_power": 8, "enabled": True}
+    assert config["zero_optimization"] == {"stage": 2} and config["optimizer"]["params"]["torch_adam"]
+    assert "train_batch_size" not in config and "scheduler" not in config
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("optimizer", "scheduler", "train_batch_size"))
+
+
+@pytest.mark.parametrize(("real", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_emulated_bf16_is_not_chosen(ft: ModuleType, monkeypatch: Any, real: bool, chosen: str) -> None:
+    card = SimpleNamespace(device_name=lambda: "cuda", is_bf16_supported=lambda: True)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: card)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or real)
+    assert ft.choose_precision("auto") == chosen
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 
@@ -261,6 +319,46 @@ def test_resume_after_kill(train_args: Build, tmp_path: Path, ranks: int, zero_s
     assert train_losses(straight) == train_losses(killed)
 
 
+@pytest.mark.slow
+def test_resume_where_nodes_share_no_folder(train_args: Build, tmp_path: Path) -> None:
+    """Two nodes of one rank, each with its own output folder."""
+
+    def both(**flags: Any) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    str(ROOT / "deepspeed_ft/train.py"),
+                    *train_args(output_dir=tmp_path / f"node{rank}", grad_accum=1, **flags),
+                ],
+                env=environment | {"RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+
+    both(max_steps=2)
+    both(max_steps=3, resume=True)
+    assert len(train_losses(tmp_path / "node0")) == 3
+
+
+def test_a_changed_configuration_is_refused(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    """By its content: the file's name is the same."""
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 1.0}')
+    run(ft, train_args(max_steps=1, deepspeed_config=tmp_path / "ds.json"))
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.001}')
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(max_steps=2, deepspeed_config=tmp_path / "ds.json", resume=True))
+    assert "deepspeed_config" in str(stop.value.code)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -340,6 +438,17 @@ def test_held_out_videos_are_split_off_when_there_is_no_test_file(
     assert 0 < record["data"]["test_samples"] < 10
 
 
+def test_an_empty_test_file_holds_nothing_out(
+    ft: ModuleType, train_args: Build, tmp_path: Path, data_dir: Path, capsys: Any
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "own")
+    (tmp_path / "own/data_test.json").write_text("[\n]\n")
+    run(ft, train_args(data_dir=tmp_path / "own"))
+    told = capsys.readouterr().out
+    assert "held out: 0" in told and "held-out loss not measured" in told
+    assert (tmp_path / "output/DS-tiny/qwen2/1/run.json").is_file()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors a user can make
 
@@ -357,6 +466,16 @@ def test_held_out_videos_are_split_off_when_there_is_no_test_file(
         ({"resume": True, "overwrite": True}, "name one of them"),
         ({"resume": True}, "Start the run without --resume"),
         ({"offload": "param", "zero_stage": 2}, "--zero_stage 3"),
+        ({"offload": "param"}, "--zero_stage 3, offloading the optimizer 1 or more; got stage 2"),
+        ({"offload": "optimizer", "zero_stage": 0}, "got stage 0"),
+        ({"max_steps": 0}, "--max_steps: got 0"),
+        ({"lr": 0}, "--lr: got 0.0"),
+        ({"lr": "nan"}, "--lr: got nan"),
+        ({"weight_decay": -1}, "--weight_decay: got -1.0"),
+        ({"seed": -1}, "--seed: got -1"),
+        ({"lora_target": "nothere"}, "--lora_target nothere"),
+        ({"output_dir": __file__}, "--output_dir"),
+        ({"train_mode": False}, "nothing to do"),
         ({"precision": "fp16"}, "--precision fp16"),
         ({"chat_template": "nowhere.jinja"}, "--chat_template"),
         ({"train_mode": False, "test_mode": True}, "No checkpoint '1'"),
@@ -367,6 +486,44 @@ def test_user_errors(ft: ModuleType, train_args: Build, flags: dict[str, Any], e
     with pytest.raises(SystemExit) as stop:
         run(ft, train_args(**flags))
     assert expected in str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"[1]", "expected a DeepSpeed configuration"),
+        (b'{"zero_optimization": 3}', "expected a DeepSpeed configuration"),
+        (b'{"zero_optimization": {"stage": 7}}', "stage is 7"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_a_configuration_that_is_none(
+    ft: ModuleType, train_args: Build, tmp_path: Path, content: bytes, expected: str
+) -> None:
+    (tmp_path / "ds.json").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(deepspeed_config=tmp_path / "ds.json"))
+    assert expected in str(stop.value.code)
+
+
+@pytest.mark.parametrize("content", [b"{{ oops", b"{{ raise_exception('no') }}", b"\xff"])
+def test_a_template_that_is_none(ft: ModuleType, train_args: Build, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "chat.jinja").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(chat_template=tmp_path / "chat.jinja"))
+    assert "--chat_template" in str(stop.value.code)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_a_model_with_something_missing(
+    ft: ModuleType, train_args: Build, tmp_path: Path, model_dir: Path, missing: str
+) -> None:
+    shutil.copytree(model_dir / "tiny/qwen2", tmp_path / "a/b")
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:999]), Path.unlink):
+        damage(tmp_path / "a/b" / missing)
+        with pytest.raises(SystemExit) as stop:
+            run(ft, train_args(model_dir=tmp_path, model_name="a/b", overwrite=True))
+        assert "python download_pt.py --model a/b" in str(stop.value.code)
 
 
 def test_several_errors_are_told_at_once(ft: ModuleType, train_args: Build) -> None:

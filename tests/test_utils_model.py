@@ -201,8 +201,8 @@ def test_needed_bytes_of_activations(model_dir: Path, needs_args: Any, kind: str
 def test_report_needs(tmp_path: Path) -> None:
     gib = 1024**3
     needs = {"weights": 4 * gib, "gradients and optimizer": 8 * gib, "activations": gib, "checkpoints": 2**20}
-    assert "~13.00 GiB" in report_needs(needs, tmp_path, ranks=4, zero_stage=0)
-    assert "~7.00 GiB" in report_needs(needs, tmp_path, ranks=4, zero_stage=2)
-    assert "~4.00 GiB" in report_needs(needs, tmp_path, ranks=4, zero_stage=3)
+    assert "~13.00 GiB" in report_needs(needs, tmp_path, ranks=4, ds_config={"zero_optimization": {"stage": 0}})
+    assert "~7.00 GiB" in report_needs(needs, tmp_path, ranks=4, ds_config={"zero_optimization": {"stage": 2}})
+    assert "~4.00 GiB" in report_needs(needs, tmp_path, ranks=4, ds_config={"zero_optimization": {"stage": 3}})
     with pytest.raises(SystemExit, match="--output_dir"):
-        report_needs({**needs, "checkpoints": 2**60}, tmp_path, ranks=1, zero_stage=0)
+        report_needs({**needs, "checkpoints": 2**60}, tmp_path, ranks=1, ds_config={"zero_optimization": {"stage": 0}})

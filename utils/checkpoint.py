@@ -1,6 +1,7 @@
 """Checkpoints of a run: the record of what made it, saving that survives a kill, resuming bit for bit."""
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from utils.engine import fail, quant_bits
 from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
 
-# What may differ when a run is resumed: how long it goes on and what it shows, not what an update is.
+# What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
+# what it shows, not what an update is.
 FREE_TO_CHANGE = set(
     "epochs max_steps eval_steps save_steps eval_samples max_new_tokens train_mode test_mode test_bnb_enabled track "
     "resume overwrite local_rank output_dir model_dir data_dir".split()
@@ -29,6 +31,7 @@ class Run(NamedTuple):
     dir: Path
     ckpt_id: str
     leader: bool
+    shared: bool  # All ranks see the same folder; False where every node has its own.
 
     @property
     def last(self) -> Path:
@@ -56,6 +59,9 @@ def make_record(
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "ranks": world_size,
         "data": data["files"],
+        # Of files the content counts, not the name.
+        "deepspeed_config": _digest(json.dumps(ds_config, sort_keys=True)),
+        "chat_template": _digest(template),
     }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     packages = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes")
@@ -67,6 +73,10 @@ def make_record(
         "data": data,
         "versions": {name: version(name) for name in packages} | {"commit": commit.stdout.strip()},
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
@@ -85,7 +95,7 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
     """
     import deepspeed
 
-    run = Run(folder, args.ckpt_id, leader=_leads_file_system(folder))
+    run = Run(folder, args.ckpt_id, *_share_folder(folder))
     previous = None
     if args.resume:
         if not (run.last / "run.json").is_file():
@@ -120,8 +130,13 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
     return run, previous
 
 
-def _leads_file_system(folder: Path) -> bool:
-    """True on global rank 0 and on the first rank of every node that does not see rank 0's files."""
+def _share_folder(folder: Path) -> tuple[bool, bool]:
+    """Finds out how the ranks share a folder.
+
+    Returns:
+        Whether this rank leads: global rank 0, and the first rank of every node that does not see rank 0's files; and
+        whether all ranks see the same files.
+    """
     import deepspeed
     import torch
 
@@ -137,7 +152,9 @@ def _leads_file_system(folder: Path) -> bool:
     deepspeed.comm.barrier()
     if is_first:
         marker.unlink()
-    return is_first or (not sees_marker and int(os.environ["LOCAL_RANK"]) == 0)
+    seen = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(seen, sees_marker)
+    return is_first or (not sees_marker and int(os.environ["LOCAL_RANK"]) == 0), all(seen)
 
 
 def save_checkpoint(

@@ -86,6 +86,14 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     for name in ("epochs", "batch_size", "grad_accum", "eval_steps", "save_steps", "lora_r", "max_new_tokens"):
         if getattr(args, name) < 1:
             problems.append(f"--{name}: got {getattr(args, name)}, expected 1 or more.")
+    if args.max_steps < 1 and args.max_steps != -1:
+        problems.append(f"--max_steps: got {args.max_steps}, expected 1 or more, or -1.")
+    if args.lr is not None and not args.lr > 0:
+        problems.append(f"--lr: got {args.lr}, expected more than 0.")
+    if not args.weight_decay >= 0:
+        problems.append(f"--weight_decay: got {args.weight_decay}, expected 0 or more.")
+    if args.seed < 0:
+        problems.append(f"--seed: got {args.seed}, expected 0 or more.")
     if args.group_size is not None and args.group_size < 1:
         problems.append(f"--group_size: got {args.group_size}, expected 1 or more.")
     if args.max_tokens < 16:
@@ -99,14 +107,15 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     if args.tuner == "full" and quant_bits(args):
         problems.append("--tuner full trains all weights, 4-bit weights cannot be trained: leave --train_bnb_enabled "
                         "and --quant_bits out, or use --tuner lora.")  # fmt: skip
-    if args.offload == "param" and args.zero_stage not in (None, 3):
-        problems.append(f"--offload param needs --zero_stage 3, got {args.zero_stage}.")
     if not re.fullmatch(r"[\w-]+", args.ckpt_id):
         problems.append(f"--ckpt_id: got {args.ckpt_id!r}, expected letters, digits, _ and -.")
     if args.resume and args.overwrite:
         problems.append("--resume goes on with a run, --overwrite starts it anew: name one of them.")
     if args.track != "none" and find_spec(args.track) is None:
         problems.append(f"--track {args.track}: not installed. Install it with: pip install {args.track}")
+    output_dir = from_root(args.output_dir)
+    if not next(path for path in (output_dir, *output_dir.parents) if path.exists()).is_dir():
+        problems.append(f"--output_dir: {args.output_dir} is no folder and cannot become one.")
     for name in ("chat_template", "deepspeed_config"):
         if getattr(args, name) and not from_root(getattr(args, name)).is_file():
             problems.append(f"--{name}: no file at {getattr(args, name)}.")
@@ -165,6 +174,7 @@ def choose_precision(asked: str) -> str:
     Raises:
         SystemExit: if the device cannot compute in what was asked for.
     """
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
@@ -172,9 +182,13 @@ def choose_precision(asked: str) -> str:
         if asked == "fp16":
             fail("--precision fp16: CPUs do not train in it. Use fp32 (or bf16 on a CPU with AMX or AVX512-BF16).")
         return "fp32" if asked == "auto" else asked
-    if asked == "bf16" and not device.is_bf16_supported():
+    has_bf16 = device.is_bf16_supported()
+    if device.device_name() == "cuda":
+        # DeepSpeed's answer counts cards that emulate it, slowly.
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and not has_bf16:
         fail("--precision bf16: this card does not have it. Use fp16.")
-    return ("bf16" if device.is_bf16_supported() else "fp16") if asked == "auto" else asked
+    return ("bf16" if has_bf16 else "fp16") if asked == "auto" else asked
 
 
 def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str) -> dict[str, Any]:
@@ -184,43 +198,69 @@ def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str)
 
     Returns:
         A configuration in which everything that changes an update is spelled out.
+
+    Raises:
+        SystemExit: if the file is no configuration, or it cannot be had together with the arguments.
     """
     file = from_root(args.deepspeed_config) if args.deepspeed_config else default_file
-    try:
-        config = _without_auto(json.loads(file.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        fail(f"{shown(file)} is not JSON: {error}")
-    zero = config.setdefault("zero_optimization", {})
+    config = _read_config(file)
+    zero = config["zero_optimization"]
     notes = []
     for section, key, given in ((zero, "stage", args.zero_stage), (config, "gradient_clipping", args.max_grad_norm)):
         if given is not None:
             if section.get(key, given) != given:
                 notes.append(f"The command line wins over {shown(file)}: {key} is {given}, not {section[key]}.")
             section[key] = given
-    stage = zero.setdefault("stage", 2)
+    if zero.setdefault("stage", 2) == 0 and precision != "fp32":
+        zero["stage"] = 1
+        notes.append(f"ZeRO stage 0 takes other steps in {precision}: stage 1 is used, on one rank the same memory.")
     config.setdefault("gradient_clipping", 1.0)  # Unsaid, DeepSpeed would clip at 1 too.
     if args.offload is not None:
-        config["zero_optimization"] = zero = {key: zero[key] for key in zero if not key.startswith("offload_")}
+        zero = {key: zero[key] for key in zero if not key.startswith("offload_")}
         zero |= {"offload_optimizer": {"device": "cpu"}} if args.offload != "none" else {}
         zero |= {"offload_param": {"device": "cpu"}} if args.offload == "param" else {}
-    offloaded = "offload_optimizer" in zero
-    compiled = offloaded and shutil.which("c++") is not None
+        config["zero_optimization"] = zero
+    stage, offloaded = zero["stage"], "offload_optimizer" in zero
+    if ("offload_param" in zero and stage != 3) or (offloaded and stage == 0):
+        fail(f"Offloading weights needs --zero_stage 3, offloading the optimizer 1 or more; got stage {stage}.")
+    compiled = offloaded and all(map(shutil.which, ("c++", "ninja")))
     if offloaded and not compiled:
         notes.append("No C++ compiler: the offloaded optimizer is PyTorch's AdamW, slower than DeepSpeedCPUAdam.")
     if stage < 2:
         zero["overlap_comm"] = False  # DeepSpeed refuses it here when windows hold any number of packs.
     adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
-    if int(os.environ.get("RANK", 0)) == 0 and notes:
-        print(*notes, sep="\n")
-    return config | {
+    ours = {
         "train_micro_batch_size_per_gpu": 1,  # The micro-batch is a pack; a window may hold any number of packs.
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "optimizer": {"type": "AdamW", "params": adam | {"torch_adam": not compiled}},
         "zero_force_ds_cpu_optimizer": compiled,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
+        "bf16": config.get("bf16", {}) | {"enabled": precision == "bf16"},
+        "fp16": config.get("fp16", {}) | {"enabled": precision == "fp16"},
     }
+    replaced = [key for key in ours if key in config and config[key] != ours[key]]
+    replaced += [key for key in ("train_batch_size", "scheduler") if config.pop(key, None) is not None]
+    if replaced:
+        notes.append(f"Of {shown(file)} these are left to the command line: {', '.join(replaced)}.")
+    if int(os.environ.get("RANK", 0)) == 0 and notes:
+        print(*notes, sep="\n")
+    return config | ours
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = _without_auto(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        fail(f"{shown(file)} is not JSON: {error}")
+    if not isinstance(config, dict) or not isinstance(config.setdefault("zero_optimization", {}), dict):
+        fail(f"{shown(file)}: expected a DeepSpeed configuration, an object with an object zero_optimization.")
+    zero = config["zero_optimization"]
+    if zero.get("stage", 2) not in (0, 1, 2, 3):
+        fail(f"{shown(file)}: zero_optimization.stage is {zero['stage']}, expected 0, 1, 2 or 3.")
+    for name in ("offload_optimizer", "offload_param"):
+        if name in zero and (zero[name] or {}).get("device", "none") == "none":
+            del zero[name]
+    return config
 
 
 def _without_auto(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,15 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
 
     Returns:
         A tokenizer; with the plain template where there is no other.
+
+    Raises:
+        ValueError: if the folder has a tokenizer's settings but not its vocabulary, which transformers loads all the same.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise ValueError("the tokenizer has no vocabulary (is tokenizer.json missing?)")
     tokenizer.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 
@@ -84,7 +88,7 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = target if target == "all-linear" else target.split(",")
+    targets = target if target == "all-linear" else [name.strip() for name in target.split(",")]
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
@@ -168,35 +172,48 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     }
 
 
-def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, zero_stage: int) -> str:
+def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, ds_config: dict[str, Any]) -> str:
     """Writes in a line what a run will need beside what there is; estimates carry a tilde.
+
+    Args:
+        needs: From `needed_bytes`.
+        output_dir: Where the checkpoints go.
+        ranks: Number of ranks.
+        ds_config: From `utils.engine.make_ds_config`.
 
     Raises:
         SystemExit: if the disk has not the room for the checkpoints.
     """
+    import psutil
     from deepspeed.accelerator import get_accelerator
 
-    sharded = dict(needs)
-    if zero_stage >= 1:
-        sharded["gradients and optimizer"] //= ranks
-    if zero_stage == 3:
-        sharded["weights"] //= ranks
-    parts = [name for name in needs if name != "checkpoints"]
-    total = sum(sharded[name] for name in parts)
-    detail = ", ".join(f"{name} {sharded[name] / GIB:.2f}" for name in parts)
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if get_accelerator().device_name() == "cpu":
-        there = f"{host / GIB:.1f} GiB of host memory free"
-    else:
-        there = f"{get_accelerator().available_memory() / GIB:.1f} GiB on the card free, {host / GIB:.1f} on the host"
+    zero, on_card, on_host = ds_config["zero_optimization"], dict(needs), {}
+    del on_card["checkpoints"]
+    if zero["stage"] >= 1:
+        on_card["gradients and optimizer"] //= ranks
+    if zero["stage"] == 3:
+        on_card["weights"] //= ranks
+    if get_accelerator().device_name() != "cpu":
+        offloaded = {"gradients and optimizer": "offload_optimizer", "weights": "offload_param"}
+        on_host = {name: on_card.pop(name) for name, key in offloaded.items() if key in zero}
+    host = f"{psutil.virtual_memory().available / GIB:.1f} GiB of host memory"
+    there = f"there are {host}"
+    if get_accelerator().device_name() != "cpu":
+        there = f"there are {get_accelerator().available_memory() / GIB:.1f} GiB free on the card and {host}"
     disk = shutil.disk_usage(output_dir).free
     if disk < needs["checkpoints"]:
         raise SystemExit(
             f"The checkpoints need about {needs['checkpoints'] / GIB:.1f} GiB, {output_dir} has {disk / GIB:.1f} GiB "
             "free. Make room or name another place: --output_dir DIR"
         )
+
+    def sizes(parts: dict[str, int]) -> str:
+        detail = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return f"~{sum(parts.values()) / GIB:.2f} GiB ({detail})"
+
+    host_part = f" and on the host {sizes(on_host)}" if on_host else ""
     return (
-        f"Memory of a rank: ~{total / GIB:.2f} GiB ({detail}); there are {there}. "
+        f"Memory of a rank: {sizes(on_card)}{host_part}; {there}. "
         f"Disk: ~{needs['checkpoints'] / GIB:.2f} GiB of {disk / GIB:.0f} GiB free."
     )
 
