@@ -31,7 +31,7 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
         A tokenizer; with the plain template where there is no other.
 
     Raises:
-        ValueError: if the folder has a tokenizer's settings but not its vocabulary, which transformers loads all the same.
+        ValueError: if the folder has a tokenizer's settings but not its vocabulary; transformers would go on without.
     """
     from transformers import AutoTokenizer
 
