@@ -5,7 +5,9 @@ python -m pytest tests/test_chat.py
 
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,6 +47,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"ids": input_ids, "max_new_tokens": max_new_tokens, "stop_id": stop_id, **sampling})
         yield "答"
         yield f"{len(calls)} "
+
+    monkeypatch.setattr("utils.generate.stream", stream)
+    return calls
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What the model is asked; Ctrl-C comes before the first reply and within the second."""
+    calls: list[list[int]] = []
+
+    def stream(model: Any, tokenizer: Any, input_ids: list[int], *rest: Any, **sampling: Any) -> Iterator[str]:
+        calls.append(input_ids)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield "答"
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        yield "完"
 
     monkeypatch.setattr("utils.generate.stream", stream)
     return calls
@@ -155,7 +175,7 @@ def test_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8"))
 
 
 def test_a_conversation_remembers_until_reset(
@@ -186,6 +206,86 @@ def test_a_piped_conversation_as_a_user_starts_it(finished: Path, tmp_path: Path
     assert done.stdout.startswith("> ") and done.stderr == ""
 
 
+@pytest.fixture
+def endless(finished: Path) -> Path:
+    """A model that writes none of its control tokens."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(finished / "model.safetensors")
+    weights["lm_head.weight"][:3] = 0  # Their logits are 0, and among the others one is always positive.
+    save_file(weights, finished / "model.safetensors", metadata={"format": "pt"})
+    return finished
+
+
+def start(model: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Starts chat.py as a user does, with a reply that takes minutes."""
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(model), "--max_new_tokens", "1000000"]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen([*command, "--temperature", "0", *arguments], **pipes)
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_conversation(endless: Path) -> None:
+    with start(endless) as process:
+        process.stdin.write("问\n".encode())
+        process.stdin.flush()
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"EXIT\n", timeout=60)
+    assert (process.returncode, err) == (0, b"") and out.endswith(b"\n> ")
+
+
+def test_ctrl_c_ends_a_single_answer_quietly(endless: Path) -> None:
+    with start(endless, "--prompt", "问") as process:
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
+
+
+def test_a_conversation_remembers_what_was_said_until_ctrl_c(
+    finished: Path, tokenizer: Any, interrupted: list[list[int]], typed: Any
+) -> None:
+    """A question that Ctrl-C took back is forgotten."""
+    typed("一\n二\n三\n")
+    run(finished)
+    expected = [talk("一"), talk("二"), talk("二", "答", "三")]
+    assert interrupted == [template_ids(tokenizer, messages) for messages in expected]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts that are no UTF-8
+
+GBK = "你好".encode("gbk")
+READABLE = GBK.decode(errors="replace")
+
+
+def test_piped_bytes_that_are_no_utf8(
+    finished: Path, tokenizer: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for errors in ("strict", "surrogateescape"):  # How Python opens its input, by the locale.
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(GBK + b"\n"), "utf-8", errors))
+        run(finished)
+        assert asked[-1]["ids"] == template_ids(tokenizer, talk(READABLE))
+
+
+def test_arguments_that_are_no_utf8(finished: Path, tokenizer: Any, asked: list[Any]) -> None:
+    text = os.fsdecode(GBK)  # As the command line hands it over.
+    run(finished, "--prompt", text, "--system", text)
+    run(finished, "--completion", text)
+    run(finished, "--title", text, "--desc", text, "--parent", text)
+    assert [call["ids"] for call in asked] == [
+        template_ids(tokenizer, talk(READABLE, system=READABLE)),
+        tokenizer(READABLE)["input_ids"],
+        template_ids(tokenizer, talk(comment_prompt(READABLE, READABLE, READABLE))),
+    ]
+
+
+def test_a_piped_conversation_with_bytes_that_are_no_utf8(finished: Path) -> None:
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(finished), "--max_new_tokens", "4"]
+    done = subprocess.run([*command, "--system", GBK], input=GBK + b"\n", capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors of the user
 
@@ -198,6 +298,12 @@ def test_a_piped_conversation_as_a_user_starts_it(finished: Path, tmp_path: Path
         (["--desc", "简介"], "--title"),
         (["--parent", "前排", "--prompt", "问"], "--title"),
         (["--prompt", "问", "--max_new_tokens", "0"], "--max_new_tokens"),
+        (["--prompt", "问", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "问", "--temperature", "nan"], "--temperature"),
+        (["--prompt", "问", "--temperature", "inf"], "--temperature"),
+        (["--prompt", "问", "--top_p", "nan"], "--top_p"),
+        (["--prompt", "问", "--seed", "-1"], "--seed"),
+        (["--prompt", "问", "--seed", str(2**64)], "--seed"),
         (["--completion", ""], "--completion"),
     ],
 )
@@ -209,6 +315,29 @@ def test_wrong_arguments(finished: Path, arguments: list[str], message: str) -> 
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"(?s)No model at .*missing.*convert_model\.py.*download_pt\.py"):
         run(tmp_path / "missing", "--prompt", "问")
+
+
+def cut(path: Path) -> None:
+    """Leaves the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: cut(folder / "model.safetensors"), "incomplete metadata"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "header too small"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer"),
+        (lambda folder: cut(folder / "tokenizer.json"), "line"),
+        (lambda folder: cut(folder / "config.json"), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),
+    ],
+)
+def test_a_damaged_model(finished: Path, damage: Callable[[Path], Any], reason: str) -> None:
+    damage(finished)
+    with pytest.raises(SystemExit, match=rf"BiliComments.*{reason}.*\n.*convert_model\.py.*download_pt\.py"):
+        run(finished, "--prompt", "问")
 
 
 def test_a_template_that_cannot_be_used(finished: Path) -> None:

@@ -196,6 +196,9 @@ def test_formats(record: Any, messages: Messages) -> None:
         ([{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "human"),
         ([{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}], "human"),
         (["问", "答"], "human"),
+        ({"instruction": "问", "output": "答", "history": [1]}, "history"),
+        ({"instruction": "问", "output": "答", "history": 1}, "history"),
+        ({"instruction": "问", "output": "答", "history": ["前问"]}, "history"),  # Its letters are no turns.
     ],
 )
 def test_unknown_formats_are_named(record: Any, named: str) -> None:
@@ -220,6 +223,11 @@ def test_unknown_formats_are_named(record: Any, named: str) -> None:
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "答"}]},
         {"instruction": "问", "output": ""},
         {"instruction": "问", "output": None},
+        {"instruction": 5, "output": "答"},
+        {"instruction": "问", "input": 5, "output": "答"},
+        {"instruction": "问", "output": 5},
+        {"instruction": "问", "output": "答", "system": 5},
+        {"messages": [{"role": ["user"], "content": "问"}, {"role": "assistant", "content": "答"}]},
         {"conversations": []},
         {"messages": []},
         {"instruction": "问", "output": "答", "history": [["只有一半"]]},

@@ -148,6 +148,16 @@ def test_a_stream_samples_by_seed(tokenizer: Any, chat: Chat, prompts: list[list
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_stream_that_is_closed_ends_its_thread(tokenizer: Any, chat: Chat, prompts: list[list[int]]) -> None:
+    """A thread that still computes while Python ends would abort the process."""
+    model = speaking_model("llama", tokenizer)
+    pieces = stream(model, tokenizer, prompts[0], 100_000, chat.stop_id, do_sample=False)
+    next(pieces)
+    assert any("work" in thread.name for thread in threading.enumerate())
+    pieces.close()
+    assert not any("work" in thread.name for thread in threading.enumerate())
+
+
 def test_an_error_while_generating_reaches_the_reader(
     tokenizer: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,35 @@ def test_a_run_without_a_step_has_a_picture_too(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").is_file()
 
 
+def test_the_picture_is_drawn_with_each_held_out_loss(tmp_path: Path) -> None:
+    """So that a run that is stopped leaves one too."""
+    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker.log(1, {"train/loss": 2.5})
+    assert not (tmp_path / "loss.png").exists()
+    pictures = []
+    for step in (2, 3):
+        tracker.log(step, {"train/loss": 2.0, "eval/loss": 2.0 / step})
+        pictures.append((tmp_path / "loss.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker.log(1, {"train/loss": 2.5, "train/grad_norm": inf, "eval/loss": nan})
+    tracker.log(2, {"train/loss": -inf, "train/lr": 1e-4, "eval/loss": 2.0})
+    expected = [
+        {"step": 1, "train/loss": 2.5, "train/grad_norm": None, "eval/loss": None},
+        {"step": 2, "train/loss": None, "train/lr": 1e-4, "eval/loss": 2.0},
+    ]
+    assert lines(tmp_path / "metrics.jsonl") == expected
+    # An earlier version wrote them as they are: a run that goes on cleans its file.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/loss": NaN}\n')
+    Tracker(tmp_path, 3, "none", {}).close()
+    assert lines(tmp_path / "metrics.jsonl") == [*expected, {"step": 3, "train/loss": None}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Services
 

@@ -122,7 +122,7 @@ def to_messages(record: Any) -> list[Message]:
 
     Raises:
         DataError: if the format is unknown.
-        UnusableRecord: if a turn is empty, a role is unknown or the turns do not alternate.
+        UnusableRecord: if a turn is empty or no text, a role is unknown or the turns do not alternate.
     """
     if isinstance(record, list) and all(
         isinstance(turn, dict) and {"human", "assistant"} <= {*turn} for turn in record
@@ -135,9 +135,9 @@ def to_messages(record: Any) -> list[Message]:
     elif record.get("messages") is not None:
         turns = _named_turns(record["messages"], "role", "content")
     elif "instruction" in record and "output" in record:
-        question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
-        past = [turn for pair in record.get("history") or [] for turn in zip(("user", "gpt"), pair, strict=False)]
-        turns = [*past, ("user", question), ("gpt", record["output"])]
+        parts = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
+        turns = [*_past_turns(record.get("history") or []), ("user", question), ("gpt", record["output"])]
     else:
         raise DataError(f"got the fields {sorted(record)}, expected {FORMATS}.")
     if isinstance(record, dict) and record.get("system"):
@@ -152,12 +152,20 @@ def _named_turns(turns: Any, role: str, content: str) -> list[tuple[str, Any]]:
         raise DataError(f"a turn without {role!r} and {content!r}, expected {FORMATS}.") from error
 
 
+def _past_turns(history: Any) -> list[tuple[str, Any]]:
+    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
+        raise DataError(f"a history that is not a list of [question, answer] pairs, expected {FORMATS}.")
+    return [turn for pair in history for turn in zip(("user", "gpt"), pair, strict=False)]
+
+
 def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
     messages = []
     for role, content in turns:
-        if role not in ROLES:
+        if role not in [*ROLES]:  # A list, since what stands for the role may not be hashable.
             raise UnusableRecord(f"a turn of {role!r}, known are {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
+        if content is not None and not isinstance(content, str):
+            raise UnusableRecord(f"a {ROLES[role]} turn that is not a text")
+        if not content or not content.strip():
             raise UnusableRecord(f"an empty {ROLES[role]} turn")
         messages.append({"role": ROLES[role], "content": content.strip()})
     roles = [message["role"] for message in messages]

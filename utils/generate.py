@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def replies(
 def stream(
     model: torch.nn.Module, tokenizer: Any, input_ids: list[int], max_new_tokens: int, stop_id: int, **sampling: Any
 ) -> Iterator[str]:
-    """Writes on from a prompt, piece by piece.
+    """Writes on from a prompt, piece by piece, until the text ends or the caller closes the stream.
 
     Args:
         model: In evaluation mode.
@@ -91,15 +91,17 @@ def stream(
     Yields:
         Text, as it comes.
     """
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped = Event()
     ids = torch.tensor([input_ids], device=model.device)
     options = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
         eos_token_id=end_ids(model, stop_id),
         pad_token_id=stop_id,
         **sampling,
@@ -115,7 +117,11 @@ def stream(
 
     worker = Thread(target=work, daemon=True)
     worker.start()
-    yield from streamer
-    worker.join()
+    try:
+        yield from streamer
+    finally:
+        # Also after Ctrl-C: a thread that still computes while Python ends would abort the process.
+        stopped.set()
+        worker.join()
     if errors:
         raise errors[0]

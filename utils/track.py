@@ -1,6 +1,7 @@
 """What a run shows: metrics.jsonl, samples.jsonl and loss.png always, a tracking service if asked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ class Tracker:
         self._service = _open_service(service, folder, settings) if service != "none" else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends a step's measurements."""
+        """Appends a step's measurements; a held-out loss is drawn at once, since not every run comes to its end."""
         self._append(0, {"step": step, **values})
+        if "eval/loss" in values:
+            plot_loss(self.folder)
         if self._service:
             self._service.log(values, step=step)
 
@@ -35,7 +38,7 @@ class Tracker:
             self._append(1, {"step": step, **row})
 
     def _append(self, number: int, line: dict[str, Any]) -> None:
-        self._files[number].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[number].write(_as_json(line))
         self._files[number].flush()
 
     def close(self) -> None:
@@ -54,10 +57,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def _as_json(line: dict[str, Any]) -> str:
+    """Writes a line; infinities and NaN, which JSON does not know, as null."""
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+    return json.dumps(known, ensure_ascii=False) + "\n"
+
+
 def _continue_file(path: Path, first_step: int) -> Any:
     kept = [line for line in read_lines(path) if line["step"] <= first_step]
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(map(_as_json, kept)), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 
@@ -81,8 +92,11 @@ def plot_loss(folder: Path) -> None:
 
     lines = read_lines(folder / "metrics.jsonl")
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    train = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
-    held_out = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+    # A loss is missing where it was not measured, and null where it was not finite.
+    train, held_out = (
+        [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        for name in ("train/loss", "eval/loss")
+    )
     if train:
         axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training, each step")
         mean, weight, smooth = 0.0, 0.0, []
