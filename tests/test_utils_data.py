@@ -248,6 +248,11 @@ def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
 RECORDS = [{"instruction": f"问{n}，“好”", "input": "", "output": f"答{n}"} for n in range(3)]
 
 
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    record = json.loads('{"instruction": "\\ud83d?", "output": "\\ud83d\\ude00"}')
+    assert [message["content"] for message in to_messages(record)] == ["??", "\U0001f600"]
+
+
 def write(path: Path, records: list[Any], bom: str = "") -> Path:
     """Writes records as the file's ending says."""
     if path.suffix == ".json":

@@ -167,7 +167,9 @@ def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
             raise UnusableRecord(f"a {ROLES[role]} turn that is not a text")
         if not content or not content.strip():
             raise UnusableRecord(f"an empty {ROLES[role]} turn")
-        messages.append({"role": ROLES[role], "content": content.strip()})
+        # Half of a surrogate pair, which JSON can carry, is no character: tokenizers refuse it.
+        whole = content.strip().encode("utf-8", "replace").decode()
+        messages.append({"role": ROLES[role], "content": whole})
     roles = [message["role"] for message in messages]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
