@@ -4,6 +4,7 @@ python -m pytest tests/test_convert_model.py
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, launch, load_script, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from utils.files import write_manifest
+from utils.trained import as_trained, check_tag, record_probe
 
 # Loads a folder as its users do, with transformers alone, and saves its logits.
 PLAIN_USER = """
@@ -93,6 +98,94 @@ def test_a_new_process_gets_the_training_models_logits(
         with torch.no_grad():
             untrained = base(input_ids=probe["input_ids_0"][None]).logits[0, -len(probe["logits_0"]) :]
         assert (untrained - probe["logits_0"]).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def loud(model_dir: Path, tokenizer: Any) -> str:
+    """A model whose logits reach 40 as those of real ones do, so that 16 bits round them visibly."""
+    model = make_model("llama", len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    model.save_pretrained(model_dir / "tiny/loud")
+    tokenizer.save_pretrained(model_dir / "tiny/loud")
+    return "tiny/loud"
+
+
+SIXTEEN_BITS = {"lora": {}, "qlora": {"train_bnb_enabled": True}, "full": {"tuner": "full"}}
+
+
+@pytest.fixture
+def bf16_run(ft: ModuleType, train_args: Any, loud: str, root: Path) -> Callable[[str], Path]:
+    def run(kind: str) -> Path:
+        flags = {"model_name": loud, "precision": "bf16", "lr": 2e-3, "output_dir": root / kind} | SIXTEEN_BITS[kind]
+        return train(ft, train_args(**flags), root / kind)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_a_bf16_run_is_the_trained_model(
+    convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, capsys: Any, kind: str
+) -> None:
+    run = bf16_run(kind)
+    for dtype in ("auto", "fp16", "fp32"):
+        converted(convert, run, model_dir / loud, kind, "--dtype", dtype)
+        links = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Link")]
+        assert len(links) == 2 and "computed in bf16" in links[0] and "max |d logit| 0.00e+00" in links[0]
+    # The same weights, their probe recorded by other kernels.
+    record = check_tag(run, "1")
+    model = as_trained(run, "1", record, model_dir / loud)
+    (model if kind == "full" else model.get_base_model()).set_attn_implementation("eager")
+    probe = load_file(run / "1/probe.safetensors")
+    prompts = [value for name, value in probe.items() if name.startswith("input_ids")]
+    save_file(record_probe(model, prompts), run / "1/probe.safetensors")
+    write_manifest(run / "1")
+    converted(convert, run, model_dir / loud, "other-kernels")
+    assert "max |d logit| 0.00e+00" not in capsys.readouterr().out.split("Link 2")[0]
+
+
+def test_rounding_a_fp32_run_is_no_other_model(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, loud: str, root: Path
+) -> None:
+    run = train(ft, train_args(model_name=loud, lr=2e-3), root / "output")
+    for dtype in ("bf16", "fp16", "fp32"):
+        converted(convert, run, model_dir / loud, dtype, "--dtype", dtype)
+    card = (root / "output_hf/bf16/README.md").read_text(encoding="utf-8")
+    assert "the written bf16 weights, loaded anew, against the merged model" in card and "what the training run" in card
+
+
+def scaled(factor: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda adapter: {name: value * (factor if "lora_B" in name else 1) for name, value in adapter.items()}
+
+
+def halved(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value * ("layers.0" in name) for name, value in adapter.items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_another_model_of_a_bf16_run_is_refused(
+    convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, kind: str
+) -> None:
+    run = bf16_run(kind)
+    path = run / "1/adapter/adapter_model.safetensors"
+    adapter = load_file(path)
+    other = AutoModelForCausalLM.from_pretrained(model_dir / loud)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in other.model.layers[1].parameters():
+            weight.add_(0.1 * torch.randn_like(weight) * weight.std())
+    shutil.copytree(model_dir / loud, root / "other")
+    other.save_pretrained(root / "other")
+    wrong = [(model_dir / loud, change) for change in (scaled(0), scaled(0.5), scaled(2), halved)]
+    for base, change in [(root / "other", scaled(1)), *wrong]:
+        save_file(change(adapter), path)
+        write_manifest(run / "1")
+        with pytest.raises(SystemExit) as stop:
+            converted(convert, run, base, "x")
+        assert "not the model that was trained" in str(stop.value.code) and not (root / "output_hf").exists()
+    save_file(adapter, path)
+    write_manifest(run / "1")
+    converted(convert, run, model_dir / loud, "x")
 
 
 @pytest.mark.slow
