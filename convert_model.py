@@ -22,7 +22,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.files import from_root, replacing, shown
+from utils.engine import boolean
+from utils.files import from_root, missing_model, replacing, shown
 
 # Two models are the same if no logit differs by more than MAX_ABS.
 MAX_ABS = 1e-3
@@ -53,7 +54,42 @@ def build_parser() -> argparse.ArgumentParser:
                         "the base's own weights (not what was trained: its drift is printed)")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                         help="of the written weights; auto: what the run computed in")  # fmt: skip
+    parser.add_argument("--trust_remote_code", type=boolean, default=False,
+                        help="True: run Python code that comes with the model")  # fmt: skip
     return parser
+
+
+def missing_base(org_model: Path) -> str:
+    """Writes what to do when --org_model names no model."""
+    if len(Path(shown(org_model).lstrip("/")).parts) >= 3:  # As download_pt.py lays models out: model/<org>/<name>.
+        return missing_model(org_model.parents[1], "/".join(org_model.parts[-2:]))
+    near = sorted({shown(path.parent) for depth in ("*", "*/*") for path in org_model.glob(f"{depth}/config.json")})
+    there = f" There are: {', '.join(near)}." if near else ""
+    return (
+        f"No model at {shown(org_model)} (expected a folder with config.json and weights, such as "
+        f"model/Qwen/Qwen2.5-0.5B).{there}\nFetch one with: python download_pt.py --model ORG/NAME"
+    )
+
+
+def check_target(save_model: str, target: Path) -> None:
+    """Makes sure that nothing is replaced but an earlier conversion.
+
+    Raises:
+        SystemExit: naming what is in the way.
+    """
+    name = Path(save_model)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise SystemExit(f"--save_model: got {save_model!r}, expected a name such as BiliComments.")
+    if not target.exists() and not target.is_symlink():
+        return
+    way_out = "Move it away, or give the new model another name: --save_model NAME"
+    if target.is_symlink() or not all((target / file).is_file() for file in ("run.json", "config.json")):
+        raise SystemExit(f"--save_model: {shown(target)} is there and is no earlier conversion. {way_out}")
+    if folders := sorted(path.name for path in target.iterdir() if path.is_dir()):
+        raise SystemExit(
+            f"--save_model: {shown(target)} is there and holds other things than a conversion: {', '.join(folders)}. "
+            f"{way_out}"
+        )
 
 
 def check_rebuilt(
@@ -120,7 +156,7 @@ def check_original(model: Any, probe: dict[str, Any]) -> tuple[Any, Any, str]:
     return model, logits, found
 
 
-def check_written(folder: Path, probe: dict[str, Any], logits: Any, dtype: str) -> str:
+def check_written(folder: Path, probe: dict[str, Any], logits: Any, dtype: str, trust_remote_code: bool) -> str:
     """Link 2: loads the written folder and holds it against the merged model.
 
     Args:
@@ -128,6 +164,7 @@ def check_written(folder: Path, probe: dict[str, Any], logits: Any, dtype: str) 
         probe: For its prompts.
         logits: Of the merged model.
         dtype: Of the written weights.
+        trust_remote_code: Whether the model's own Python code may run.
 
     Returns:
         A sentence for the model card.
@@ -140,7 +177,8 @@ def check_written(folder: Path, probe: dict[str, Any], logits: Any, dtype: str) 
     from utils.model import DTYPES, load_model
     from utils.trained import compare_logits, replay
 
-    written = replay(load_model(folder, torch.float32).eval(), probe)
+    model = load_model(folder, torch.float32, trust_remote_code=trust_remote_code).eval()
+    written = replay(model, probe)
     drift = compare_logits(logits, written, DTYPES[dtype])
     found = f"the written {dtype} weights, loaded anew, against the merged model, both computed in fp32: {drift}"
     print(f"Link 2, {found}.")
@@ -154,17 +192,16 @@ def check_written(folder: Path, probe: dict[str, Any], logits: Any, dtype: str) 
     )
 
 
-def write_model(model: Any, org_model: Path, record: dict[str, Any], stop_id: int, folder: Path) -> None:
+def write_model(model: Any, org_model: Path, record: dict[str, Any], chat: Any, folder: Path) -> None:
     """Writes a model with all that is needed to use it."""
     from utils.generate import end_ids
-    from utils.model import load_tokenizer
 
     # The run's template ends an answer with `stop_id`: who generates has to stop there, whatever the base's files say.
     generation = model.generation_config
-    generation.eos_token_id = end_ids(model, stop_id)
+    generation.eos_token_id = end_ids(model, chat.stop_id)
     generation.do_sample = generation.do_sample or any((generation.temperature, generation.top_p, generation.top_k))
     model.save_pretrained(folder, max_shard_size="5GB")
-    load_tokenizer(org_model, record["chat_template"]).save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
     for file in org_model.glob("*"):
         # Code that the configuration names, licences and the like; weights, tokenizer and configuration are written.
         if file.suffix == ".py" or file.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")):
@@ -222,40 +259,47 @@ System prompt of the training data: {data["system_prompt"] or "none"}
 
 def main(args: argparse.Namespace) -> None:
     """Converts, replays the probe on what was written, and only then puts it in its place."""
-    from utils.files import missing_model
-
     run, org_model = from_root(args.zero_model), from_root(args.org_model)
     target = from_root("output_hf") / args.save_model
     if not (org_model / "config.json").is_file():
-        raise SystemExit(f"--org_model: {missing_model(org_model.parents[1], '/'.join(org_model.parts[-2:]))}")
-    if not Path(args.save_model).parts or Path(args.save_model).is_absolute() or ".." in Path(args.save_model).parts:
-        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
+        raise SystemExit(f"--org_model: {missing_base(org_model)}")
+    check_target(args.save_model, target)
     from utils.trained import check_tag
 
     record = check_tag(run, args.t)
 
     from huggingface_hub import ModelCard
+    from jinja2 import TemplateError
     from safetensors.torch import load_file
 
-    from utils.data import make_chat
+    from utils.data import DataError, make_chat
     from utils.model import DTYPES, load_tokenizer
-    from utils.trained import as_trained, cast
+    from utils.trained import as_trained, base_in_use, cast
 
     settings = record["settings"]
     dtype = settings["precision"] if args.dtype == "auto" else args.dtype
     probe = load_file(run / args.t / "probe.safetensors")
-    chat = make_chat(load_tokenizer(org_model, record["chat_template"]))
+    with base_in_use(org_model, record):
+        tokenizer = load_tokenizer(org_model, record["chat_template"], args.trust_remote_code)
+        try:
+            chat = make_chat(tokenizer)
+        except (DataError, TemplateError) as error:  # The template is the run's and was good for the run's tokenizer.
+            raise ValueError("it has no tokenizer, or one that does not go with the run's chat template.") from error
     card = ModelCard.load(org_model / "README.md").data.to_dict() if (org_model / "README.md").is_file() else {}
     print(f"Merging {shown(run)}, checkpoint {args.t} (step {record['progress']['step']}) with {shown(org_model)} ...")
-    model = as_trained(run, args.t, record, org_model, args.base)
+    with base_in_use(org_model, record):
+        model = as_trained(run, args.t, record, org_model, args.base, args.trust_remote_code)
+        size, trained_size = model.get_output_embeddings().weight.shape[0], probe["logits_0"].shape[1]
+        if size != trained_size:
+            raise ValueError(f"its vocabulary has {size} tokens, the trained model's has {trained_size}.")
     if args.base == "original" and settings["quant_bits"]:
         model, logits, rebuilt = check_original(model, probe)
     else:
         model, logits, rebuilt = check_rebuilt(model, probe, settings["precision"], org_model, settings["model_name"])
     with replacing(target) as folder:
-        write_model(cast(model, DTYPES[dtype]), org_model, record, chat.stop_id, folder)
+        write_model(cast(model, DTYPES[dtype]), org_model, record, chat, folder)
         del model
-        written = check_written(folder, probe, logits, dtype)
+        written = check_written(folder, probe, logits, dtype, args.trust_remote_code)
         (folder / "README.md").write_text(model_card(args, record, [rebuilt, written], card), encoding="utf-8")
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, load_script, make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.files import write_manifest
 from utils.trained import as_trained, check_tag, record_probe
@@ -278,10 +278,133 @@ def test_user_errors(convert: ModuleType, lora_run: Path, model_dir: Path, root:
         assert stop.value.code != 0 and not (root / "output_hf").exists()
         return str(stop.value.code)
 
-    assert "Checkpoints there: 1, 1-last" in message(t="24")
+    for tag in ("24", "", ".", "../1"):
+        assert "Checkpoints there: 1, 1-last" in message(t=tag)
     assert "No checkpoint '1'" in message(zero_model=str(root / "nowhere"))
     assert "python download_pt.py --model no/model" in message(org_model=str(model_dir / "no/model"))
     assert "--save_model" in message(save_model="../outside")
+    near = message(zero_model=str(lora_run.parent / "other"))
+    assert near.count(str(lora_run.relative_to(root))) == 1
+    (lora_run / "1/manifest.json").write_text('{"a"')
+    assert "manifest.json is damaged" in message()
+
+
+def refusal(convert: ModuleType, run: Path, base: Path, name: str = "x", *more: str) -> str:
+    """What a conversion says that does not come about and leaves nothing."""
+    with pytest.raises(SystemExit) as stop:
+        converted(convert, run, base, name, *more)
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+def test_only_an_earlier_conversion_is_replaced(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path
+) -> None:
+    base, output = model_dir / "tiny/qwen2", root / "output_hf"
+    (output / "own").mkdir(parents=True)
+    (output / "own/mine.txt").write_text("mine")
+    (output / "file").write_text("mine")
+    (output / "link").symlink_to(output / "own")
+    for name in ("own", "file", "link"):
+        message = refusal(convert, lora_run, base, name)
+        assert f"output_hf/{name} is there and is no earlier conversion. Move it away" in message
+    assert (output / "own/mine.txt").read_text() == (output / "file").read_text() == "mine"
+    converted(convert, lora_run, base, "a/b")
+    assert "no earlier conversion" in refusal(convert, lora_run, base, "a")
+    converted(convert, lora_run, base, "a/b")
+    converted(convert, lora_run, base, "a/b/c")
+    assert "other things than a conversion: c." in refusal(convert, lora_run, base, "a/b")
+    assert (output / "a/b/c/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_base_of_another_size_is_refused(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, tokenizer: Any, root: Path, tuner: str
+) -> None:
+    run = train(ft, train_args(tuner=tuner), root / "output")
+    for name, changes in {
+        "wide": {"intermediate_size": 192},
+        "deep": {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
+    }.items():
+        config = AutoConfig.from_pretrained(model_dir / "tiny/qwen2", **changes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        message = refusal(convert, run, root / name)
+        assert "The run was trained on tiny/qwen2" in message and name in message and message.count("\n") <= 3
+    make_model("qwen2", len(tokenizer) - 8).save_pretrained(root / "small")
+    tokenizer.save_pretrained(root / "small")
+    message = refusal(convert, run, root / "small")
+    assert "The run was trained on tiny/qwen2" in message and (tuner == "full" or "its vocabulary has" in message)
+    message = refusal(convert, run, model_dir / "tiny/gemma3")
+    assert "The run was trained on tiny/qwen2" in message
+    assert not (root / "output_hf").exists()
+
+
+BROKEN = {
+    "no weights": ("model.safetensors", None, "no file named model.safetensors"),
+    "half of the weights": ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "deserializing header"),
+    "half of the configuration": ("config.json", b'{"a"', "not a valid JSON"),
+    "no tokenizer": ("tokenizer*", None, "no tokenizer"),
+    "half of the tokenizer": ("tokenizer.json", b'{"a"', "cannot be used as the base"),
+    "code that may not run": ("config.json", b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}', "trust"),
+}
+
+
+def test_a_base_that_is_not_whole_is_refused(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    for name, (files, content, expected) in BROKEN.items():
+        base = root / name
+        shutil.copytree(model_dir / "tiny/qwen2", base)
+        for path in base.glob(files):
+            path.unlink() if content is None else path.write_bytes(content)
+        message = refusal(convert, lora_run, base)
+        assert message.startswith(f"{name} cannot be used as the base: ") and expected in message
+        assert "python download_pt.py --model tiny/qwen2" in message
+    assert not (root / "output_hf").exists()
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}", "the same for all"])
+def test_a_template_that_does_not_go_with_the_tokenizer_is_refused(
+    convert: ModuleType, lora_run: Path, model_dir: Path, template: str
+) -> None:
+    record = json.loads((lora_run / "1/run.json").read_text())
+    (lora_run / "1/run.json").write_text(json.dumps(record | {"chat_template": template}))
+    write_manifest(lora_run / "1")
+    assert "does not go with the run's chat template" in refusal(convert, lora_run, model_dir / "tiny/qwen2")
+
+
+def test_a_base_folder_that_is_none(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    shutil.copytree(model_dir / "tiny/qwen2", root / "model/tiny/qwen2")
+    for base, there in {"model": "model/tiny/qwen2", "model/tiny": "model/tiny/qwen2", "b": None}.items():
+        message = refusal(convert, lora_run, root / base)
+        assert f"No model at {base} (expected" in message and "--model ORG/NAME" in message
+        assert (there is None) == ("There are" not in message) and (there or "") in message
+    assert "No model at / (expected" in refusal(convert, lora_run, Path("/"))
+    assert "--model tiny/nothing" in refusal(convert, lora_run, root / "model/tiny/nothing")
+
+
+OWN_CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_its_own_code(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path
+) -> None:
+    base = root / "models/tiny/own"
+    shutil.copytree(model_dir / "tiny/qwen2", base)
+    (base / "modeling_own.py").write_text(OWN_CODE)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = {"model_dir": root / "models", "model_name": "tiny/own", "trust_remote_code": True}
+    run = train(ft, train_args(**flags), root / "output")
+    assert "trust" in refusal(convert, run, base)
+    converted(convert, run, base, "own", "--trust_remote_code", "True")
+    assert (root / "output_hf/own/modeling_own.py").is_file()
 
 
 def test_command_line_without_traceback() -> None:

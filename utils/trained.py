@@ -3,10 +3,13 @@
 Shapes: V vocabulary, K probed places of a prompt.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from utils.data import Sample
 from utils.files import check_manifest, shown
@@ -107,13 +110,36 @@ def check_tag(run: Path, tag: str) -> dict[str, Any]:
         SystemExit: naming what there is instead.
     """
     folder = run / tag
-    if not (folder / "run.json").is_file():
+    if len(Path(tag).parts) != 1 or not (folder / "run.json").is_file():
         tags = sorted(path.name for path in run.glob("[!.]*") if (path / "run.json").is_file())
-        near = sorted(shown(path.parent.parent) for path in run.parent.glob("*/*/run.json"))
+        near = sorted({shown(path.parent.parent) for path in run.parent.glob("*/*/run.json")})
         there = f"Checkpoints there: {', '.join(tags)}." if tags else f"Runs nearby: {', '.join(near) or 'none'}."
         raise SystemExit(f"No checkpoint {tag!r} in {shown(run)}. {there}")
     check_manifest(folder)
     return read_json(folder / "run.json")
+
+
+@contextmanager
+def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Turns what the libraries say about a base that is not whole, or not the run's, into what to do.
+
+    Args:
+        base: The base model's folder, which the block loads.
+        record: From `check_tag`.
+
+    Raises:
+        SystemExit: in place of their errors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        name = record["settings"]["model_name"]
+        # Of the places where sizes differ, which may be hundreds of lines, the first ones do.
+        reason = "\n".join([line for line in str(error).splitlines() if line.strip()][:3])
+        raise SystemExit(
+            f"{shown(base)} cannot be used as the base: {reason}\nThe run was trained on {name}. Name the folder of "
+            f"that model (--org_model DIR), or fetch it again: python download_pt.py --model {name}"
+        ) from error
 
 
 def load_base(path: Path, dtype: torch.dtype, bits: int | None, trust_remote_code: bool) -> torch.nn.Module:
@@ -152,14 +178,15 @@ def as_trained(
     dtype, bits = DTYPES[settings["precision"]], settings["quant_bits"]
     if bits and base_kind == "original":
         dtype, bits = torch.float32, None
-    model = load_base(base, dtype, bits, trust_remote_code)
-    if settings["tuner"] == "full":
-        _load_full(model, run, tag)
-    else:
-        from peft import PeftModel
+    with base_in_use(base, record):
+        model = load_base(base, dtype, bits, trust_remote_code)
+        if settings["tuner"] == "full":
+            _load_full(model, run, tag)
+        else:
+            from peft import PeftModel
 
-        # The engine computes with adapters in the run's precision; left to itself, PEFT makes them fp32.
-        model = PeftModel.from_pretrained(model, run / tag / "adapter", autocast_adapter_dtype=False)
+            # The engine computes with adapters in the run's precision; left to itself, PEFT makes them fp32.
+            model = PeftModel.from_pretrained(model, run / tag / "adapter", autocast_adapter_dtype=False)
     return model.eval()
 
 
@@ -188,7 +215,4 @@ def _load_full(model: torch.nn.Module, run: Path, tag: str) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {name for name in missing if name.endswith("lm_head.weight") and model.config.tie_word_embeddings}
     if unexpected or set(missing) != tied:
-        raise SystemExit(
-            f"{shown(run / tag)} does not fit the base model: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {unexpected[:3]}. Name the base it was trained from: --org_model DIR"
-        )
+        raise ValueError(f"missing in the run: {sorted(set(missing) - tied)[:3]}, unknown here: {unexpected[:3]}.")
