@@ -4,6 +4,7 @@ python -m pytest tests/test_convert_model.py
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, launch, load_script, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from utils.files import write_manifest
+from utils.trained import as_trained, check_tag, record_probe
 
 # Loads a folder as its users do, with transformers alone, and saves its logits.
 PLAIN_USER = """
@@ -93,6 +98,94 @@ def test_a_new_process_gets_the_training_models_logits(
         with torch.no_grad():
             untrained = base(input_ids=probe["input_ids_0"][None]).logits[0, -len(probe["logits_0"]) :]
         assert (untrained - probe["logits_0"]).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def loud(model_dir: Path, tokenizer: Any) -> str:
+    """A model whose logits reach 40 as those of real ones do, so that 16 bits round them visibly."""
+    model = make_model("llama", len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    model.save_pretrained(model_dir / "tiny/loud")
+    tokenizer.save_pretrained(model_dir / "tiny/loud")
+    return "tiny/loud"
+
+
+SIXTEEN_BITS = {"lora": {}, "qlora": {"train_bnb_enabled": True}, "full": {"tuner": "full"}}
+
+
+@pytest.fixture
+def bf16_run(ft: ModuleType, train_args: Any, loud: str, root: Path) -> Callable[[str], Path]:
+    def run(kind: str) -> Path:
+        flags = {"model_name": loud, "precision": "bf16", "lr": 2e-3, "output_dir": root / kind} | SIXTEEN_BITS[kind]
+        return train(ft, train_args(**flags), root / kind)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_a_bf16_run_is_the_trained_model(
+    convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, capsys: Any, kind: str
+) -> None:
+    run = bf16_run(kind)
+    for dtype in ("auto", "fp16", "fp32"):
+        converted(convert, run, model_dir / loud, kind, "--dtype", dtype)
+        links = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Link")]
+        assert len(links) == 2 and "computed in bf16" in links[0] and "max |d logit| 0.00e+00" in links[0]
+    # The same weights, their probe recorded by other kernels.
+    record = check_tag(run, "1")
+    model = as_trained(run, "1", record, model_dir / loud)
+    (model if kind == "full" else model.get_base_model()).set_attn_implementation("eager")
+    probe = load_file(run / "1/probe.safetensors")
+    prompts = [value for name, value in probe.items() if name.startswith("input_ids")]
+    save_file(record_probe(model, prompts), run / "1/probe.safetensors")
+    write_manifest(run / "1")
+    converted(convert, run, model_dir / loud, "other-kernels")
+    assert "max |d logit| 0.00e+00" not in capsys.readouterr().out.split("Link 2")[0]
+
+
+def test_rounding_a_fp32_run_is_no_other_model(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, loud: str, root: Path
+) -> None:
+    run = train(ft, train_args(model_name=loud, lr=2e-3), root / "output")
+    for dtype in ("bf16", "fp16", "fp32"):
+        converted(convert, run, model_dir / loud, dtype, "--dtype", dtype)
+    card = (root / "output_hf/bf16/README.md").read_text(encoding="utf-8")
+    assert "the written bf16 weights, loaded anew, against the merged model" in card and "what the training run" in card
+
+
+def scaled(factor: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda adapter: {name: value * (factor if "lora_B" in name else 1) for name, value in adapter.items()}
+
+
+def halved(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value * ("layers.0" in name) for name, value in adapter.items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_another_model_of_a_bf16_run_is_refused(
+    convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, kind: str
+) -> None:
+    run = bf16_run(kind)
+    path = run / "1/adapter/adapter_model.safetensors"
+    adapter = load_file(path)
+    other = AutoModelForCausalLM.from_pretrained(model_dir / loud)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in other.model.layers[1].parameters():
+            weight.add_(0.1 * torch.randn_like(weight) * weight.std())
+    shutil.copytree(model_dir / loud, root / "other")
+    other.save_pretrained(root / "other")
+    wrong = [(model_dir / loud, change) for change in (scaled(0), scaled(0.5), scaled(2), halved)]
+    for base, change in [(root / "other", scaled(1)), *wrong]:
+        save_file(change(adapter), path)
+        write_manifest(run / "1")
+        with pytest.raises(SystemExit) as stop:
+            converted(convert, run, base, "x")
+        assert "not the model that was trained" in str(stop.value.code) and not (root / "output_hf").exists()
+    save_file(adapter, path)
+    write_manifest(run / "1")
+    converted(convert, run, model_dir / loud, "x")
 
 
 @pytest.mark.slow
@@ -185,10 +278,133 @@ def test_user_errors(convert: ModuleType, lora_run: Path, model_dir: Path, root:
         assert stop.value.code != 0 and not (root / "output_hf").exists()
         return str(stop.value.code)
 
-    assert "Checkpoints there: 1, 1-last" in message(t="24")
+    for tag in ("24", "", ".", "../1"):
+        assert "Checkpoints there: 1, 1-last" in message(t=tag)
     assert "No checkpoint '1'" in message(zero_model=str(root / "nowhere"))
     assert "python download_pt.py --model no/model" in message(org_model=str(model_dir / "no/model"))
     assert "--save_model" in message(save_model="../outside")
+    near = message(zero_model=str(lora_run.parent / "other"))
+    assert near.count(str(lora_run.relative_to(root))) == 1
+    (lora_run / "1/manifest.json").write_text('{"a"')
+    assert "manifest.json is damaged" in message()
+
+
+def refusal(convert: ModuleType, run: Path, base: Path, name: str = "x", *more: str) -> str:
+    """What a conversion says that does not come about and leaves nothing."""
+    with pytest.raises(SystemExit) as stop:
+        converted(convert, run, base, name, *more)
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+def test_only_an_earlier_conversion_is_replaced(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path
+) -> None:
+    base, output = model_dir / "tiny/qwen2", root / "output_hf"
+    (output / "own").mkdir(parents=True)
+    (output / "own/mine.txt").write_text("mine")
+    (output / "file").write_text("mine")
+    (output / "link").symlink_to(output / "own")
+    for name in ("own", "file", "link"):
+        message = refusal(convert, lora_run, base, name)
+        assert f"output_hf/{name} is there and is no earlier conversion. Move it away" in message
+    assert (output / "own/mine.txt").read_text() == (output / "file").read_text() == "mine"
+    converted(convert, lora_run, base, "a/b")
+    assert "no earlier conversion" in refusal(convert, lora_run, base, "a")
+    converted(convert, lora_run, base, "a/b")
+    converted(convert, lora_run, base, "a/b/c")
+    assert "other things than a conversion: c." in refusal(convert, lora_run, base, "a/b")
+    assert (output / "a/b/c/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_base_of_another_size_is_refused(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, tokenizer: Any, root: Path, tuner: str
+) -> None:
+    run = train(ft, train_args(tuner=tuner), root / "output")
+    for name, changes in {
+        "wide": {"intermediate_size": 192},
+        "deep": {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
+    }.items():
+        config = AutoConfig.from_pretrained(model_dir / "tiny/qwen2", **changes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        message = refusal(convert, run, root / name)
+        assert "The run was trained on tiny/qwen2" in message and name in message and message.count("\n") <= 3
+    make_model("qwen2", len(tokenizer) - 8).save_pretrained(root / "small")
+    tokenizer.save_pretrained(root / "small")
+    message = refusal(convert, run, root / "small")
+    assert "The run was trained on tiny/qwen2" in message and (tuner == "full" or "its vocabulary has" in message)
+    message = refusal(convert, run, model_dir / "tiny/gemma3")
+    assert "The run was trained on tiny/qwen2" in message
+    assert not (root / "output_hf").exists()
+
+
+BROKEN = {
+    "no weights": ("model.safetensors", None, "no file named model.safetensors"),
+    "half of the weights": ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "deserializing header"),
+    "half of the configuration": ("config.json", b'{"a"', "not a valid JSON"),
+    "no tokenizer": ("tokenizer*", None, "no tokenizer"),
+    "half of the tokenizer": ("tokenizer.json", b'{"a"', "cannot be used as the base"),
+    "code that may not run": ("config.json", b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}', "trust"),
+}
+
+
+def test_a_base_that_is_not_whole_is_refused(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    for name, (files, content, expected) in BROKEN.items():
+        base = root / name
+        shutil.copytree(model_dir / "tiny/qwen2", base)
+        for path in base.glob(files):
+            path.unlink() if content is None else path.write_bytes(content)
+        message = refusal(convert, lora_run, base)
+        assert message.startswith(f"{name} cannot be used as the base: ") and expected in message
+        assert "python download_pt.py --model tiny/qwen2" in message
+    assert not (root / "output_hf").exists()
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}", "the same for all"])
+def test_a_template_that_does_not_go_with_the_tokenizer_is_refused(
+    convert: ModuleType, lora_run: Path, model_dir: Path, template: str
+) -> None:
+    record = json.loads((lora_run / "1/run.json").read_text())
+    (lora_run / "1/run.json").write_text(json.dumps(record | {"chat_template": template}))
+    write_manifest(lora_run / "1")
+    assert "does not go with the run's chat template" in refusal(convert, lora_run, model_dir / "tiny/qwen2")
+
+
+def test_a_base_folder_that_is_none(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    shutil.copytree(model_dir / "tiny/qwen2", root / "model/tiny/qwen2")
+    for base, there in {"model": "model/tiny/qwen2", "model/tiny": "model/tiny/qwen2", "b": None}.items():
+        message = refusal(convert, lora_run, root / base)
+        assert f"No model at {base} (expected" in message and "--model ORG/NAME" in message
+        assert (there is None) == ("There are" not in message) and (there or "") in message
+    assert "No model at / (expected" in refusal(convert, lora_run, Path("/"))
+    assert "--model tiny/nothing" in refusal(convert, lora_run, root / "model/tiny/nothing")
+
+
+OWN_CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_its_own_code(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path
+) -> None:
+    base = root / "models/tiny/own"
+    shutil.copytree(model_dir / "tiny/qwen2", base)
+    (base / "modeling_own.py").write_text(OWN_CODE)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = {"model_dir": root / "models", "model_name": "tiny/own", "trust_remote_code": True}
+    run = train(ft, train_args(**flags), root / "output")
+    assert "trust" in refusal(convert, run, base)
+    converted(convert, run, base, "own", "--trust_remote_code", "True")
+    assert (root / "output_hf/own/modeling_own.py").is_file()
 
 
 def test_command_line_without_traceback() -> None:

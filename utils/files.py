@@ -112,7 +112,11 @@ def check_manifest(folder: Path) -> None:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise SystemExit(f"{shown(folder)} is not a complete checkpoint: it has no manifest.json.")
-    for name, expected in json.loads(manifest.read_text()).items():
+    try:
+        hashes = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{shown(manifest)} is damaged ({error}). Use another checkpoint of the run.") from error
+    for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise SystemExit(f"{shown(folder)} is not a complete checkpoint: {name} is missing.")
         if sha256(folder / name) != expected:

@@ -3,10 +3,13 @@
 Shapes: V vocabulary, K probed places of a prompt.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from utils.data import Sample
 from utils.files import check_manifest, shown
@@ -23,8 +26,8 @@ class Drift(NamedTuple):
     Attributes:
         max_abs: Largest difference of a logit.
         kl: KL divergence of this model's next-token distribution from the trained one's, nats, mean over places.
-        top1: Part of the places at which both hold the same token likeliest; where the trained model's first two are
-            within 0.1 of each other, rounding decides, and either counts.
+        top1: Part of the places at which both hold the same token likeliest. Where the trained model's favourites are
+            two steps of their precision apart or less, rounding decides, and either counts.
     """
 
     max_abs: float
@@ -64,20 +67,37 @@ def record_probe(model: Any, prompts: list[torch.Tensor]) -> dict[str, torch.Ten
     return probe
 
 
-def compare_with_probe(model: Any, probe: dict[str, torch.Tensor]) -> Drift:
-    """Replays a probe on another model."""
-    pairs = [
-        (probe[name.replace("logits", "input_ids")], logits.float())
-        for name, logits in probe.items()
-        if name.startswith("logits")
-    ]
-    trained = torch.cat([logits for _, logits in pairs])
-    other = torch.cat([probe_logits(model, input_ids).float() for input_ids, _ in pairs])
+def recorded(probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(N, V) fp32 logits at all N places of a probe."""
+    return torch.cat([logits.float() for name, logits in probe.items() if name.startswith("logits")])
+
+
+def replay(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(N, V) fp32 logits of another model at a probe's places."""
+    names = [name.replace("logits", "input_ids") for name in probe if name.startswith("logits")]
+    return torch.cat([probe_logits(model, probe[name]).float() for name in names])
+
+
+def compare_logits(trained: torch.Tensor, other: torch.Tensor, precision: torch.dtype) -> Drift:
+    """Measures how far logits are from the trained model's.
+
+    Args:
+        trained: (N, V) fp32.
+        other: (N, V) fp32.
+        precision: In which the less exact of the two was stored or computed.
+    """
     log_p, log_q = trained.double().log_softmax(-1), other.double().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     # How much less likely than its favourite the trained model holds the other model's favourite.
-    gap = trained.amax(-1) - trained.gather(-1, other.argmax(-1, keepdim=True))[:, 0]
-    return Drift((trained - other).abs().max().item(), kl.item(), (gap < 0.1).float().mean().item())
+    favourite = trained.amax(-1)
+    gap = favourite - trained.gather(-1, other.argmax(-1, keepdim=True))[:, 0]
+    step = torch.finfo(precision).eps * 2 ** favourite.abs().log2().floor()
+    return Drift((trained - other).abs().max().item(), kl.item(), (gap <= 2 * step).float().mean().item())
+
+
+def compare_with_probe(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> Drift:
+    """Replays a probe on another model."""
+    return compare_logits(recorded(probe), replay(model, probe), probe["logits_0"].dtype)
 
 
 def check_tag(run: Path, tag: str) -> dict[str, Any]:
@@ -90,42 +110,97 @@ def check_tag(run: Path, tag: str) -> dict[str, Any]:
         SystemExit: naming what there is instead.
     """
     folder = run / tag
-    if not (folder / "run.json").is_file():
+    if len(Path(tag).parts) != 1 or not (folder / "run.json").is_file():
         tags = sorted(path.name for path in run.glob("[!.]*") if (path / "run.json").is_file())
-        near = sorted(shown(path.parent.parent) for path in run.parent.glob("*/*/run.json"))
+        near = sorted({shown(path.parent.parent) for path in run.parent.glob("*/*/run.json")})
         there = f"Checkpoints there: {', '.join(tags)}." if tags else f"Runs nearby: {', '.join(near) or 'none'}."
         raise SystemExit(f"No checkpoint {tag!r} in {shown(run)}. {there}")
     check_manifest(folder)
     return read_json(folder / "run.json")
 
 
-def rebuild(
-    run: Path, tag: str, record: dict[str, Any], base: Path, dtype: torch.dtype, base_kind: str = "dequant4"
+@contextmanager
+def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Turns what the libraries say about a base that is not whole, or not the run's, into what to do.
+
+    Args:
+        base: The base model's folder, which the block loads.
+        record: From `check_tag`.
+
+    Raises:
+        SystemExit: in place of their errors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        name = record["settings"]["model_name"]
+        # Of the places where sizes differ, which may be hundreds of lines, the first ones do.
+        reason = "\n".join([line for line in str(error).splitlines() if line.strip()][:3])
+        raise SystemExit(
+            f"{shown(base)} cannot be used as the base: {reason}\nThe run was trained on {name}. Name the folder of "
+            f"that model (--org_model DIR), or fetch it again: python download_pt.py --model {name}"
+        ) from error
+
+
+def load_base(path: Path, dtype: torch.dtype, bits: int | None, trust_remote_code: bool) -> torch.nn.Module:
+    """Loads a base model on the CPU; 4-bit weights come back as the numbers that they stand for."""
+    model = load_model(path, dtype, bits, trust_remote_code=trust_remote_code)
+    return cast(model.dequantize(), dtype) if bits else model
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Changes the precision of the weights alone: `Module.to` would round the frequencies of the positions as well."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def as_trained(
+    run: Path,
+    tag: str,
+    record: dict[str, Any],
+    base: Path,
+    base_kind: str = "dequant4",
+    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """Makes the trained model as a plain transformers model on the CPU.
+    """Makes the model that the training run computed with: the same weights, in its precision, adapters not merged.
 
     Args:
         run: The run's folder.
         tag: One of its checkpoints.
         record: From `check_tag`.
         base: The base model's folder.
-        dtype: Of the result. Merging is done in fp32.
-        base_kind: Of a 4-bit run: "dequant4" merges into the weights that were trained on, "original" into the
-            base's own.
+        base_kind: Of a 4-bit run: "dequant4" is the base that was trained on, "original" the base's own weights in
+            fp32.
+        trust_remote_code: Whether the model's own Python code may run.
     """
-    if record["settings"]["tuner"] == "full":
-        model = load_model(base, torch.float32)
-        _load_full(model, run, tag)
-        return model.to(dtype)
-    from peft import PeftModel
+    settings = record["settings"]
+    dtype, bits = DTYPES[settings["precision"]], settings["quant_bits"]
+    if bits and base_kind == "original":
+        dtype, bits = torch.float32, None
+    with base_in_use(base, record):
+        model = load_base(base, dtype, bits, trust_remote_code)
+        if settings["tuner"] == "full":
+            _load_full(model, run, tag)
+        else:
+            from peft import PeftModel
 
-    bits = record["settings"]["quant_bits"] if base_kind == "dequant4" else None
-    # 4-bit weights stand for numbers that depend on the precision the run computed in.
-    model = load_model(base, DTYPES[record["settings"]["precision"]] if bits else torch.float32, bits)
-    if bits:
-        model = model.dequantize()
-    model = model.float()
-    return PeftModel.from_pretrained(model, run / tag / "adapter").merge_and_unload().to(dtype)
+            # The engine computes with adapters in the run's precision; left to itself, PEFT makes them fp32.
+            model = PeftModel.from_pretrained(model, run / tag / "adapter", autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def merge(model: torch.nn.Module) -> torch.nn.Module:
+    """Turns a model from `as_trained` into a plain one in fp32; the given one is used up."""
+    model = cast(model, torch.float32)
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def rebuild(
+    run: Path, tag: str, record: dict[str, Any], base: Path, dtype: torch.dtype, base_kind: str = "dequant4"
+) -> torch.nn.Module:
+    """Makes the trained model as a plain transformers model on the CPU: `as_trained`, merged in fp32, in `dtype`."""
+    return cast(merge(as_trained(run, tag, record, base, base_kind)), dtype)
 
 
 def _load_full(model: torch.nn.Module, run: Path, tag: str) -> None:
@@ -140,7 +215,4 @@ def _load_full(model: torch.nn.Module, run: Path, tag: str) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {name for name in missing if name.endswith("lm_head.weight") and model.config.tie_word_embeddings}
     if unexpected or set(missing) != tied:
-        raise SystemExit(
-            f"{shown(run / tag)} does not fit the base model: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {unexpected[:3]}. Name the base it was trained from: --org_model DIR"
-        )
+        raise ValueError(f"missing in the run: {sorted(set(missing) - tied)[:3]}, unknown here: {unexpected[:3]}.")
