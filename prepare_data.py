@@ -22,7 +22,9 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import IO, TYPE_CHECKING, Any
 
 from utils.data import SYSTEM_PROMPT
@@ -763,6 +765,8 @@ def main(args: argparse.Namespace) -> None:
             f"--output_dir: {shown(output_dir)} is no folder that can be written to ({error.strerror}). Name another."
         ) from None
     print(f"Reading {shown(data_dir)} ...")
+    # For the report's picture; loaded while DuckDB reads.
+    Thread(target=import_module, args=["matplotlib.figure"], daemon=True).start()
     # Every thread has read buffers of its own, so many threads would not fit into the memory limit.
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
     with ExitStack() as results:  # all take their places together at the end, so that a report is of the data beside it
