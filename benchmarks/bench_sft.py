@@ -159,8 +159,8 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "preprocessing_num_workers": 1,
         }
         output.mkdir(parents=True)
-        (output / "config.json").write_text(json.dumps(config))  # JSON is YAML too.
-        return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.json")]
+        (output / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too.
+        return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.yaml")]
     trainer = {"plain PyTorch, padded": "plain", "TRL, padded": "trl", "TRL, packing": "trl_packing"}[name]
     return peer_command(python, trainer, model, work, output)
 
@@ -183,11 +183,10 @@ def loop_seconds(name: str, output: Path) -> float:
     return json.loads((output / "result.json").read_text())["seconds"]
 
 
-def adapter_of(name: str, output: Path) -> Path:
-    """Where a finished run left its adapter."""
-    return next(
-        path.parent for path in output.rglob("adapter_model.safetensors") if "-last" in str(path) or name[:4] != "ours"
-    )
+def adapter_of(output: Path) -> Path:
+    """Where a finished run left its adapter; runs without held-out samples save once, at the end."""
+    (path,) = output.rglob("adapter_model.safetensors")
+    return path.parent
 
 
 def run(name: str, model: Path, work: Path, number: int) -> dict[str, float]:
@@ -199,7 +198,7 @@ def run(name: str, model: Path, work: Path, number: int) -> dict[str, float]:
     result = {"seconds": loop_seconds(name, output), "peak_gb": peak_gb}
     if number == 1:
         probe = work / "held_out_loss"
-        adapter = ["--adapter", str(adapter_of(name, output))]
+        adapter = ["--adapter", str(adapter_of(output))]
         measured(peer_command(Path(sys.executable), "none", model, work, probe) + adapter)
         result["held_out"] = json.loads((probe / "result.json").read_text())["held_out"]
     print(f"    {result}", flush=True)
