@@ -87,7 +87,7 @@ class Plan(NamedTuple):
         packs = range(self.packs(windows.start).start, self.packs(windows[-1]).stop)
         draws = slice(self.draws(packs.start).start, self.draws(packs[-1]).stop)
         numbers = self.order[draws]
-        logical = int(samples.lengths[numbers].sum())
+        logical = int((samples.end[numbers] - samples.begin[numbers]).sum())
         return {
             "logical": logical,
             "executed": logical - int(self.shared[draws].sum()),
