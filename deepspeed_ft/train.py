@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
-    from utils.packing import draw_windows, make_plan, model_inputs, rank_packs, usable_masks
+    from utils.packing import draw_windows, make_plan, model_inputs, pack_cost, rank_packs, usable_masks
     from utils.tensors import all_reduced
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
@@ -273,9 +273,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     torch.manual_seed(args.seed + rank)  # Until here all ranks drew the same numbers; dropout is each rank's own.
     attention, why_not = usable_masks(engine, attention_windows(model.config), args.max_tokens, precision)
     layout = (args.pack_tokens if attention else 0, world_size, args.share_prefix and attention is not None)
-    cache = from_root(args.output_dir) / "cache"
-    plan = make_plan(train_set, windows[:total_steps], *layout, cache)
-    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], *layout, cache) if eval_set else None
+    layout += (pack_cost(model, get_accelerator().device_name()), from_root(args.output_dir) / "cache")
+    plan = make_plan(train_set, windows[:total_steps], *layout)
+    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], *layout) if eval_set else None
     if rank == 0:
         trainable, total = count_parameters(model)
         tokens = plan.count(train_set, range(total_steps))

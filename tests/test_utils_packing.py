@@ -21,14 +21,14 @@ from utils import packing
 from utils.data import Sample
 from utils.model import attention_windows
 from utils.packing import (
-    DENSE_TOKENS,
-    PACK_OVERHEAD,
     Pack,
+    PackCost,
     attention_mask,
     draw_windows,
     lay_out,
     make_plan,
     model_inputs,
+    pack_cost,
     plan_packs,
     rank_packs,
     usable_masks,
@@ -37,6 +37,7 @@ from utils.samples import Samples
 from utils.tensors import token_logprobs
 
 property_test = settings(max_examples=100, deadline=None)
+COST = PackCost(dense_tokens=2048, overhead_tokens=32)
 KINDS = ["llama", "qwen2", "qwen3", "gemma3", "mistral"]
 
 
@@ -170,7 +171,7 @@ def test_packs_learn_what_samples_teach(
 ) -> None:
     everything = stored(samples)
     windows = draw_windows(everything.group, window_samples, 8, 1, 0)
-    plan = plan_packs(everything, windows, pack_tokens, world_size, share_prefix)
+    plan = plan_packs(everything, windows, pack_tokens, world_size, share_prefix, COST)
     executed = 0
     for number, window in enumerate(windows):
         by_rank = [rank_packs(everything, plan, number, rank) for rank in range(world_size)]
@@ -192,7 +193,7 @@ def test_packs_learn_what_samples_teach(
 def test_a_pack_holds_every_common_token_once(samples: list[Sample]) -> None:
     """As many tokens as the samples have different beginnings: that is what a trie is."""
     everything = stored(samples)
-    (pack,) = rank_packs(everything, plan_packs(everything, [np.arange(len(samples))], 10_000, 1, True), 0, 0)
+    (pack,) = rank_packs(everything, plan_packs(everything, [np.arange(len(samples))], 10_000, 1, True, COST), 0, 0)
     beginnings = {tuple(s.input_ids[: n + 1].tolist()) for s in samples for n in range(len(s.input_ids))}
     assert len(pack.input_ids) == len(beginnings)
     assert all(tensor.dtype == torch.int64 for tensor in pack[:5]) and pack.target_weight.dtype == torch.float32
@@ -213,7 +214,7 @@ def test_a_written_out_pack() -> None:
 def test_a_trie_larger_than_a_pack_repeats_its_trunk() -> None:
     samples = [sample_of([*range(20), 100 + number, 200 + number], [False] * 20 + [True] * 2) for number in range(6)]
     everything = stored(samples)
-    plan = plan_packs(everything, [np.arange(6)], 26, 1, True)
+    plan = plan_packs(everything, [np.arange(6)], 26, 1, True, COST)
     packs = rank_packs(everything, plan, 0, 0)
     assert [len(pack.input_ids) for pack in packs] == [26, 26]
     assert all(pack.input_ids[:20].tolist() == list(range(20)) for pack in packs)
@@ -244,17 +245,41 @@ def as_row(row: list[tuple[int, float]]) -> tuple[list[int], list[int]]:
     return lengths, shared
 
 
-@given(row=ROWS, pack_tokens=st.integers(30, 80))
+@given(row=ROWS, pack_tokens=st.integers(30, 80), dense_tokens=st.integers(10, 2000), overhead=st.integers(0, 200))
 @property_test
-def test_the_cut_is_the_cheapest(row: list[tuple[int, float]], pack_tokens: int) -> None:
+def test_the_cut_is_the_cheapest(
+    row: list[tuple[int, float]], pack_tokens: int, dense_tokens: int, overhead: int
+) -> None:
     lengths, shared = as_row(row)
 
     def price(ends: list[int]) -> float:
         own = sizes(lengths, shared, ends)
-        return sum(n + n * n / DENSE_TOKENS + PACK_OVERHEAD for n in own) if max(own) <= pack_tokens else float("inf")
+        return sum(n + n * n / dense_tokens + overhead for n in own) if max(own) <= pack_tokens else float("inf")
 
-    found = packing._cut(np.array(lengths), np.array(shared), 0, len(row), pack_tokens)
+    found = packing._cut(
+        np.array(lengths), np.array(shared), 0, len(row), pack_tokens, PackCost(dense_tokens, overhead)
+    )
     assert price(found) == pytest.approx(min(map(price, partitions(len(row)))))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_cost_of_a_pack_comes_from_the_shape_of_the_model(tied: bool) -> None:
+    """A layer of 2 hidden units in 1 head, 3 between: 4 x 4 weights for attention, 3 x 6 for the MLP, 2 + 2 of norms.
+
+    All 2 layers and the last norm: 78. Attention over d tokens costs as much as the weights when 4 d x 2 x 2 layers =
+    2 x 78 operations, d = 9.75, times its rate of 0.45. Embeddings do not count, once or twice.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=2,
+        intermediate_size=3,
+        num_attention_heads=1,
+        num_hidden_layers=2,
+        tie_word_embeddings=tied,
+    )
+    assert pack_cost(LlamaForCausalLM(config), "cpu") == pytest.approx((0.45 * 78 / 8, 76))
 
 
 @given(row=ROWS, world_size=st.integers(1, 4))
@@ -270,13 +295,13 @@ def test_ranks_get_equal_parts(row: list[tuple[int, float]], world_size: int) ->
 
 def test_a_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = stored([sample_of([1, 2, 3], [False, True, True]), sample_of([1, 2, 4], [False, False, True])])
-    layout = ([np.arange(2)], 10, 1, True, tmp_path)
+    layout = ([np.arange(2)], 10, 1, True, COST, tmp_path)
     first = make_plan(samples, *layout)
     monkeypatch.setattr(packing, "plan_packs", lambda *_: pytest.fail("made again"))
     again = make_plan(samples, *layout)
     assert all(map(np.array_equal, first, again)) and again.count(samples, range(1))["executed"] == 4
     monkeypatch.undo()
-    unshared = make_plan(samples, [np.arange(2)], 10, 1, False, tmp_path)
+    unshared = make_plan(samples, [np.arange(2)], 10, 1, False, COST, tmp_path)
     assert unshared.count(samples, range(1))["executed"] == 6
 
 
@@ -333,7 +358,7 @@ def assert_equal_gradients(ours: dict[str, torch.Tensor], plain: dict[str, torch
 
 def shared_packs(samples: list[Sample], pack_tokens: int) -> list[Pack]:
     everything = stored(samples)
-    plan = plan_packs(everything, [np.arange(len(samples))], pack_tokens, 1, True)
+    plan = plan_packs(everything, [np.arange(len(samples))], pack_tokens, 1, True, COST)
     assert plan.count(everything, range(1))["executed"] < 0.7 * sum(len(sample.input_ids) for sample in samples)
     return rank_packs(everything, plan, 0, 0)
 
@@ -354,7 +379,9 @@ def test_any_tries_compute_what_their_samples_do(samples: list[Sample], kind: st
     if not what_is_learnt(samples):
         return
     model = make_model(kind, 8)
-    packs = rank_packs(stored(samples), plan_packs(stored(samples), [np.arange(len(samples))], 10_000, 1, True), 0, 0)
+    packs = rank_packs(
+        stored(samples), plan_packs(stored(samples), [np.arange(len(samples))], 10_000, 1, True, COST), 0, 0
+    )
     loss, plain = loss_of_packs(model, model.config, packs), loss_alone(model, samples)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     assert_equal_gradients(gradients(model, loss), gradients(model, plain))

@@ -18,13 +18,35 @@ import torch
 
 from utils.data import Sample
 from utils.files import made_once, sha256
+from utils.model import count_parameters
 from utils.samples import Samples
 
-# What a pack costs, in tokens that only pass through the linear layers: L + L^2 / DENSE_TOKENS for attention, which is
-# computed for all pairs of tokens, masked ones too, + PACK_OVERHEAD. With SmolLM2-135M on two CPU cores attention takes
-# a quarter of the time of a pack of 800 tokens; the overhead is a rough figure, which keeps tiny packs together.
-DENSE_TOKENS = 2048
-PACK_OVERHEAD = 32
+
+class PackCost(NamedTuple):
+    """What a pack of L tokens costs, in tokens that pass through the linear layers: L + L^2 / dense_tokens + overhead.
+
+    The square is attention, which is computed for all pairs of tokens, masked ones too.
+    """
+
+    dense_tokens: float
+    overhead_tokens: float
+
+
+def pack_cost(model: torch.nn.Module, device_name: str) -> PackCost:
+    """Estimates what a pack costs, from the model's shape.
+
+    Per token and layer, attention takes 4 L H floating-point operations (H: the width), linear layers 2 for each of
+    their weights. On two CPU cores and SmolLM2-135M attention ran at 0.45 of their rate, and a pack's overhead (reading
+    all weights, calling the kernels) was worth 76 tokens. On a card a pack pays for thousands of kernel launches before
+    its size matters, so packs are filled there; that figure is not measured.
+    """
+    config = model.config.get_text_config()
+    embeddings = count_parameters(model.get_input_embeddings())[1] * (1 if config.tie_word_embeddings else 2)
+    weights = count_parameters(model)[1] - embeddings
+    return PackCost(
+        dense_tokens=0.45 * weights / (2 * config.hidden_size * config.num_hidden_layers),
+        overhead_tokens=76 if device_name == "cpu" else 4096,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +118,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool, cache: Path
+    samples: Samples,
+    windows: list[np.ndarray],
+    pack_tokens: int,
+    world_size: int,
+    share_prefix: bool,
+    cost: PackCost,
+    cache: Path,
 ) -> Plan:
     """Lays all windows out in packs, or finds the plan that was made before for the same samples and windows.
 
@@ -106,21 +134,22 @@ def make_plan(
         pack_tokens: The most tokens in a pack; a longer sample gets a pack of its own. 0: every sample gets its own.
         world_size: Number of ranks; a window's samples are dealt to them in parts of about equal cost.
         share_prefix: Whether samples that begin alike are computed together.
+        cost: Of a pack.
         cache: Folder of earlier plans.
     """
-    made_from = hashlib.sha256(f"{pack_tokens} {world_size} {share_prefix} {sha256(Path(__file__))}".encode())
+    made_from = hashlib.sha256(f"{pack_tokens} {world_size} {share_prefix} {cost} {sha256(Path(__file__))}".encode())
     for array in (samples.begin, samples.end, samples.tokens, *windows):
         made_from.update(np.ascontiguousarray(array))
     path = cache / f"packs-{made_from.hexdigest()[:16]}.npz"
     with made_once(path) as temporary:
         if temporary:
             with temporary.open("wb") as file:
-                np.savez(file, **plan_packs(samples, windows, pack_tokens, world_size, share_prefix)._asdict())
+                np.savez(file, **plan_packs(samples, windows, pack_tokens, world_size, share_prefix, cost)._asdict())
     return Plan(**np.load(path))
 
 
 def plan_packs(
-    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool
+    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool, cost: PackCost
 ) -> Plan:
     """What `make_plan` does, without the cache."""
     order, shared, pack_end, pack_rank, window_end = [], [], [], [], []
@@ -136,7 +165,7 @@ def plan_packs(
         lengths = np.array([len(text) for text in texts])
         start = 0
         for rank, end in enumerate(_deal(lengths, common, world_size)):
-            for pack_start, pack_stop in pairwise([start, *_cut(lengths, common, start, end, pack_tokens)]):
+            for pack_start, pack_stop in pairwise([start, *_cut(lengths, common, start, end, pack_tokens, cost)]):
                 common[pack_start] = 0  # A pack's first sample stands in it whole.
                 pack_end.append(drawn + pack_stop)
                 pack_rank.append(rank)
@@ -182,7 +211,7 @@ def _deal(lengths: np.ndarray, shared: np.ndarray, world_size: int) -> list[int]
     return ends + [len(lengths)] * (world_size - len(ends))
 
 
-def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tokens: int) -> list[int]:
+def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tokens: int, cost: PackCost) -> list[int]:
     """Cuts samples start ... end - 1, in their order, in the cheapest packs (dynamic programming over the last pack).
 
     Returns:
@@ -197,7 +226,7 @@ def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tok
     for last in range(1, end - start + 1):
         first = min(int(np.searchsorted(total, total[last] - pack_tokens)), last - 1)
         tokens = whole[first:last] + total[last]
-        prices = price[first:last] + tokens * (1 + tokens / DENSE_TOKENS) + PACK_OVERHEAD
+        prices = price[first:last] + tokens * (1 + tokens / cost.dense_tokens) + cost.overhead_tokens
         prices[:-1][tokens[:-1] > pack_tokens] = np.inf
         best = int(prices.argmin())
         price[last], previous[last] = prices[best], first + best
