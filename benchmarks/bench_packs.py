@@ -39,7 +39,7 @@ def plan_many(args: argparse.Namespace) -> dict[str, float]:
     """Plans one epoch of random samples, and lays out the packs of a hundredth of it."""
     import numpy as np
 
-    from utils.packing import PackCost, draw_windows, plan_packs, rank_packs
+    from utils.packing import Layout, PackCost, draw_windows, plan_packs, rank_packs
     from utils.samples import Samples
 
     random = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def plan_many(args: argparse.Namespace) -> dict[str, float]:
         before_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         started = time.perf_counter()
         windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)
-        plan = plan_packs(samples, windows, 2048, 1, True, PackCost(1400, 76))
+        plan = plan_packs(samples, windows, Layout(2048, 1, True, PackCost(1400, 76)))
         planned = time.perf_counter()
         some = range(0, len(windows), 100)
         packs = sum(len(rank_packs(samples, plan, window, 0)) for window in some)
@@ -87,7 +87,7 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from utils.data import make_chat
     from utils.model import add_lora, attention_windows, load_model, load_tokenizer
-    from utils.packing import draw_windows, model_inputs, pack_cost, plan_packs, rank_packs
+    from utils.packing import Layout, draw_windows, model_inputs, pack_cost, plan_packs, rank_packs
     from utils.samples import load_samples
     from utils.tensors import token_logprobs
 
@@ -99,7 +99,7 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         attention = attention_windows(model.config)
         windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
         cost = pack_cost(model, "cpu")
-        plans = {size: plan_packs(samples, windows, size, 1, True, cost) for size in args.pack_tokens}
+        plans = {size: plan_packs(samples, windows, Layout(size, 1, True, cost)) for size in args.pack_tokens}
         seconds: dict[int, list[float]] = {size: [] for size in args.pack_tokens}
         for number in range(len(windows)):
             for size, plan in plans.items():

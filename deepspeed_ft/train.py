@@ -31,22 +31,25 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import Chat, DataError, Sample, find_split, make_chat, read_records, show_sample
+from utils.data import find_split
 from utils.engine import (
     add_run_arguments,
     argument_problems,
     boolean,
+    build_model,
     choose_precision,
     fail,
+    load_chat,
     make_ds_config,
     make_engine,
     quant_bits,
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, missing_model, replacing, sha256, shown
-from utils.samples import Samples, load_samples
+from utils.files import from_root, missing_model, replacing, shown
+from utils.samples import Samples, load_splits
 
+LORA_LR, FULL_LR = 2e-4, 2e-5
 SHOWN_REPLIES = 4
 
 
@@ -83,87 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--test_mode", type=boolean, default=False, help="True: answer the held-out comments, at the end"
     )
     parser.add_argument("--test_bnb_enabled", type=boolean, default=False, help="True: test on a 4-bit base")
-    add_run_arguments(parser)
+    add_run_arguments(parser, LORA_LR, FULL_LR)
     return parser
-
-
-def load_chat(args: argparse.Namespace, path: Path, template: str) -> Chat:
-    """Loads the model's tokenizer with its chat template, or with another one if its text is given."""
-    from jinja2 import TemplateError
-
-    from utils.model import load_tokenizer
-
-    try:
-        return make_chat(load_tokenizer(path, template, args.trust_remote_code))
-    except TemplateError as error:
-        fail(f"The chat template cannot be used: {error}. Name a file with another: --chat_template FILE")
-    except DataError as error:
-        fail(str(error))
-    except (OSError, ValueError) as error:  # What transformers raises where files are missing or broken.
-        fail(
-            f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {args.model_name}"
-        )
-
-
-def load_data(args: argparse.Namespace, chat: Any, show: bool) -> tuple[Samples, Samples, dict[str, Any]]:
-    """Loads the training and the held-out samples.
-
-    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash; with an
-    empty one nothing is.
-
-    Returns:
-        Training samples, held-out samples, and what run.json says of the data.
-    """
-    cache = from_root(args.output_dir) / "cache"
-    train_file, test_file = (find_split(from_root(args.data_dir), split) for split in ("train", "test"))
-    try:
-        train, counts, system_prompt = load_samples(train_file, chat, args.max_tokens, cache, "reading" if show else "")
-        if test_file and not any(True for _ in read_records(test_file)):
-            test = train.select([])
-        elif test_file:
-            test = load_samples(test_file, chat, args.max_tokens, cache).samples
-        else:
-            held_out = train.group % 20 == 0
-            test = train.select(held_out.nonzero()[0])
-            train = train if held_out.all() else train.select((~held_out).nonzero()[0])
-    except DataError as error:
-        fail(str(error))
-    if show:
-        lengths = sorted(train.lengths)
-        print(f"{shown(train_file)}: {', '.join(f'{n} {what}' for what, n in counts.items())}; held out: {len(test)}.")
-        print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
-        print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
-    return (
-        train,
-        test,
-        {
-            "files": {path.name: sha256(path) for path in (train_file, test_file) if path},
-            "train_samples": len(train),
-            "test_samples": len(test),
-            "records": dict(counts),
-            "system_prompt": system_prompt,
-        },
-    )
-
-
-def build_model(args: argparse.Namespace, path: Path, precision: str, device: str) -> Any:
-    """Loads the base model and makes trainable what is to be trained."""
-    from safetensors import SafetensorError
-
-    from utils.model import DTYPES, add_lora, load_model
-
-    try:
-        model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
-    except (OSError, SafetensorError) as error:
-        fail(f"No whole model in {shown(path)}: {error}\nFetch it: python download_pt.py --model {args.model_name}")
-    if args.tuner == "lora":
-        try:
-            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
-        except ValueError as error:
-            fail(f"--lora_target {args.lora_target}: {error}")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def evaluate(engine: Any, samples: Samples, plan: Any, attention: dict[str, int | None] | None) -> float:
@@ -185,30 +109,12 @@ def evaluate(engine: Any, samples: Samples, plan: Any, attention: dict[str, int 
     return all_reduced(loss_sum) / int(samples.targets.sum())
 
 
-def show_replies(
-    model: Any, chat: Any, samples: list[Sample], max_new_tokens: int, progress: str = ""
-) -> list[dict[str, str]]:
-    """Lets the model answer held-out prompts, greedily. All ranks call it together (ZeRO stage 3 gathers weights)."""
-    from utils.generate import replies
-
-    prompts = [sample.input_ids[: sample.supervised.argmax()].tolist() for sample in samples]
-    texts = replies(model, chat, prompts, max_new_tokens, progress)
-    decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
-    return [
-        {
-            "id": sample.id,
-            "prompt": decode(prompt),
-            "reply": text,
-            "real": decode(sample.input_ids[len(prompt) :]).strip(),
-        }
-        for sample, prompt, text in zip(samples, prompts, texts, strict=True)
-    ]
-
-
 def look(
     engine: Any, chat: Any, samples: Samples, plan: Any, attention: Any, max_new_tokens: int, tracker: Any, step: int
 ) -> dict[str, float]:
     """Measures the held-out loss and shows a few replies, because that is how over-fitting is noticed."""
+    from utils.generate import show_replies
+
     if not samples:
         return {}
     loss = evaluate(engine, samples, plan, attention)
@@ -232,7 +138,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
-    from utils.packing import draw_windows, make_plan, model_inputs, pack_cost, rank_packs, usable_masks
+    from utils.packing import Layout, draw_windows, make_plan, model_inputs, pack_cost, rank_packs, usable_masks
     from utils.tensors import all_reduced
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
@@ -241,13 +147,14 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     # A file that is not UTF-8 becomes a template that says nothing of use, and is refused for that.
     template = from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
     chat = load_chat(args, model_path, template)
-    train_set, test_set, data_facts = load_data(args, chat, show=rank == 0)
+    files = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
+    train_set, test_set, data_facts = load_splits(args, *files, chat, show=rank == 0)
     eval_set = test_set.select(range(len(test_set))[: args.eval_samples]) if args.eval_samples >= 0 else test_set
 
     # Settings; what was not given depends on the device and the kind of training.
     precision, device = choose_precision(args.precision), get_accelerator().current_device_name()
     if args.lr is None:
-        args.lr = 2e-5 if args.tuner == "full" else 2e-4
+        args.lr = FULL_LR if args.tuner == "full" else LORA_LR
     args.group_size = args.group_size or (8 if args.share_prefix else 1)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
@@ -272,10 +179,12 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     engine = make_engine(model, args, ds_config, total_steps)
     torch.manual_seed(args.seed + rank)  # Until here all ranks drew the same numbers; dropout is each rank's own.
     attention, why_not = usable_masks(engine, attention_windows(model.config), args.max_tokens, precision)
-    layout = (args.pack_tokens if attention else 0, world_size, args.share_prefix and attention is not None)
-    layout += (pack_cost(model, get_accelerator().device_name()), from_root(args.output_dir) / "cache")
-    plan = make_plan(train_set, windows[:total_steps], *layout)
-    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], *layout) if eval_set else None
+    shares = args.share_prefix and attention is not None
+    cost = pack_cost(model, get_accelerator().device_name())
+    layout = Layout(args.pack_tokens if attention else 0, world_size, shares, cost)
+    cache = from_root(args.output_dir) / "cache"
+    plan = make_plan(train_set, windows[:total_steps], layout, cache)
+    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], layout, cache) if eval_set else None
     if rank == 0:
         trainable, total = count_parameters(model)
         tokens = plan.count(train_set, range(total_steps))
@@ -349,13 +258,15 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Writes the best checkpoint's replies to the held-out comments beside the real ones."""
     import torch
 
+    from utils.generate import show_replies
     from utils.model import DTYPES, load_model
     from utils.trained import check_tag, rebuild
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
-    _, samples, _ = load_data(args, chat, show=False)
+    files = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
+    _, samples, _ = load_splits(args, *files, chat, show=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[record["settings"]["precision"]]
     if args.test_bnb_enabled:

@@ -21,6 +21,7 @@ from utils import packing
 from utils.data import Sample
 from utils.model import attention_windows
 from utils.packing import (
+    Layout,
     Pack,
     PackCost,
     attention_mask,
@@ -107,7 +108,7 @@ def pack_of(parents: list[int | None]) -> Pack:
     depths = [len(ancestors(parents, place)) - 1 for place in places]
     nothing = torch.zeros(0, dtype=torch.int64)
     tree = (torch.zeros(len(parents), dtype=torch.int64), torch.tensor(depths), torch.tensor(ends))
-    return Pack(*tree, nothing, nothing, nothing.float())
+    return Pack(*tree, nothing, nothing, nothing.float(), nothing, nothing)
 
 
 def brute_force(parents: list[int | None], window: int | None) -> list[list[bool]]:
@@ -150,7 +151,7 @@ def what_packs_learn(packs: list[Pack]) -> Counter[tuple[tuple[int, ...], int]]:
     learnt: Counter[tuple[tuple[int, ...], int]] = Counter()
     for pack in packs:
         mask = attention_mask(pack)[0, 0]
-        for index, token, weight in zip(*(tensor.tolist() for tensor in pack[3:]), strict=True):
+        for index, token, weight in zip(*(tensor.tolist() for tensor in pack[3:6]), strict=True):
             assert weight == 1
             seen = mask[index].nonzero()[:, 0]
             assert pack.position_ids[seen].tolist() == list(range(len(seen)))
@@ -171,7 +172,7 @@ def test_packs_learn_what_samples_teach(
 ) -> None:
     everything = stored(samples)
     windows = draw_windows(everything.group, window_samples, 8, 1, 0)
-    plan = plan_packs(everything, windows, pack_tokens, world_size, share_prefix, COST)
+    plan = plan_packs(everything, windows, Layout(pack_tokens, world_size, share_prefix, COST))
     executed = 0
     for number, window in enumerate(windows):
         by_rank = [rank_packs(everything, plan, number, rank) for rank in range(world_size)]
@@ -193,7 +194,8 @@ def test_packs_learn_what_samples_teach(
 def test_a_pack_holds_every_common_token_once(samples: list[Sample]) -> None:
     """As many tokens as the samples have different beginnings: that is what a trie is."""
     everything = stored(samples)
-    (pack,) = rank_packs(everything, plan_packs(everything, [np.arange(len(samples))], 10_000, 1, True, COST), 0, 0)
+    plan = plan_packs(everything, [np.arange(len(samples))], Layout(10_000, 1, True, COST))
+    (pack,) = rank_packs(everything, plan, 0, 0)
     beginnings = {tuple(s.input_ids[: n + 1].tolist()) for s in samples for n in range(len(s.input_ids))}
     assert len(pack.input_ids) == len(beginnings)
     assert all(tensor.dtype == torch.int64 for tensor in pack[:5]) and pack.target_weight.dtype == torch.float32
@@ -214,7 +216,7 @@ def test_a_written_out_pack() -> None:
 def test_a_trie_larger_than_a_pack_repeats_its_trunk() -> None:
     samples = [sample_of([*range(20), 100 + number, 200 + number], [False] * 20 + [True] * 2) for number in range(6)]
     everything = stored(samples)
-    plan = plan_packs(everything, [np.arange(6)], 26, 1, True, COST)
+    plan = plan_packs(everything, [np.arange(6)], Layout(26, 1, True, COST))
     packs = rank_packs(everything, plan, 0, 0)
     assert [len(pack.input_ids) for pack in packs] == [26, 26]
     assert all(pack.input_ids[:20].tolist() == list(range(20)) for pack in packs)
@@ -295,13 +297,13 @@ def test_ranks_get_equal_parts(row: list[tuple[int, float]], world_size: int) ->
 
 def test_a_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = stored([sample_of([1, 2, 3], [False, True, True]), sample_of([1, 2, 4], [False, False, True])])
-    layout = ([np.arange(2)], 10, 1, True, COST, tmp_path)
+    layout = ([np.arange(2)], Layout(10, 1, True, COST), tmp_path)
     first = make_plan(samples, *layout)
     monkeypatch.setattr(packing, "plan_packs", lambda *_: pytest.fail("made again"))
     again = make_plan(samples, *layout)
     assert all(map(np.array_equal, first, again)) and again.count(samples, range(1))["executed"] == 4
     monkeypatch.undo()
-    unshared = make_plan(samples, [np.arange(2)], 10, 1, False, COST, tmp_path)
+    unshared = make_plan(samples, [np.arange(2)], Layout(10, 1, False, COST), tmp_path)
     assert unshared.count(samples, range(1))["executed"] == 6
 
 
@@ -358,7 +360,7 @@ def assert_equal_gradients(ours: dict[str, torch.Tensor], plain: dict[str, torch
 
 def shared_packs(samples: list[Sample], pack_tokens: int) -> list[Pack]:
     everything = stored(samples)
-    plan = plan_packs(everything, [np.arange(len(samples))], pack_tokens, 1, True, COST)
+    plan = plan_packs(everything, [np.arange(len(samples))], Layout(pack_tokens, 1, True, COST))
     assert plan.count(everything, range(1))["executed"] < 0.7 * sum(len(sample.input_ids) for sample in samples)
     return rank_packs(everything, plan, 0, 0)
 
@@ -380,7 +382,7 @@ def test_any_tries_compute_what_their_samples_do(samples: list[Sample], kind: st
         return
     model = make_model(kind, 8)
     packs = rank_packs(
-        stored(samples), plan_packs(stored(samples), [np.arange(len(samples))], 10_000, 1, True, COST), 0, 0
+        stored(samples), plan_packs(stored(samples), [np.arange(len(samples))], Layout(10_000, 1, True, COST)), 0, 0
     )
     loss, plain = loss_of_packs(model, model.config, packs), loss_alone(model, samples)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
@@ -397,7 +399,7 @@ def test_gradients_through_the_engine(
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    from utils.engine import make_ds_config, make_engine, start_ranks
+    from utils.engine import build_model, make_ds_config, make_engine, start_ranks
 
     flags = {"tuner": "full" if tuner == "full" else "lora", "train_bnb_enabled": tuner == "qlora"}
     flags |= {"zero_stage": zero_stage, "gradient_checkpointing": checkpointing, "max_grad_norm": 1e9}
@@ -405,14 +407,14 @@ def test_gradients_through_the_engine(
     start_ranks(args.seed)
     samples = family([20, 9, 1, 14, 2])
     path = model_dir / "tiny/gemma3"
-    plain_model = ft.build_model(args, path, "fp32", "cpu")
+    plain_model = build_model(args, path, "fp32", "cpu")
     plain = gradients(plain_model, loss_alone(plain_model, samples))
 
     # A step of gradient descent at a rate of 1 shows the gradients at every stage.
     ds_config = make_ds_config(args, Path(ft.__file__).with_name("ds_config.json"), "fp32")
     ds_config |= {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
     sharding = HfDeepSpeedConfig(ds_config) if zero_stage == 3 and tuner != "qlora" else None
-    model = ft.build_model(args, path, "fp32", "cpu")
+    model = build_model(args, path, "fp32", "cpu")
     before = {name: weight.detach() for name, weight in plain_model.named_parameters() if weight.requires_grad}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with deepspeed.zero.GatheredParameters([*trained.values()], modifier_rank=0, enabled=sharding is not None):

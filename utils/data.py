@@ -255,6 +255,28 @@ class Chat:
             samples.append(_sample(id, ids, supervised))
         return samples
 
+    def answers(self, messages: list[Message], answers: list[str], max_tokens: int, id: str = "") -> list[Sample]:
+        """Renders several answers to one prompt; only they are supervised, not the answers of earlier turns.
+
+        The prompt is shortened as `samples` does, for all alike, until the longest answer fits.
+
+        Args:
+            messages: A conversation that ends with the user's turn.
+            answers: What might follow.
+            max_tokens: The longest sample.
+            id: The record's.
+
+        Returns:
+            A sample an answer; none where an answer alone does not fit.
+        """
+        prompt = self.prompt_ids(messages)
+        rendered = [self.answer_ids([*messages, {"role": "assistant", "content": text}], prompt) for text in answers]
+        longest = max(map(len, rendered))
+        if len(prompt) + longest > max_tokens and (prompt := self._fit(messages, max_tokens - longest)) is None:
+            return []
+        supervised = [[False] * len(prompt) + [True] * len(ids) for ids in rendered]
+        return [_sample(id, [*prompt, *ids], flags) for ids, flags in zip(rendered, supervised, strict=True)]
+
     def _fit(self, messages: list[Message], room_tokens: int) -> list[int] | None:
         """Renders a prompt in at most `room_tokens`, or returns None where even a bare one is longer."""
         system = messages[:1] if messages[0]["role"] == "system" else []

@@ -21,8 +21,8 @@ def boolean(text: str) -> bool:
     return values[text]
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that all training scripts share."""
+def add_run_arguments(parser: argparse.ArgumentParser, lora_lr: float, full_lr: float) -> None:
+    """Adds the arguments that all training scripts share; the learning rates are a stage's own, for the help."""
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", default="model", help="folder of the downloaded models")
@@ -48,7 +48,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group_size", type=int,
         help="so many samples of a group (video) stand together in the data order; more share more, fewer mix better "
         "(default: 8, or 1 without --share_prefix)")
-    add("--lr", type=float, help="peak learning rate (default: 2e-4 for LoRA, 2e-5 for full training)")
+    add("--lr", type=float, help=f"peak learning rate (default: {lora_lr} for LoRA, {full_lr} for full training)")
     add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="part of the steps in which the learning rate rises")
     add("--weight_decay", type=float, default=0.0, help="of AdamW")
@@ -135,6 +135,63 @@ def run_dir(output_dir: Path, model_name: str, tuner: str, bits: int | None) -> 
 def fail(message: str) -> None:
     """Ends all ranks with exit code 1; one of them says why."""
     raise SystemExit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+def load_chat(args: argparse.Namespace, path: Path, template: str) -> Any:
+    """Loads the model's tokenizer with its chat template, or with another one if its text is given."""
+    from jinja2 import TemplateError
+
+    from utils.data import DataError, make_chat
+    from utils.model import load_tokenizer
+
+    try:
+        return make_chat(load_tokenizer(path, template, args.trust_remote_code))
+    except TemplateError as error:
+        fail(f"The chat template cannot be used: {error}. Name a file with another: --chat_template FILE")
+    except DataError as error:
+        fail(str(error))
+    except (OSError, ValueError) as error:  # What transformers raises where files are missing or broken.
+        fail(
+            f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {args.model_name}"
+        )
+
+
+def build_model(args: argparse.Namespace, path: Path, precision: str, device: str, adapter: str = "") -> Any:
+    """Loads the base model and makes trainable what is to be trained.
+
+    Args:
+        args: Of the run.
+        path: The base model's folder.
+        precision: "bf16", "fp16" or "fp32".
+        device: Where 4-bit weights go.
+        adapter: Folder of a LoRA adapter to go on with; "" for a new one.
+
+    Raises:
+        SystemExit: if a folder or a layer is not what it should be.
+    """
+    from safetensors import SafetensorError
+
+    from utils.model import DTYPES, add_lora, load_model
+
+    try:
+        model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
+    except (OSError, SafetensorError) as error:
+        fail(f"No whole model in {shown(path)}: {error}\nFetch it: python download_pt.py --model {args.model_name}")
+    if adapter:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, from_root(adapter), is_trainable=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")
+    elif args.tuner == "lora":
+        try:
+            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+        except ValueError as error:
+            fail(f"--lora_target {args.lora_target}: {error}")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def start_ranks(seed: int) -> tuple[int, int]:

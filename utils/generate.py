@@ -1,13 +1,14 @@
 """Talking to a model: load a finished one, whole replies for many prompts, one reply as a stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import torch
 
-from utils.data import Chat, make_chat
+from utils.data import Chat, Sample, make_chat
 from utils.model import load_tokenizer
 
 BATCH_SIZE = 16
@@ -73,6 +74,24 @@ def replies(
         )
         texts += chat.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def show_replies(
+    model: torch.nn.Module, chat: Chat, samples: Sequence[Sample], max_new_tokens: int, progress: str = ""
+) -> list[dict[str, str]]:
+    """Lets the model answer held-out prompts, greedily. All ranks call it together (ZeRO stage 3 gathers weights)."""
+    prompts = [sample.input_ids[: sample.supervised.argmax()].tolist() for sample in samples]
+    texts = replies(model, chat, prompts, max_new_tokens, progress)
+    decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+    return [
+        {
+            "id": sample.id,
+            "prompt": decode(prompt),
+            "reply": text,
+            "real": decode(sample.input_ids[len(prompt) :]).strip(),
+        }
+        for sample, prompt, text in zip(samples, prompts, texts, strict=True)
+    ]
 
 
 def stream(

@@ -4,7 +4,7 @@ Samples that begin alike are computed together: their common tokens stand in a p
 its own tokens alone. That this gives the gradients of separate samples is the tree training of arXiv 2511.00413 and the
 prefix sharing of arXiv 2410.20305, here for any set of samples.
 
-Shapes: N samples drawn in a run, P packs, W windows; L tokens in a pack, T supervised targets in a pack.
+Shapes: N samples drawn in a run, P packs, W windows; L tokens, S samples, T supervised targets in a pack.
 """
 
 import hashlib
@@ -117,58 +117,63 @@ class Plan(NamedTuple):
         }
 
 
-def make_plan(
-    samples: Samples,
-    windows: list[np.ndarray],
-    pack_tokens: int,
-    world_size: int,
-    share_prefix: bool,
-    cost: PackCost,
-    cache: Path,
-) -> Plan:
+class Layout(NamedTuple):
+    """How samples are laid out in packs."""
+
+    pack_tokens: int  # The most in a pack; a longer unit gets a pack of its own. 0: every sample gets its own.
+    world_size: int  # Ranks; a window's samples are dealt to them in parts of about equal cost.
+    share_prefix: bool  # Whether samples that begin alike are computed together.
+    cost: PackCost
+    # So many samples in a row belong together, as the two answers of a preference pair: windows name units (unit n is
+    # the samples n * unit ...), and a unit's samples stand in one pack.
+    unit: int = 1
+
+
+def make_plan(samples: Samples, windows: list[np.ndarray], layout: Layout, cache: Path) -> Plan:
     """Lays all windows out in packs, or finds the plan that was made before for the same samples and windows.
 
     Args:
         samples: The samples.
-        windows: The samples of every step; from `draw_windows`.
-        pack_tokens: The most tokens in a pack; a longer sample gets a pack of its own. 0: every sample gets its own.
-        world_size: Number of ranks; a window's samples are dealt to them in parts of about equal cost.
-        share_prefix: Whether samples that begin alike are computed together.
-        cost: Of a pack.
+        windows: The units of every step; from `draw_windows`.
+        layout: How.
         cache: Folder of earlier plans.
     """
-    made_from = hashlib.sha256(f"{pack_tokens} {world_size} {share_prefix} {cost} {sha256(Path(__file__))}".encode())
+    made_from = hashlib.sha256(f"{layout} {sha256(Path(__file__))}".encode())
     for array in (samples.begin, samples.end, samples.tokens, *windows):
         made_from.update(np.ascontiguousarray(array))
     path = cache / f"packs-{made_from.hexdigest()[:16]}.npz"
     with made_once(path) as temporary:
         if temporary:
             with temporary.open("wb") as file:
-                np.savez(file, **plan_packs(samples, windows, pack_tokens, world_size, share_prefix, cost)._asdict())
+                np.savez(file, **plan_packs(samples, windows, layout)._asdict())
     return Plan(**np.load(path))
 
 
-def plan_packs(
-    samples: Samples, windows: list[np.ndarray], pack_tokens: int, world_size: int, share_prefix: bool, cost: PackCost
-) -> Plan:
+def plan_packs(samples: Samples, windows: list[np.ndarray], layout: Layout) -> Plan:
     """What `make_plan` does, without the cache."""
+    pack_tokens, world_size, share_prefix, cost, unit = layout
     order, shared, pack_end, pack_rank, window_end = [], [], [], [], []
     drawn = 0
     for window in windows:
-        numbers = window.tolist()
-        texts = [samples.tokens[samples.begin[number] : samples.end[number]] for number in numbers]
+        units = [range(number * unit, (number + 1) * unit) for number in window.tolist()]
         if share_prefix:
             # Sorted by their bytes, samples that begin alike stand together, and a prefix before what it begins.
-            places = sorted(range(len(numbers)), key=lambda place: texts[place].tobytes())
-            numbers, texts = [numbers[place] for place in places], [texts[place] for place in places]
+            units.sort(key=lambda part: samples.tokens[samples.begin[part[0]] : samples.end[part[0]]].tobytes())
+        numbers = [number for numbers in units for number in numbers]
+        texts = [samples.tokens[samples.begin[number] : samples.end[number]] for number in numbers]
         common = np.array([0, *map(_common_tokens, texts, texts[1:])] if share_prefix else [0] * len(texts))
-        lengths = np.array([len(text) for text in texts])
+        own = np.array([len(text) for text in texts]) - common
+        # A unit that stands first in its pack has all its tokens, later ones leave out what they share before them.
+        before = common[::unit]
+        lengths = own.reshape(-1, unit).sum(1) + before
         start = 0
-        for rank, end in enumerate(_deal(lengths, common, world_size)):
-            for pack_start, pack_stop in pairwise([start, *_cut(lengths, common, start, end, pack_tokens, cost)]):
-                common[pack_start] = 0  # A pack's first sample stands in it whole.
-                pack_end.append(drawn + pack_stop)
-                pack_rank.append(rank)
+        for rank, end in enumerate(_deal(lengths, before, world_size)):
+            for pack_start, pack_stop in pairwise([start, *_cut(lengths, before, start, end, pack_tokens, cost)]):
+                common[pack_start * unit] = 0  # A pack's first sample stands in it whole.
+                size = (pack_stop - pack_start) * unit if pack_tokens else 1
+                ends = range(drawn + pack_start * unit + size, drawn + pack_stop * unit + 1, size)
+                pack_end += ends
+                pack_rank += [rank] * len(ends)
             start = end
         drawn += len(numbers)
         order += numbers
@@ -254,6 +259,8 @@ class Pack(NamedTuple):
     target_index: torch.Tensor  # (T,) places whose next token is supervised, once per sample
     target_ids: torch.Tensor  # (T,) those next tokens
     target_weight: torch.Tensor  # (T,) fp32
+    sample: torch.Tensor  # (S,) numbers of the samples in it
+    sample_targets: torch.Tensor  # (S,) supervised targets of each; they stand in this order
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack on another device."""
@@ -266,6 +273,9 @@ def lay_out(samples: Sequence[Sample], shared: Sequence[int]) -> Pack:
     Args:
         samples: So ordered that what begins alike stands together.
         shared: The number of leading tokens that each has in common with the one before; the first's is 0.
+
+    Returns:
+        The pack; its `sample` counts from 0.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     starts = np.concatenate([[0], np.cumsum(np.subtract(lengths, shared))]).tolist()
@@ -286,7 +296,8 @@ def lay_out(samples: Sequence[Sample], shared: Sequence[int]) -> Pack:
         end_at[skipped:] = start
     arrays = (input_ids, position_ids, subtree_end[::-1], target_index, target_ids)
     tensors = [torch.from_numpy(np.concatenate(array).astype(np.int64)) for array in arrays]
-    return Pack(*tensors, torch.ones(len(tensors[-1])))
+    targets = torch.tensor([len(ids) for ids in target_ids])
+    return Pack(*tensors, torch.ones(len(tensors[-1])), torch.arange(len(samples)), targets)
 
 
 def rank_packs(samples: Samples, plan: Plan, window: int, rank: int) -> list[Pack]:
@@ -300,14 +311,14 @@ def rank_packs(samples: Samples, plan: Plan, window: int, rank: int) -> list[Pac
     """
     packs = plan.packs(window)
     ranks = plan.pack_rank[packs.start : packs.stop]
-    own = [
-        lay_out([samples[number] for number in plan.order[plan.draws(pack)]], plan.shared[plan.draws(pack)].tolist())
-        for pack, owner in zip(packs, ranks, strict=True)
-        if owner == rank
-    ]
+    own = []
+    for pack in (pack for pack, owner in zip(packs, ranks, strict=True) if owner == rank):
+        numbers, shared = plan.order[plan.draws(pack)], plan.shared[plan.draws(pack)]
+        laid_out = lay_out([samples[number] for number in numbers], shared.tolist())
+        own.append(laid_out._replace(sample=torch.from_numpy(numbers)))
     nothing = torch.zeros(0, dtype=torch.int64)
     one = torch.zeros(1, dtype=torch.int64)
-    filler = Pack(one, one, one + 1, nothing, nothing, nothing.float())
+    filler = Pack(one, one, one + 1, nothing, nothing, nothing.float(), nothing, nothing)
     return own + [filler] * (int(np.bincount(ranks).max()) - len(own))
 
 

@@ -3,11 +3,13 @@
 Shapes: N samples, K tokens in all of them.
 """
 
+import argparse
 import hashlib
+import inspect
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils import data
-from utils.data import Chat, DataError, Sample, UnusableRecord, read_records, to_messages
-from utils.files import made_once, sha256, shown
+from utils.data import Chat, DataError, Message, Sample, UnusableRecord, read_records, show_sample, to_messages
+from utils.engine import fail
+from utils.files import from_root, made_once, sha256, shown
+
+Render = Callable[[Any, Chat, int, str], tuple[list[Sample], str]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,28 @@ class Loaded(NamedTuple):
     system_prompt: str  # The commonest system text; "" where there is none.
 
 
-def load_samples(path: Path, chat: Chat, max_tokens: int, cache: Path, progress: str = "") -> Loaded:
+def conversation(record: Any, chat: Chat, max_tokens: int, id: str) -> tuple[list[Sample], str]:
+    """Renders a record whose answers are all learnt, as every `render` of `load_samples` does.
+
+    Returns:
+        The samples, none if the answer does not fit, and the system text.
+
+    Raises:
+        UnusableRecord: if there is nothing to learn from.
+        DataError: if the format is unknown.
+    """
+    messages = to_messages(record)
+    return chat.samples(messages, max_tokens, id), system_text(messages)
+
+
+def system_text(messages: list[Message]) -> str:
+    """The text of a conversation's system message, "" without one."""
+    return messages[0]["content"] if messages[0]["role"] == "system" else ""
+
+
+def load_samples(
+    path: Path, chat: Chat, max_tokens: int, cache: Path, progress: str = "", render: Render = conversation
+) -> Loaded:
     """Renders a file of records for training, or finds what was rendered before from the same file in the same way.
 
     Args:
@@ -71,15 +97,17 @@ def load_samples(path: Path, chat: Chat, max_tokens: int, cache: Path, progress:
         max_tokens: The longest sample.
         cache: Folder of what was rendered before. Of all ranks that call this together one does the work.
         progress: Name of a progress bar, if there shall be one.
+        render: What makes samples of a record.
 
     Raises:
         DataError: if a record's format is unknown (it is named), or no record is left.
     """
-    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, sha256(Path(data.__file__))]
+    code = [sha256(Path(inspect.getfile(part))) for part in (data, render)]
+    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, render.__name__, *code]
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     with made_once(folder) as temporary:
         if temporary:
-            _render(path, chat, max_tokens, temporary, progress)
+            _render(path, chat, max_tokens, temporary, progress, render)
     index, facts = np.load(folder / "index.npz"), json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     end = index["lengths"].cumsum()
     samples = Samples(
@@ -96,6 +124,66 @@ def load_samples(path: Path, chat: Chat, max_tokens: int, cache: Path, progress:
     return Loaded(samples, Counter(facts["counts"]), facts["system_prompt"])
 
 
+def load_splits(
+    args: argparse.Namespace,
+    train_file: Path,
+    test_file: Path | None,
+    chat: Chat,
+    show: bool,
+    render: Render = conversation,
+) -> tuple[Samples, Samples, dict[str, Any]]:
+    """Loads the training and the held-out samples of a run.
+
+    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash; with an
+    empty one nothing is.
+
+    Args:
+        args: Of the run.
+        train_file: Of the samples to train on.
+        test_file: Of those that are held out.
+        chat: From `utils.data.make_chat`.
+        show: Whether to print what was read, and the first sample.
+        render: What makes samples of a record.
+
+    Returns:
+        Training samples, held-out samples, and what run.json says of the data.
+
+    Raises:
+        SystemExit: if the files cannot be used.
+    """
+    cache = from_root(args.output_dir) / "cache"
+    try:
+        train, counts, system_prompt = load_samples(
+            train_file, chat, args.max_tokens, cache, "reading" if show else "", render
+        )
+        if test_file and not any(True for _ in read_records(test_file)):
+            test = train.select([])
+        elif test_file:
+            test = load_samples(test_file, chat, args.max_tokens, cache, render=render).samples
+        else:
+            held_out = train.group % 20 == 0
+            test = train.select(held_out.nonzero()[0])
+            train = train if held_out.all() else train.select((~held_out).nonzero()[0])
+    except DataError as error:
+        fail(str(error))
+    if show:
+        lengths = sorted(train.lengths)
+        print(f"{shown(train_file)}: {', '.join(f'{n} {what}' for what, n in counts.items())}; held out: {len(test)}.")
+        print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
+        print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
+    return (
+        train,
+        test,
+        {
+            "files": {path.name: sha256(path) for path in (train_file, test_file) if path},
+            "train_samples": len(train),
+            "test_samples": len(test),
+            "records": dict(counts),
+            "system_prompt": system_prompt,
+        },
+    )
+
+
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Hashes all that a tokenizer consists of, its chat template too."""
     with TemporaryDirectory() as folder:
@@ -104,7 +192,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
         return " ".join(sha256(path) for path in files)
 
 
-def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str) -> None:
+def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str, render: Render) -> None:
     from tqdm import tqdm
 
     folder.mkdir()
@@ -117,8 +205,7 @@ def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str
             id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
             group = str(record.get("video_id", id)) if isinstance(record, dict) else id
             try:
-                messages = to_messages(record)
-                rendered = chat.samples(messages, max_tokens, id)
+                rendered, system = render(record, chat, max_tokens, id)
             except UnusableRecord as reason:
                 counts[f"dropped: {reason}"] += 1
                 continue
@@ -126,7 +213,7 @@ def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str
                 raise DataError(f"{shown(path)}, record {number} (id {id}): {error}") from error
             too_long = f"dropped: longer than --max_tokens {max_tokens} with the shortest prompt"
             counts["used" if rendered else too_long] += 1
-            systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
+            systems[system] += 1
             for sample in rendered:
                 tokens.write(sample.input_ids)
                 supervised.write(sample.supervised)

@@ -1,6 +1,6 @@
 """Pure helpers on tensors that two or more stages use.
 
-Shapes: T supervised targets, V vocabulary.
+Shapes: T supervised targets, S samples, V vocabulary.
 """
 
 import torch
@@ -20,13 +20,32 @@ def token_logprobs(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tens
     return -F.cross_entropy(logits.float(), target_ids, reduction="none")
 
 
+def sample_sums(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Sums of consecutive parts.
+
+    Args:
+        values: (T,), those of the first sample, of the second and so on.
+        sizes: (S,) int64, how many values each sample has.
+
+    Returns:
+        (S,) in the values' dtype.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    return values.new_zeros(len(sizes)).index_add(0, owner, values)
+
+
 def all_reduced(value: float) -> float:
     """Sums a number over all ranks."""
+    return all_reduced_each({"": value})[""]
+
+
+def all_reduced_each(values: dict[str, float]) -> dict[str, float]:
+    """Sums several numbers over all ranks, each by itself; every rank names the same ones."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     if deepspeed.comm.get_world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=get_accelerator().current_device_name())
-    deepspeed.comm.all_reduce(total)
-    return total.item()
+        return values
+    totals = torch.tensor([*values.values()], dtype=torch.float64, device=get_accelerator().current_device_name())
+    deepspeed.comm.all_reduce(totals)
+    return dict(zip(values, totals.tolist(), strict=True))

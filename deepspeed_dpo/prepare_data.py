@@ -1,0 +1,293 @@
+"""Makes preference pairs from what is there: which of two comments was liked more, or a real comment and a reply.
+
+    python deepspeed_dpo/prepare_data.py
+    python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_1.jsonl
+
+Reads   data_train.json and data_test.json of prepare_data.py in --data_dir, the crawled files below --crawl_dir for the
+        likes, and in --replies files that train.py wrote in test mode (the real comment is preferred to the reply).
+Writes into --output_dir
+    data_train_pairs.jsonl, data_test_pairs.jsonl   {"id", "video_id", "source", "prompt", "chosen", "rejected"} a line
+    report.json                                     what became of the comments, and how much longer chosen ones are
+
+Two comments make a pair if they answer the same thing: the same comment, or the same video. A pair goes to training or
+test with its video, as prepare_data.py has decided. Longer comments get more likes, and a model would learn that length
+is what counts: so the two may not differ much in length, and as many chosen ones are the longer as the shorter.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prepare_data import find_files, kind_of, tables_or_problem
+from utils.data import DataError, Message, find_split, read_records, to_messages
+from utils.engine import boolean
+from utils.files import from_root, replacing, shown
+
+SPLITS = ("train", "test")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data_dir", default="data", help="folder with data_train.json and data_test.json of prepare_data.py")
+    add("--crawl_dir", help="folder of the crawled files with their likes (not given: --data_dir)")
+    add("--output_dir", default="deepspeed_dpo/data", help="folder for the results")
+    add("--replies", nargs="+", default=[], help="test_<ckpt_id>.jsonl files: real comments preferred to replies")
+    add("--min_likes", type=int, default=5, help="likes that a chosen comment has at least")
+    add("--margin", type=float, default=3.0, help="so many times the rejected comment's likes + 1 the chosen one has")
+    add("--length_ratio", type=float, default=2.0, help="the longer one has at most so many times the characters")
+    add("--balance_length", type=boolean, default=True, help="True: as many chosen ones are longer as shorter")
+    return parser
+
+
+class Comment:
+    """A prepared comment: the conversation before it, and its text."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.id, self.video_id = str(record["id"]), str(record["video_id"])
+        *self.prompt, answer = to_messages(record)
+        self.text = answer["content"]
+
+
+def read_likes(crawl_dir: Path) -> tuple[dict[str, int], int]:
+    """Reads how often crawled comments were liked.
+
+    Returns:
+        Likes by comment id (the most that any copy has), and the number of comments in files without likes.
+    """
+    likes: dict[str, int] = {}
+    without = 0
+    for path in find_files(crawl_dir):
+        for table in tables_or_problem(path):
+            if isinstance(table, str) or kind_of(table[1]) != "comments":
+                continue
+            for record in table[2]:
+                if record is None:
+                    continue
+                number = as_number(record.get("like_count"))
+                without += number is None
+                if number is not None:
+                    id = str(record.get("comment_id")).removesuffix(".0")
+                    likes[id] = max(number, likes.get(id, 0))
+    return likes, without
+
+
+def as_number(value: Any) -> int | None:
+    """Reads a count that may have become a text or a float on its way; None where there is none."""
+    try:
+        return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def by_prompt(comments: list[Comment]) -> list[list[Comment]]:
+    """Groups the comments that answer the same thing under the same video."""
+    groups: dict[str, list[Comment]] = defaultdict(list)
+    for comment in comments:
+        groups[json.dumps([comment.video_id, comment.prompt], ensure_ascii=False)].append(comment)
+    return list(groups.values())
+
+
+def alike_in_length(one: str, two: str, ratio: float) -> bool:
+    """Whether the longer of two texts has at most `ratio` times the characters of the other."""
+    return max(len(one), len(two)) <= ratio * min(len(one), len(two))
+
+
+def pairs_by_likes(
+    comments: list[Comment], likes: dict[str, int], min_likes: int, margin: float, length_ratio: float
+) -> Iterator[dict[str, Any]]:
+    """Pairs much liked comments with little liked ones that answer the same thing; each stands in one pair at most.
+
+    The most liked comment chooses first, and takes of those that it beats the one nearest to it in length.
+    """
+    for group in by_prompt(comments):
+        group = sorted((c for c in group if c.id in likes), key=lambda comment: (-likes[comment.id], comment.id))
+        used: set[str] = set()
+        for chosen in group:
+            if likes[chosen.id] < min_likes or chosen.id in used:
+                continue
+            beaten = [
+                comment
+                for comment in group
+                if comment.id not in used
+                and comment.text != chosen.text
+                and likes[chosen.id] >= margin * (likes[comment.id] + 1)
+                and alike_in_length(chosen.text, comment.text, length_ratio)
+            ]
+            if beaten:
+                rejected = min(beaten, key=lambda comment: (abs(len(comment.text) - len(chosen.text)), comment.id))
+                used |= {chosen.id, rejected.id}
+                yield as_pair(chosen, chosen.text, rejected.text, "likes") | {
+                    "likes": [likes[chosen.id], likes[rejected.id]]
+                }
+
+
+def pairs_from_replies(
+    comments: list[Comment], replies: dict[str, str], length_ratio: float
+) -> Iterator[dict[str, Any]]:
+    """Prefers real comments to what a model wrote in their place."""
+    for comment in comments:
+        reply = replies.get(comment.id, "").strip()
+        if reply and reply != comment.text and alike_in_length(comment.text, reply, length_ratio):
+            yield as_pair(comment, comment.text, reply, "replies")
+
+
+def as_pair(comment: Comment, chosen: str, rejected: str, source: str) -> dict[str, Any]:
+    """Writes a record that utils/pairs.py reads."""
+    prompt: list[Message] = comment.prompt
+    record = {"id": f"{source}-{comment.id}", "video_id": comment.video_id, "source": source, "prompt": prompt}
+    return record | {"chosen": chosen, "rejected": rejected}
+
+
+def log_ratio(pair: dict[str, Any]) -> float:
+    """How much longer the chosen text is: log of the ratio of the characters."""
+    return math.log(len(pair["chosen"]) / len(pair["rejected"]))
+
+
+def balanced(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out the most unequal pairs of the larger side, until as many chosen texts are longer as are shorter."""
+    longer = sorted((pair for pair in pairs if log_ratio(pair) > 0), key=log_ratio)
+    shorter = sorted((pair for pair in pairs if log_ratio(pair) < 0), key=log_ratio, reverse=True)
+    kept = min(len(longer), len(shorter))
+    left_out = {pair["id"] for pair in longer[kept:] + shorter[kept:]}
+    return [pair for pair in pairs if pair["id"] not in left_out]
+
+
+def length_bias(pairs: list[dict[str, Any]]) -> dict[str, float]:
+    """What the texts' lengths say of the preference.
+
+    Returns:
+        "pairs"; mean characters of "chosen" and "rejected" texts; the parts of the pairs in which the chosen text is
+        "longer" and "shorter".
+    """
+    if not pairs:
+        return {"pairs": 0}
+    return {
+        "pairs": len(pairs),
+        "chosen": mean(len(pair["chosen"]) for pair in pairs),
+        "rejected": mean(len(pair["rejected"]) for pair in pairs),
+        "longer": mean(log_ratio(pair) > 0 for pair in pairs),
+        "shorter": mean(log_ratio(pair) < 0 for pair in pairs),
+    }
+
+
+def describe(name: str, bias: dict[str, float]) -> str:
+    """Writes a line of the length bias."""
+    if not bias["pairs"]:
+        return f"  {name}: no pairs"
+    return (
+        f"  {name}: {bias['pairs']:,} pairs; characters of a chosen text {bias['chosen']:.1f}, of a rejected one "
+        f"{bias['rejected']:.1f}; the chosen one is longer in {bias['longer']:.0%}, shorter in {bias['shorter']:.0%}"
+    )
+
+
+def read_replies(files: list[str]) -> dict[str, str]:
+    """Reads the replies of test mode by the id of the comment they stand for.
+
+    Raises:
+        SystemExit: if a file holds something else.
+    """
+    replies = {}
+    for file in files:
+        path = from_root(file)
+        if not path.is_file():
+            raise SystemExit(f"--replies: no file {shown(path)}. It comes from: deepspeed_ft/train.py --test_mode True")
+        for row in read_records(path):
+            if not isinstance(row, dict) or not {"id", "reply", "real"} <= row.keys():
+                raise SystemExit(f"--replies: {shown(path)} is none that train.py --test_mode True writes: {row}")
+            replies[str(row["id"])] = row["reply"]
+    return replies
+
+
+def read_comments(path: Path) -> list[Comment]:
+    """Reads a file of prepare_data.py.
+
+    Raises:
+        SystemExit: if it holds something else.
+    """
+    comments = []
+    for record in read_records(path):
+        if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
+            raise SystemExit(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
+        comments.append(Comment(record))
+    return comments
+
+
+def prepare(args: argparse.Namespace, files: dict[str, Path]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Makes the pairs of both splits and says what became of the comments.
+
+    Returns:
+        Pairs by split, and what report.json holds.
+    """
+    crawl_dir = from_root(args.crawl_dir or args.data_dir)
+    likes, without = read_likes(crawl_dir)
+    replies = read_replies(args.replies)
+    print(
+        f"{shown(crawl_dir)}: {len(likes):,} comments with likes, {without:,} without (crawled before June 2025). "
+        f"{len(replies):,} replies of models."
+    )
+    results: dict[str, list[dict[str, Any]]] = {}
+    report: dict[str, Any] = {"arguments": vars(args), "with_likes": len(likes), "without_likes": without}
+    for split, path in files.items():
+        comments = read_comments(path)
+        sources = {
+            "likes": list(pairs_by_likes(comments, likes, args.min_likes, args.margin, args.length_ratio)),
+            "replies": list(pairs_from_replies(comments, replies, args.length_ratio)),
+        }
+        results[split] = []
+        report[split] = {"comments": len(comments), "prompts": len(by_prompt(comments))}
+        print(f"{split}: {len(comments):,} comments answer {report[split]['prompts']:,} different things.")
+        for source, pairs in sources.items():
+            kept = balanced(pairs) if args.balance_length else pairs
+            report[split][source] = {"found": length_bias(pairs), "kept": length_bias(kept)}
+            if pairs:
+                print(describe(f"{source}, found", report[split][source]["found"]))
+                print(describe(f"{source}, kept", report[split][source]["kept"]))
+            results[split] += kept
+    return results, report
+
+
+def main(args: argparse.Namespace) -> None:
+    """Checks the arguments, makes the pairs and writes them."""
+    data_dir, output_dir = from_root(args.data_dir), from_root(args.output_dir)
+    for name, least in (("min_likes", 1), ("margin", 1), ("length_ratio", 1)):
+        if not getattr(args, name) >= least:
+            raise SystemExit(f"--{name}: got {getattr(args, name)}, expected {least} or more.")
+    found = {split: find_split(data_dir, split) for split in SPLITS}
+    if found["train"] is None:
+        raise SystemExit(f"No data_train.json in {shown(data_dir)}. Make it with: python prepare_data.py --total 2000")
+    try:
+        results, report = prepare(args, {split: path for split, path in found.items() if path})
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+    if not results["train"]:
+        raise SystemExit(
+            "No training pairs. Pairs by likes need a crawl with like_count (MediaCrawler since June 2025) and several "
+            "comments on a video (--min_likes, --margin and --length_ratio say which). Without likes, let a model "
+            "answer the training comments and name its file: --replies FILE"
+        )
+    for split, pairs in results.items():
+        with replacing(output_dir / f"data_{split}_pairs.jsonl") as temporary:
+            lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+            temporary.write_text("".join(lines), encoding="utf-8")
+    with replacing(output_dir / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(
+        f"Written to {shown(output_dir)}: {', '.join(f'{len(pairs):,} {split}' for split, pairs in results.items())} "
+        f"pairs.\nNext: bash deepspeed_dpo/run.sh --adapter <run of deepspeed_ft>/<ckpt_id>/adapter"
+    )
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,409 @@
+"""deepspeed_dpo/train.py: the losses are those of the papers, and the numbers do not depend on how a run is cut.
+
+python -m pytest tests/test_deepspeed_dpo.py
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, load_script, read_metrics
+from safetensors.torch import load_file
+
+from utils.packing import draw_windows
+
+Build = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def dpo() -> ModuleType:
+    """deepspeed_dpo/train.py as a module."""
+    return load_script("deepspeed_dpo/train.py")
+
+
+def make_pairs(count: int, first: int = 0) -> list[dict[str, str]]:
+    """Pairs of which four have a prompt in common, with answers of different lengths."""
+    return [
+        {
+            "id": str(number),
+            "video_id": str(number // 4),
+            "prompt": f"视频标题：第{number // 4}个视频" + "简介" * (number // 4 % 3),
+            "chosen": f"第{number}条真好看" + "哈" * (number % 5),
+            "rejected": f"第{number}条没意思" + "啊" * (3 * number % 7),
+        }
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training pairs and 8 held-out ones."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, pairs in (("train", make_pairs(24)), ("test", make_pairs(8, first=24))):
+        lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
+        (folder / f"data_{split}_pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def dpo_args(train_args: Build, pair_dir: Path) -> Build:
+    """Builds a command line for a short run; keyword arguments are further flags."""
+
+    def build(**flags: Any) -> list[str]:
+        arguments = train_args(**flags)
+        place = arguments.index("--data_dir")
+        return [*arguments[:place], *arguments[place + 2 :], "--data_path", str(flags.get("data_path", pair_dir))]
+
+    return build
+
+
+def run(dpo: ModuleType, arguments: list[str]) -> None:
+    """Trains in this process."""
+    dpo.main(dpo.build_parser().parse_args(arguments))
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    """The newest LoRA weights of the only run below a folder."""
+    (path,) = output.glob("*/*/1-last/adapter/adapter_model.safetensors")
+    return load_file(path)
+
+
+def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Distance of two sets of weights, relative to their length."""
+    assert one.keys() == two.keys()
+    squares = [((one[name] - two[name]).norm() ** 2, two[name].norm() ** 2) for name in one]
+    return (sum(d for d, _ in squares) / sum(n for _, n in squares)).sqrt().item()
+
+
+def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None:
+    """Every metric but speeds to 5 digits, weights to 4."""
+    left, right = read_metrics(one), read_metrics(two)
+    assert len(left) == len(right)
+    for mine, theirs in zip(left, right, strict=True):
+        names = {name for name in mine if "_sec" not in name and name not in but}
+        assert names == {name for name in theirs if "_sec" not in name and name not in but}
+        for name in names:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
+    assert distance(adapter(one), adapter(two)) < 5e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+
+# Answers of 4 and 5 tokens. The policy holds the chosen one 2 nats likelier than the reference does and the rejected
+# one 1 nat less likely: m = 3. Means per token: -2 and -2.
+LOGPS = torch.tensor([[-8.0, -10.0]])
+REFERENCE = torch.tensor([[-10.0, -9.0]])
+TOKENS = torch.tensor([[4, 5]])
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "smoothing", "gamma", "expected"),
+    [
+        ("sigmoid", 0.5, 0.0, 0, -log_sigmoid(1.5)),
+        ("sigmoid", 0.5, 0.2, 0, -0.8 * log_sigmoid(1.5) - 0.2 * log_sigmoid(-1.5)),
+        ("robust", 0.5, 0.2, 0, (-0.8 * log_sigmoid(1.5) + 0.2 * log_sigmoid(-1.5)) / 0.6),
+        ("hinge", 0.2, 0.0, 0, 0.4),  # 1 - 0.2 * 3
+        ("hinge", 0.5, 0.0, 0, 0.0),  # 1 - 1.5 < 0
+        ("ipo", 0.5, 0.0, 0, (2 / 4 + 1 / 5 - 1) ** 2),  # Per token +0.5 and -0.2; 1 / (2 beta) = 1.
+        ("simpo", 2.0, 0.0, 1.0, -log_sigmoid(-1.0)),  # The means are equal: only the margin is left.
+        ("orpo", 0.1, 0.0, 0, 2 + 0.1 * math.log(2)),  # The chosen one's mean is -2; equal odds.
+    ],
+)
+def test_losses_by_hand(
+    dpo: ModuleType, loss: str, beta: float, smoothing: float, gamma: float, expected: float
+) -> None:
+    (found,) = dpo.preference_loss(LOGPS, REFERENCE, TOKENS, loss, beta, smoothing, gamma).tolist()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_orpo_with_unequal_odds(dpo: ModuleType) -> None:
+    """Means log(1/2) and log(1/5): odds 1 and 1/4. -log(1/2) - 0.3 log s(log 4) = log 2 - 0.3 log(4/5)."""
+    logps = torch.tensor([[2 * math.log(1 / 2), 3 * math.log(1 / 5)]])
+    (found,) = dpo.preference_loss(logps, logps, torch.tensor([[2, 3]]), "orpo", 0.3, 0.0, 0.0).tolist()
+    assert found == pytest.approx(math.log(2) - 0.3 * math.log(4 / 5), rel=1e-6)
+
+
+def test_rewards_by_hand(dpo: ModuleType) -> None:
+    assert dpo.rewards(LOGPS, REFERENCE, TOKENS, "sigmoid", 0.5).tolist() == [[1.0, -0.5]]
+    assert dpo.rewards(LOGPS, REFERENCE, TOKENS, "simpo", 0.5).tolist() == [[-1.0, -1.0]]
+
+
+def test_a_pack_of_pairs_by_hand(dpo: ModuleType) -> None:
+    """Two pairs of answers of 1, 2, 2, 1 tokens.
+
+    Answers' log-probabilities: -1, -3, -2, -4; the reference's: -2, -2, -2, -2. Log-ratios: 1, -1, 0, -2, so m = 2 both
+    times, rewards at beta 0.1: 0.1, -0.1, 0, -0.2. Squares of the tokens' ratios: 1; 0, 1; 0.25, 0.25; 4: half of their
+    sum is 3.25. RPO adds the chosen ones' means: 0.5 (1 / 1 + 2 / 2) = 1.
+    """
+    policy = torch.tensor([-1.0, -1.0, -2.0, -1.5, -0.5, -4.0], requires_grad=True)
+    reference = torch.tensor([-2.0, -1.0, -1.0, -1.0, -1.0, -2.0])
+    sizes = torch.tensor([1, 2, 2, 1])
+    args = SimpleNamespace(loss="sigmoid", beta=0.1, label_smoothing=0.0, simpo_gamma=0.0, sft_weight=0.5)
+    loss, sums = dpo.pair_loss(policy, reference, sizes, args)
+    assert loss.item() == pytest.approx(-2 * log_sigmoid(0.2) + 1)
+    assert sums == pytest.approx(
+        {
+            "loss": -2 * log_sigmoid(0.2) + 1,
+            "rewards/chosen": 0.1,
+            "rewards/rejected": -0.3,
+            "rewards/margin": 0.4,
+            "rewards/accuracy": 2,
+            "logps/chosen": -3,
+            "logps/rejected": -7,
+            "tokens/chosen": 3,
+            "tokens/rejected": 3,
+            "kl": 3.25,
+        }
+    )
+    loss.backward()
+    slope = -0.1 / (1 + math.exp(0.2))  # Of -log s(0.1 m) at m = 2.
+    expected = [slope - 0.5, -slope, -slope, slope - 0.25, slope - 0.25, -slope]
+    assert policy.grad.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_losses_equal_trl(dpo: ModuleType, loss: str, smoothing: float, sft_weight: float) -> None:
+    """TRL's trainer, whose losses are written inside a method, with a model that says what it is told to.
+
+    Its SFT term is a mean over the tokens of a batch, ours one of each pair: they are equal for one pair.
+    """
+    trainer = pytest.importorskip("trl").DPOTrainer
+    random = torch.Generator().manual_seed(3)
+    sizes = [4, 7]
+    policy, reference = (-3 * torch.rand(11, generator=random) for _ in range(2))
+    mask = torch.zeros(2, 9, dtype=torch.int64)  # The prompt has two tokens.
+    per_token = torch.zeros(2, 8)
+    for row, (part, size) in enumerate(zip(policy.split(sizes), sizes, strict=True)):
+        mask[row, 2 : 2 + size] = 1
+        per_token[row, 1 : 1 + size] = part
+    sums = [part.sum()[None] for part in reference.split(sizes)]
+    nothing = torch.zeros(2, 8)
+    outputs = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss, "sft"],
+        loss_weights=[1.0, sft_weight],
+        beta=0.3,
+        label_smoothing=smoothing,
+        use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {
+        "input_ids": torch.zeros(2, 9, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 9, dtype=torch.int64),
+        "completion_mask": mask,
+        "ref_chosen_logps": sums[0],
+        "ref_rejected_logps": sums[1],
+    }
+    theirs = trainer._compute_loss(stub, lambda **_: outputs, inputs, False)
+    args = SimpleNamespace(loss=loss, beta=0.3, label_smoothing=smoothing, simpo_gamma=0.0, sft_weight=sft_weight)
+    ours, sums = dpo.pair_loss(policy, reference, torch.tensor(sizes), args)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for name in ("chosen", "rejected"):
+        assert sums[f"rewards/{name}"] == pytest.approx(stub._metrics["train"][f"rewards/{name}"][0], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def plain_pytorch(model_dir: Path, kind: str, steps: int) -> dict[str, Any]:
+    """The same training without DeepSpeed, packs, masks or the rooms: one answer at a time, a second model, AdamW."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(42)
+    path = model_dir / "tiny" / kind
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    frozen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0.0)
+    pairs = make_pairs(24)
+
+    def logp(which: Any, pair: dict[str, str], side: str) -> torch.Tensor:
+        messages = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        logits = which(input_ids=ids).logits[0, n_prompt - 1 : -1]
+        return logits.log_softmax(-1).gather(1, ids[0, n_prompt:, None]).sum()
+
+    import zlib
+
+    videos = np.array([zlib.crc32(pair["video_id"].encode()) for pair in pairs])
+    losses, accuracies = [], []
+    for window in draw_windows(videos, 8, 8, 1, 42)[:steps]:
+        total, right = torch.tensor(0.0), 0
+        for number in window:
+            ratios = [logp(model, pairs[number], side) - logp(frozen, pairs[number], side).detach()
+                      for side in ("chosen", "rejected")]  # fmt: skip
+            total = total - torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1]))
+            right += (ratios[0] > ratios[1]).item()
+        loss = total / len(window)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        accuracies.append(right / len(window))
+    return {"losses": losses, "accuracies": accuracies, "weights": weights}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2", "gemma3", "mistral"])
+def test_equals_plain_pytorch(
+    dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, kind: str, capsys: Any
+) -> None:
+    """gemma2 takes no tree masks: each answer gets a pack of its own, and the loss needs two."""
+    run(dpo, dpo_args(model_name=f"tiny/{kind}"))
+    assert ("takes no tree masks" in capsys.readouterr().out) == (kind == "gemma2")
+    plain = plain_pytorch(model_dir, kind, steps=3)
+    lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert [line["train/loss"] for line in lines] == pytest.approx(plain["losses"], rel=1e-5)
+    assert lines[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert [line["train/rewards/accuracy"] for line in lines][1:] == pytest.approx(plain["accuracies"][1:])
+    ours = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter(tmp_path / "output").items()}
+    assert distance(ours, {name: w.detach() for name, w in plain["weights"].items()}) < 5e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1, "grad_accum": 8},
+        {"pack_tokens": 256},
+        {"share_prefix": False, "group_size": 8},
+        {"gradient_checkpointing": True},
+        {"precompute_reference": True},
+        {"zero_stage": 0},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "precompute_reference": True},
+    ],
+    ids=str,
+)
+def test_cutting_changes_nothing(dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run(dpo, dpo_args(output_dir=tmp_path / "one"))
+    run(dpo, dpo_args(output_dir=tmp_path / "two", **changes))
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(dpo: ModuleType, dpo_args: Build, tmp_path: Path, zero_stage: int) -> None:
+    run(dpo, dpo_args(output_dir=tmp_path / "one", batch_size=4, grad_accum=2))
+    arguments = dpo_args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, zero_stage=zero_stage)
+    finished = launch("deepspeed_dpo/train.py", arguments, ranks=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("loss", ["robust", "hinge", "ipo", "simpo", "orpo"])
+def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, loss: str) -> None:
+    run(dpo, dpo_args(loss=loss, max_steps=4, epochs=2))
+    losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"precompute_reference": True}], ids=str)
+def test_goes_on_from_an_adapter(
+    dpo: ModuleType, ft: ModuleType, dpo_args: Build, train_args: Build, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    """The reference is the adapter as it was: the first loss is ln 2, and the policy's answers are the adapter's."""
+    base = {"train_bnb_enabled": True} if "train_bnb_enabled" in flags else {}
+    ft.main(ft.build_parser().parse_args(train_args(output_dir=tmp_path / "sft", **base)))
+    (start,) = (tmp_path / "sft").glob("*/*/1/adapter")
+    run(dpo, dpo_args(output_dir=tmp_path / "dpo", adapter=start, **flags))
+    run(dpo, dpo_args(output_dir=tmp_path / "fresh", **base))
+    lines, fresh = read_metrics(tmp_path / "dpo"), read_metrics(tmp_path / "fresh")
+    assert lines[0]["eval/loss"] == lines[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert lines[0]["eval/logps/chosen"] != pytest.approx(fresh[0]["eval/logps/chosen"], rel=1e-3)
+    assert lines[-1]["train/loss"] < lines[1]["train/loss"]
+    before, after = load_file(start / "adapter_model.safetensors"), adapter(tmp_path / "dpo")
+    assert before.keys() == after.keys() and 0 < distance(after, before) < 1
+    run_json = json.loads(next((tmp_path / "dpo").glob("*/*/1/run.json")).read_text())
+    assert run_json["data"]["files"]["adapter"]
+
+
+def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Build, tmp_path: Path) -> None:
+    flags = {"tuner": "full", "lr": 1e-3, "save_steps": 2}
+    run(dpo, dpo_args(output_dir=tmp_path / "one", **flags))
+    lines = read_metrics(tmp_path / "one")
+    assert lines[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and lines[-1]["train/loss"] < math.log(2)
+    kept = sorted((tmp_path / "one/cache").glob("reference-*.npy"))
+    assert len(kept) == 2  # Training and held-out pairs.
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    run(dpo, dpo_args(output_dir=tmp_path / "one", overwrite=True, **flags))
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    assert read_metrics(tmp_path / "one")[-1]["train/loss"] == lines[-1]["train/loss"]
+
+
+def test_a_resumed_run_is_the_same(dpo: ModuleType, dpo_args: Build, tmp_path: Path) -> None:
+    flags = {"lora_dropout": 0.2, "save_steps": 2}
+    run(dpo, dpo_args(output_dir=tmp_path / "straight", max_steps=3, **flags))
+    run(dpo, dpo_args(output_dir=tmp_path / "stopped", max_steps=2, **flags))
+    run(dpo, dpo_args(output_dir=tmp_path / "stopped", max_steps=3, resume=True, **flags))
+    one, two = adapter(tmp_path / "straight"), adapter(tmp_path / "stopped")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"tuner": "full", "lr": 1e-3}], ids=str)
+def test_the_converted_model_is_the_trained_one(
+    dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, monkeypatch: Any, flags: dict[str, Any]
+) -> None:
+    convert = load_script("convert_model.py")
+    run(dpo, dpo_args(test_mode=True, **flags))
+    (folder,) = (tmp_path / "output").glob("DS-*/*")
+    rows = [json.loads(line) for line in (folder / "test_1.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 8 and {"id", "prompt", "reply", "reference_reply", "chosen", "rejected"} < rows[0].keys()
+    assert rows[0]["chosen"] == make_pairs(1, first=24)[0]["chosen"]
+    held_out = read_metrics(tmp_path)[-1]
+    if "eval/rewards/chosen" in held_out:
+        margin = [row["reward_chosen"] - row["reward_rejected"] for row in rows[:4]]
+        assert np.mean(margin) == pytest.approx(held_out["eval/rewards/margin"], rel=1e-3, abs=1e-5)
+    monkeypatch.setattr(convert, "from_root", lambda path: tmp_path / path)
+    arguments = ["--zero_model", str(folder), "--org_model", str(model_dir / "tiny/qwen2")]
+    convert.main(convert.build_parser().parse_args([*arguments, "--save_model", "new", "--t", "1"]))
+    assert (tmp_path / "output_hf/new/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"beta": -1}, "--beta: got -1.0"),
+        ({"label_smoothing": 0.6}, "--label_smoothing: got 0.6"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "no effect"),
+        ({"adapter": "/nowhere"}, "no adapter_config.json"),
+        ({"tuner": "full", "precompute_reference": False}, "needs LoRA"),
+        ({"data_path": "/nowhere"}, "python deepspeed_dpo/prepare_data.py"),
+    ],
+)
+def test_wrong_arguments(dpo: ModuleType, dpo_args: Build, flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(SystemExit, match=says):
+        run(dpo, dpo_args(**flags))
+
+
+def test_the_loop_is_that_of_fine_tuning() -> None:
+    """The lines that do the same in both scripts are the same lines."""
+    one, two = ((ROOT / f"deepspeed_{stage}/train.py").read_text() for stage in ("ft", "dpo"))
+    start, end = "        at_stop = step == total_steps", "    if tracker:\n        tracker.close()"
+    assert one[one.index(start) : one.index(end)] == two[two.index(start) : two.index(end)]

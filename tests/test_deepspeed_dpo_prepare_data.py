@@ -1,0 +1,164 @@
+"""deepspeed_dpo/prepare_data.py: who is preferred to whom, and that length does not tell.
+
+python -m pytest tests/test_deepspeed_dpo_prepare_data.py
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT, load_script
+
+from utils.pairs import to_pair
+
+
+@pytest.fixture(scope="session")
+def prepare() -> ModuleType:
+    """deepspeed_dpo/prepare_data.py as a module."""
+    return load_script("deepspeed_dpo/prepare_data.py")
+
+
+def record(id: int, text: str, video: int = 1, parent: str = "") -> dict[str, Any]:
+    """A record as prepare_data.py writes it."""
+    prompt = f"视频标题：第{video}个" + (f"\n父评论：{parent}" if parent else "")
+    turns = [{"from": "system", "value": "你是B站用户"}, {"from": "user", "value": prompt}]
+    return {
+        "id": str(id),
+        "video_id": str(video),
+        "conversations": [*turns, {"from": "assistant", "value": text}],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes prepared data and a crawl with likes."""
+
+    def write(train: list[dict], likes: dict[int, Any], test: list[dict] | None = None) -> Path:
+        for split, records in (("train", train), ("test", test or [])):
+            (tmp_path / f"data_{split}.json").write_text(json.dumps(records), encoding="utf-8")
+        rows = [{"comment_id": id, "video_id": 1, "content": "x", "like_count": count} for id, count in likes.items()]
+        (tmp_path / "search_comments.json").write_text(json.dumps(rows), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def run(prepare: ModuleType, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Makes pairs; those of the training split."""
+    flags = ["--data_dir", str(folder), "--output_dir", str(folder / "out"), "--balance_length", "False", *arguments]
+    prepare.main(prepare.build_parser().parse_args(flags))
+    lines = (folder / "out/data_train_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_more_liked_comment_is_preferred(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    """12 likes against 3: 12 >= 3 (3 + 1). Against 4 it is too little. Text of the same length is taken first."""
+    train = [record(1, "甲甲甲甲"), record(2, "乙乙乙乙"), record(3, "丙丙丙"), record(4, "丁丁丁丁")]
+    (pair,) = run(prepare, folder(train, {1: 12, 2: 3, 3: 1, 4: "4"}))
+    assert (pair["chosen"], pair["rejected"], pair["likes"]) == ("甲甲甲甲", "乙乙乙乙", [12, 3])
+    messages, chosen, rejected = to_pair(pair)
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert (chosen, rejected) == ("甲甲甲甲", "乙乙乙乙")
+
+
+@pytest.mark.parametrize(
+    ("train", "likes"),
+    [
+        ([record(1, "甲甲"), record(2, "乙乙", video=2)], {1: 100, 2: 0}),
+        ([record(1, "甲甲"), record(2, "乙乙", parent="前排")], {1: 100, 2: 0}),
+        ([record(1, "甲" * 9), record(2, "乙乙")], {1: 100, 2: 0}),
+        ([record(1, "甲甲"), record(2, "乙乙")], {1: 100, 2: None}),
+        ([record(1, "甲甲"), record(2, "乙乙")], {1: 4, 2: 0}),
+        ([record(1, "甲甲"), record(2, "甲甲")], {1: 100, 2: 0}),
+    ],
+    ids=["videos", "parents", "lengths", "no likes", "too few likes", "same text"],
+)
+def test_what_makes_no_pair(prepare: ModuleType, folder: Callable[..., Path], train: list, likes: dict) -> None:
+    with pytest.raises(SystemExit, match="No training pairs"):
+        run(prepare, folder(train, likes))
+    assert not (folder(train, likes) / "out").exists()
+
+
+def test_every_comment_stands_in_one_pair(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    train = [record(id, f"第{id}条") for id in range(8)]
+    pairs = run(prepare, folder(train, {id: 1000 if id < 4 else id for id in range(8)}))
+    texts = [text for pair in pairs for text in (pair["chosen"], pair["rejected"])]
+    assert len(pairs) == 4 and len(set(texts)) == 8
+
+
+def test_a_pair_stays_in_its_split(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    train, test = ([record(10 * video + n, f"第{n}条", video) for n in range(2)] for video in (1, 2))
+    place = folder(train, {10: 99, 11: 0, 20: 99, 21: 0}, test)
+    (pair,) = run(prepare, place)
+    (held_out,) = (place / "out/data_test_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert pair["video_id"] == "1" and json.loads(held_out)["video_id"] == "2"
+
+
+def test_real_comments_are_preferred_to_replies(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    train = [record(1, "真人写的"), record(2, "也是真人"), record(3, "同样的话")]
+    place = folder(train, {})
+    rows = [{"id": "1", "prompt": "", "reply": "机器写的", "real": "真人写的"}]
+    rows += [{"id": "3", "prompt": "", "reply": "同样的话", "real": "同样的话"}]
+    (place / "test_1.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    (pair,) = run(prepare, place, "--replies", str(place / "test_1.jsonl"))
+    assert (pair["source"], pair["chosen"], pair["rejected"]) == ("replies", "真人写的", "机器写的")
+
+
+def test_length_tells_nothing(prepare: ModuleType) -> None:
+    """Three longer and one shorter chosen text, and an equal one: the two most unequal longer ones leave."""
+    lengths = [(20, 10), (15, 10), (12, 10), (8, 10), (10, 10)]
+    pairs = [{"id": n, "chosen": "长" * a, "rejected": "短" * b} for n, (a, b) in enumerate(lengths)]
+    kept = prepare.balanced(pairs)
+    assert [pair["id"] for pair in kept] == [2, 3, 4]
+    assert prepare.length_bias(kept) == pytest.approx(
+        {"pairs": 3, "chosen": 10, "rejected": 10, "longer": 1 / 3, "shorter": 1 / 3}
+    )
+    assert prepare.length_bias([]) == {"pairs": 0}
+
+
+@pytest.mark.parametrize("value", ["12", 12, 12.0, "12.0"])
+def test_likes_in_any_form(prepare: ModuleType, value: Any) -> None:
+    assert prepare.as_number(value) == 12
+
+
+@pytest.mark.parametrize("value", [None, "", "nan", "many", float("inf")])
+def test_no_likes(prepare: ModuleType, value: Any) -> None:
+    assert prepare.as_number(value) is None
+
+
+def test_the_example_data(prepare: ModuleType, tmp_path: Path) -> None:
+    """From the crawl to pairs that training can read, with the commands that the README names."""
+    for script, arguments in (
+        ("prepare_data.py", ["--data_dir", "examples", "--output_dir", str(tmp_path), "--test_size", "0.3"]),
+        (
+            "deepspeed_dpo/prepare_data.py",
+            ["--data_dir", str(tmp_path), "--crawl_dir", "examples", "--output_dir", str(tmp_path / "pairs")],
+        ),
+    ):
+        subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True, cwd=tmp_path, capture_output=True)
+    for split in ("train", "test"):
+        lines = (tmp_path / f"pairs/data_{split}_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 5 and all(to_pair(json.loads(line)) for line in lines)
+    report = json.loads((tmp_path / "pairs/report.json").read_text())
+    assert report["train"]["likes"]["kept"]["longer"] == report["train"]["likes"]["kept"]["shorter"]
+    assert report["with_likes"] > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data_dir", "/nowhere"], "python prepare_data.py"),
+        (["--margin", "0"], "--margin: got 0.0"),
+        (["--replies", "/nowhere.jsonl"], "--replies: no file"),
+    ],
+)
+def test_wrong_arguments(
+    prepare: ModuleType, folder: Callable[..., Path], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit, match=says):
+        run(prepare, folder([record(1, "甲")], {1: 1}), *arguments)
