@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", default="benchmarks/output/convergence", help="for the small model and the runs")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--comments", type=int, default=600)
-    parser.add_argument("--held_out", type=int, default=200)
+    parser.add_argument("--held_out", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--group_sizes", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--group_sizes", type=int, nargs="+", default=[4, 8, 16])
     return parser
 
 
@@ -60,11 +60,11 @@ def train(work: Path, name: str, seed: int, flags: dict[str, Any]) -> list[dict[
         "data_dir": work / "data",
         "output_dir": output,
         "epochs": 1,
-        "batch_size": 8,
+        "batch_size": 4,
         "grad_accum": 4,
         "lora_dropout": 0,
-        "lr": 1e-3,
-        "eval_steps": 5,
+        "lr": 2e-3,
+        "eval_steps": 10,
         "eval_samples": -1,
         "max_new_tokens": 1,
         "save_steps": 1000,

@@ -160,8 +160,9 @@ def pair_loss(policy: Any, reference: Any, sizes: Any, args: argparse.Namespace)
         "logps/rejected": logps[:, 1].sum(),
         "tokens/chosen": tokens[:, 0].sum(),
         "tokens/rejected": tokens[:, 1].sum(),
-        "kl": ((policy.detach() - reference) ** 2).sum() / 2,
     }
+    if args.loss not in WITHOUT_REFERENCE:
+        sums["kl"] = ((policy.detach() - reference) ** 2).sum() / 2
     return loss, Counter({name: value.item() for name, value in sums.items()})
 
 
@@ -187,7 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test_mode", type=boolean, default=False, help="True: answer the held-out prompts, at the end"
     )
-    parser.add_argument("--adapter", default="", help="folder of a LoRA adapter, of fine-tuning before, to go on with")
+    parser.add_argument(
+        "--adapter", default="", help="folder of a LoRA adapter to go on with; its rank, targets and dropout stay"
+    )
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"], default="sigmoid", help="see README")
     add("--beta", type=float, help="how far the policy is held to the reference (default: 0.1; simpo: 2.0)")
@@ -424,7 +427,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
-    from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
+    from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
     from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs, usable_masks
     from utils.pairs import pair
     from utils.track import Tracker
@@ -446,6 +449,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
     if args.adapter:
         data_facts["files"]["adapter"] = sha256(from_root(args.adapter) / "adapter_model.safetensors")
+        lora = read_json(from_root(args.adapter) / "adapter_config.json")
+        args.lora_r, args.lora_alpha, args.lora_dropout = lora["r"], lora["lora_alpha"], lora["lora_dropout"]
+        args.lora_target = ",".join(sorted(lora["target_modules"]))
     args.group_size = args.group_size or (8 if args.share_prefix else 1)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = get_accelerator().device_name() != "cpu"

@@ -324,7 +324,9 @@ def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, los
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"precompute_reference": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"train_bnb_enabled": True}, {"precompute_reference": True}, {"zero_stage": 3}], ids=str
+)
 def test_goes_on_from_an_adapter(
     dpo: ModuleType, ft: ModuleType, dpo_args: Build, train_args: Build, tmp_path: Path, flags: dict[str, Any]
 ) -> None:
