@@ -17,15 +17,12 @@ Shapes: B pairs, S = 2 B answers in a pack (chosen, rejected, chosen, ...), L to
 
 import argparse
 import gc
-import hashlib
 import json
 import math
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,7 +48,7 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, made_once, missing_model, replacing, sha256, shown
+from utils.files import from_root, missing_model, replacing, sha256, shown
 from utils.samples import Samples, load_splits
 
 LORA_LR, FULL_LR = 5e-5, 5e-7
@@ -241,129 +238,10 @@ def pair_files(args: argparse.Namespace) -> list[Path | None]:
     return [find_split(path, f"{split}_pairs") or find_split(path, split) for split in ("train", "test")]
 
 
-def token_logps(engine: Any, packs: list[Any], attention: dict[str, int | None] | None) -> Any:
-    """(T,) fp32 log-probabilities of the supervised tokens of packs, one after the other."""
-    import torch
-
-    from utils.packing import model_inputs
-    from utils.tensors import token_logprobs
-
-    return torch.cat(
-        [
-            token_logprobs(engine(**model_inputs(pack, attention)).logits[0], pack.target_ids)
-            for pack in packs
-        ]
-    )
-
-
 def together(packs: list[Any], attention: dict[str, int | None] | None) -> list[list[Any]]:
     """Packs whose answers the loss needs together: each by itself, or two where every sample has a pack of its own."""
     size = 1 if attention else PAIR
     return [packs[start : start + size] for start in range(0, len(packs), size)]
-
-
-@contextmanager
-def as_reference(engine: Any, own_adapter: bool) -> Iterator[None]:
-    """Lets the engine compute what it computed before it learnt: with its first adapter, or without one."""
-    import torch
-
-    training, model = engine.training, engine.module
-    engine.eval()
-    if own_adapter:
-        model.set_adapter("reference", inference_mode=True)
-    else:
-        model.base_model.disable_adapter_layers()
-    with torch.no_grad():
-        yield
-    if own_adapter:
-        model.set_adapter("default")
-    else:
-        model.base_model.enable_adapter_layers()
-    engine.train(training)
-
-
-def reference_logps(engine: Any, packs: list[Any], attention: Any, own_adapter: bool, known: Any) -> list[Any]:
-    """What the reference holds of each pack's answers.
-
-    Args:
-        engine: In any mode; it is left as it was.
-        packs: On the engine's device.
-        attention: From `utils.packing.usable_masks`.
-        own_adapter: Whether the reference is an adapter of its own, or the model without one.
-        known: (K,) from `precompute_reference` and `target_begin` of the same samples; None to compute them now.
-
-    Returns:
-        (T,) fp32 for each pack.
-    """
-    if known is not None:
-        return [known[0][target_places(known[1], pack)].to(engine.device) for pack in packs]
-    with as_reference(engine, own_adapter):
-        return [token_logps(engine, [pack], attention) for pack in packs]
-
-
-def precompute_reference(
-    engine: Any, samples: Samples, units: Any, layout: Any, attention: Any, made_from: str, cache: Path
-) -> tuple[Any, Any]:
-    """Computes the log-probabilities of answers with the engine as it is, or reads what was computed before.
-
-    All ranks call this together.
-
-    Args:
-        engine: Before its first step.
-        samples: Pairs.
-        units: Numbers of the pairs to compute.
-        layout: As `utils.packing.make_plan` takes it.
-        attention: From `utils.packing.usable_masks`.
-        made_from: What the model was made from.
-        cache: Folder of what was computed before.
-
-    Returns:
-        (K,) fp32 for the K supervised tokens of all samples, 0 where a pair was not asked for; and `target_begin`.
-    """
-    import deepspeed
-    import numpy as np
-    import torch
-
-    from utils.packing import make_plan, rank_packs
-    from utils.tensors import all_reduced
-
-    digest = hashlib.sha256(made_from.encode())
-    for array in (samples.begin, samples.end, samples.tokens, units):
-        digest.update(np.ascontiguousarray(array))
-    path, begin = cache / f"reference-{digest.hexdigest()[:16]}.npy", target_begin(samples)
-    if all_reduced(not path.exists()) == 0:
-        return torch.from_numpy(np.load(path)), begin
-    values = torch.zeros(int(begin[-1]), device=engine.device)
-    plan = make_plan(samples, [units], layout, cache)
-    packs = rank_packs(samples, plan, 0, deepspeed.comm.get_rank())
-    engine.eval()
-    with torch.no_grad():
-        for pack in tqdm(packs, "reference", unit="pack", disable=deepspeed.comm.get_rank() != 0):
-            pack = pack.to(engine.device)
-            values[target_places(begin, pack)] = token_logps(engine, [pack], attention)
-    engine.train()
-    deepspeed.comm.all_reduce(values)
-    with made_once(path) as temporary:
-        if temporary:
-            with temporary.open("wb") as file:
-                np.save(file, values.cpu().numpy())
-    return values.cpu(), begin
-
-
-def target_begin(samples: Samples) -> Any:
-    """(N + 1,) where the supervised tokens of each sample begin when those of all stand in a row."""
-    import numpy as np
-
-    return np.concatenate([[0], np.cumsum(samples.targets)])
-
-
-def target_places(begin: Any, pack: Any) -> Any:
-    """(T,) places of a pack's supervised tokens in that row."""
-    import torch
-
-    numbers, sizes = pack.sample.tolist(), pack.sample_targets.tolist()
-    parts = [torch.arange(begin[number], begin[number] + size) for number, size in zip(numbers, sizes, strict=True)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
 
 def evaluate(
@@ -374,6 +252,7 @@ def evaluate(
     import torch
 
     from utils.packing import rank_packs
+    from utils.reference import token_logps
 
     packs = [pack.to(engine.device) for pack in rank_packs(samples, plan, 0, deepspeed.comm.get_rank())]
     sums: Counter[str] = Counter()
@@ -430,6 +309,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
     from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs, usable_masks
     from utils.pairs import pair
+    from utils.reference import precompute_reference, reference_logps, target_begin, token_logps
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
 
@@ -578,12 +458,11 @@ def answer_logps(model: Any, sample: Any) -> float:
     """Log-probability of a sample's answer, computed by itself without a mask, nats."""
     import torch
 
-    from utils.packing import lay_out, model_inputs
-    from utils.tensors import token_logprobs
+    from utils.packing import lay_out
+    from utils.reference import token_logps
 
-    pack = lay_out([sample], [0]).to(model.device)
     with torch.no_grad():
-        return token_logprobs(model(**model_inputs(pack, None)).logits[0], pack.target_ids).sum().item()
+        return token_logps(model, [lay_out([sample], [0]).to(model.device)], None).sum().item()
 
 
 def test(args: argparse.Namespace, model_path: Path) -> None:
