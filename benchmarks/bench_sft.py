@@ -26,7 +26,7 @@ from bench_prepare_data import measured  # noqa: E402
 from utils.data import read_records, to_messages  # noqa: E402
 from utils.files import from_root  # noqa: E402
 
-SETTINGS = {"batch_size": 4, "grad_accum": 4, "max_tokens": 1024, "lora_r": 16, "lora_alpha": 32, "lr": 2e-4}
+SETTINGS = {"batch_size": 4, "grad_accum": 8, "max_tokens": 1024, "lora_r": 16, "lora_alpha": 32, "lr": 2e-4}
 PACK_TOKENS = 2048
 # name -> (environment, whether a sample sees no other sample, rounds at most)
 CONTENDERS = {
@@ -145,7 +145,7 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "lora_rank": SETTINGS["lora_r"],
             "lora_alpha": SETTINGS["lora_alpha"],
             "per_device_train_batch_size": 1 if packing else SETTINGS["batch_size"],
-            "gradient_accumulation_steps": 2 if packing else SETTINGS["grad_accum"],
+            "gradient_accumulation_steps": 4 if packing else SETTINGS["grad_accum"],
             "learning_rate": SETTINGS["lr"],
             "lr_scheduler_type": "constant",
             "num_train_epochs": 1,

@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", default="benchmarks/output/convergence", help="for the small model and the runs")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--comments", type=int, default=600)
-    parser.add_argument("--held_out", type=int, default=200)
+    parser.add_argument("--held_out", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--group_sizes", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--group_sizes", type=int, nargs="+", default=[4, 8, 16])
     return parser
 
 
@@ -60,11 +60,11 @@ def train(work: Path, name: str, seed: int, flags: dict[str, Any]) -> list[dict[
         "data_dir": work / "data",
         "output_dir": output,
         "epochs": 1,
-        "batch_size": 8,
+        "batch_size": 4,
         "grad_accum": 4,
         "lora_dropout": 0,
-        "lr": 1e-3,
-        "eval_steps": 5,
+        "lr": 2e-3,
+        "eval_steps": 10,
         "eval_samples": -1,
         "max_new_tokens": 1,
         "save_steps": 1000,
@@ -78,20 +78,26 @@ def train(work: Path, name: str, seed: int, flags: dict[str, Any]) -> list[dict[
 
 
 def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    """Draws the held-out loss over the steps, a line a seed."""
+    """Draws the held-out loss over the steps, a line a seed, and where each seed ends."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for color, (name, runs) in zip(
-        ("k", "tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False
-    ):
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    last = {name: [run[-1]["eval/loss"] for run in runs] for name, runs in curves.items()}
+    plain = statistics.mean(last["nothing shared"])
+    right.axhspan(0.99 * plain, 1.01 * plain, color="0.9")
+    colors = ("k", "tab:blue", "tab:orange", "tab:green", "tab:red")
+    for place, (color, (name, runs)) in enumerate(zip(colors, curves.items(), strict=False)):
         for number, run in enumerate(runs):
             points = [(line["step"], line["eval/loss"]) for line in run if "eval/loss" in line]
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, label=name if number == 0 else None)
-    axes.set(xlabel="step", ylabel="held-out loss (nats a token)", title="with and without shared prefixes, by seed")
-    axes.legend()
-    axes.grid(alpha=0.3)
+            left.plot(*zip(*points, strict=True), color=color, linewidth=1, label=name if number == 0 else None)
+        right.plot([place] * len(runs), last[name], "o", color=color, markersize=4)
+        right.plot([place - 0.25, place + 0.25], [statistics.mean(last[name])] * 2, color=color)
+    left.set(xlabel="step", ylabel="held-out loss (nats a token)", yscale="log", title="a line a seed")
+    left.legend()
+    left.grid(alpha=0.3, which="both")
+    right.set(title="the last step: seeds, mean; grey: within 1 %", ylabel="held-out loss (nats a token)")
+    right.set_xticks(range(len(last)), [name.replace(" ", "\n", 1) for name in last])
     figure.savefig(path)
 
 

@@ -109,7 +109,7 @@ def train_trl(args: argparse.Namespace) -> float:
         output_dir=str(args.output_dir),
         # Packed rows hold several samples: fewer of them make an update of about as many samples.
         per_device_train_batch_size=1 if packing else args.batch_size,
-        gradient_accumulation_steps=2 if packing else args.grad_accum,
+        gradient_accumulation_steps=4 if packing else args.grad_accum,
         packing=packing,
         max_length=args.pack_tokens if packing else args.max_tokens,
         learning_rate=args.lr,
