@@ -78,20 +78,26 @@ def train(work: Path, name: str, seed: int, flags: dict[str, Any]) -> list[dict[
 
 
 def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    """Draws the held-out loss over the steps, a line a seed."""
+    """Draws the held-out loss over the steps, a line a seed, and where each seed ends."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for color, (name, runs) in zip(
-        ("k", "tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False
-    ):
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    last = {name: [run[-1]["eval/loss"] for run in runs] for name, runs in curves.items()}
+    plain = statistics.mean(last["nothing shared"])
+    right.axhspan(0.99 * plain, 1.01 * plain, color="0.9")
+    colors = ("k", "tab:blue", "tab:orange", "tab:green", "tab:red")
+    for place, (color, (name, runs)) in enumerate(zip(colors, curves.items(), strict=False)):
         for number, run in enumerate(runs):
             points = [(line["step"], line["eval/loss"]) for line in run if "eval/loss" in line]
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, label=name if number == 0 else None)
-    axes.set(xlabel="step", ylabel="held-out loss (nats a token)", title="with and without shared prefixes, by seed")
-    axes.legend()
-    axes.grid(alpha=0.3)
+            left.plot(*zip(*points, strict=True), color=color, linewidth=1, label=name if number == 0 else None)
+        right.plot([place] * len(runs), last[name], "o", color=color, markersize=4)
+        right.plot([place - 0.25, place + 0.25], [statistics.mean(last[name])] * 2, color=color)
+    left.set(xlabel="step", ylabel="held-out loss (nats a token)", yscale="log", title="a line a seed")
+    left.legend()
+    left.grid(alpha=0.3, which="both")
+    right.set(title="the last step: seeds, mean; grey: within 1 %", ylabel="held-out loss (nats a token)")
+    right.set_xticks(range(len(last)), [name.replace(" ", "\n", 1) for name in last])
     figure.savefig(path)
 
 
