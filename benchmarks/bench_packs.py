@@ -85,9 +85,10 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     import torch
 
+    from utils.attention import model_inputs, use_blocks
     from utils.data import make_chat
     from utils.model import add_lora, attention_windows, load_model, load_tokenizer
-    from utils.packing import Layout, draw_windows, model_inputs, pack_cost, plan_packs, rank_packs
+    from utils.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
     from utils.samples import load_samples
     from utils.tensors import token_logprobs
 
@@ -96,6 +97,7 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as cache:
         samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 512, Path(cache)).samples
         model = add_lora(load_model(path, torch.float32), 16, 32, 0.0, "all-linear").train()
+        use_blocks(model)
         attention = attention_windows(model.config)
         windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
         cost = pack_cost(model, "cpu")

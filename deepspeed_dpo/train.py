@@ -306,8 +306,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
+    from utils.attention import usable_masks
     from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
-    from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs, usable_masks
+    from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
     from utils.pairs import pair
     from utils.reference import precompute_reference, reference_logps, target_begin, token_logps
     from utils.track import Tracker

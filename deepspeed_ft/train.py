@@ -95,7 +95,8 @@ def evaluate(engine: Any, samples: Samples, plan: Any, attention: dict[str, int 
     import deepspeed
     import torch
 
-    from utils.packing import model_inputs, rank_packs
+    from utils.attention import model_inputs
+    from utils.packing import rank_packs
     from utils.tensors import all_reduced
 
     engine.eval()
@@ -137,8 +138,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations import HfDeepSpeedConfig
 
+    from utils.attention import model_inputs, usable_masks
     from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
-    from utils.packing import Layout, draw_windows, make_plan, model_inputs, pack_cost, rank_packs, usable_masks
+    from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
     from utils.tensors import all_reduced
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe

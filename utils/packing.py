@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from utils.samples import Samples
 class PackCost(NamedTuple):
     """What a pack of L tokens costs, in tokens that pass through the linear layers: L + L^2 / dense_tokens + overhead.
 
-    The square is attention, which is computed for all pairs of tokens, masked ones too.
+    The square is attention, which is computed for pairs of tokens, masked ones too.
     """
 
     dense_tokens: float
@@ -36,15 +36,15 @@ def pack_cost(model: torch.nn.Module, device_name: str) -> PackCost:
     """Estimates what a pack costs, from the model's shape.
 
     Per token and layer, attention takes 4 L H floating-point operations (H: the width), linear layers 2 for each of
-    their weights. On two CPU cores and SmolLM2-135M attention ran at 0.45 of their rate, and a pack's overhead (reading
-    all weights, calling the kernels) was worth 76 tokens. On a card a pack pays for thousands of kernel launches before
-    its size matters, so packs are filled there; that figure is not measured.
+    their weights; counted alike. With SmolLM2-135M on two CPU cores a pack's overhead (reading all weights, calling
+    the kernels) was worth 76 tokens, and packs up to 1,100 tokens trained as fast as any. On a card a pack pays for
+    thousands of kernel launches before its size matters, so packs are filled there; that figure is not measured.
     """
     config = model.config.get_text_config()
     embeddings = count_parameters(model.get_input_embeddings())[1] * (1 if config.tie_word_embeddings else 2)
     weights = count_parameters(model)[1] - embeddings
     return PackCost(
-        dense_tokens=0.45 * weights / (2 * config.hidden_size * config.num_hidden_layers),
+        dense_tokens=weights / (2 * config.hidden_size * config.num_hidden_layers),
         overhead_tokens=76 if device_name == "cpu" else 4096,
     )
 
@@ -320,90 +320,3 @@ def rank_packs(samples: Samples, plan: Plan, window: int, rank: int) -> list[Pac
     one = torch.zeros(1, dtype=torch.int64)
     filler = Pack(one, one, one + 1, nothing, nothing, nothing.float(), nothing, nothing)
     return own + [filler] * (int(np.bincount(ranks).max()) - len(own))
-
-
-def attention_mask(pack: Pack, window: int | None = None) -> torch.Tensor:
-    """The ancestor rule as a mask.
-
-    Args:
-        pack: Of L tokens.
-        window: Of a model with sliding-window attention: a token sees itself and the window - 1 tokens before it.
-
-    Returns:
-        (1, 1, L, L) bool; [0, 0, i, j] is True where token i may attend to token j. L x L bytes.
-    """
-    place = torch.arange(len(pack.subtree_end), device=pack.subtree_end.device)
-    query, key = place[:, None], place[None, :]
-    mask = (key <= query) & (query < pack.subtree_end[None, :])
-    if window is not None:
-        mask &= pack.position_ids[:, None] - pack.position_ids[None, :] < window
-    return mask[None, None]
-
-
-def model_inputs(pack: Pack, windows: dict[str, int | None] | None) -> dict[str, torch.Tensor]:
-    """What a model's forward takes for a pack; only supervised places go through the output head.
-
-    Args:
-        pack: Of L tokens.
-        windows: From `utils.model.attention_windows`: the kind of layer -> its window. None for a model that takes no
-            mask; the pack then has to be a single chain.
-
-    Returns:
-        `input_ids` (1, L), `position_ids` (1, L), `attention_mask` (1, 1, L, L) or a dict of them by kind of layer,
-        `logits_to_keep` (T,).
-    """
-    inputs = {
-        "input_ids": pack.input_ids[None],
-        "position_ids": pack.position_ids[None],
-        "logits_to_keep": pack.target_index,
-        "use_cache": False,
-    }
-    if windows is None:
-        return inputs
-    masks = {kind: attention_mask(pack, window) for kind, window in windows.items()}
-    return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
-
-
-def usable_masks(
-    engine: Any, windows: dict[str, int | None], max_tokens: int, precision: str
-) -> tuple[dict[str, int | None] | None, str]:
-    """Tries whether a model computes a trie as it computes each branch alone, without a mask of ours.
-
-    Args:
-        engine: In training mode. All ranks call this together.
-        windows: From `utils.model.attention_windows`.
-        max_tokens: The longest sample.
-        precision: Of the engine's arithmetic.
-
-    Returns:
-        The windows and an empty text; or None and why: then samples are computed one by one, without a mask.
-    """
-    # The branches part beyond every window that a sample can reach.
-    depth = 32 + max((window for window in windows.values() if window and window < max_tokens), default=0)
-    engine.eval()
-    try:
-        error = _mask_error(engine, windows, depth)
-        problem = "" if error < (1e-3 if precision == "fp32" else 0.05) else f"logits differ by {error:.1%}"
-    except Exception as failure:  # Whatever a model makes of a mask that it does not know.
-        problem = f"{type(failure).__name__}: {failure}"
-    engine.train()
-    if not problem:
-        return windows, ""
-    return None, f"This model takes no tree masks ({problem}): samples are computed one by one, nothing is shared.\n"
-
-
-@torch.no_grad()
-def _mask_error(engine: Any, windows: dict[str, int | None], depth: int) -> float:
-    """Error of the logits at the ends of two branches that part at a depth, relative to the logits' spread."""
-    random = np.random.default_rng(0)
-    vocab_size = engine.module.get_input_embeddings().num_embeddings
-    trunk, *branches = (random.integers(0, vocab_size, length).astype(np.int32) for length in (depth, 8, 8))
-    ends = np.arange(depth + 8) == depth + 7
-    chains = [Sample("", np.concatenate([trunk, branch]), ends) for branch in branches]
-
-    def logits(pack: Pack, windows: dict[str, int | None] | None) -> torch.Tensor:
-        return engine(**model_inputs(pack.to(engine.device), windows)).logits[0].float()
-
-    together = logits(lay_out(chains, [0, depth]), windows)
-    alone = torch.cat([logits(lay_out([chain], [0]), None) for chain in chains])
-    return ((together - alone).norm() / (alone - alone.mean(-1, keepdim=True)).norm()).item()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.attention import model_inputs
 from utils.files import made_once
-from utils.packing import Layout, Pack, make_plan, model_inputs, rank_packs
+from utils.packing import Layout, Pack, make_plan, rank_packs
 from utils.samples import Samples
 from utils.tensors import all_reduced, token_logprobs
 
@@ -53,7 +54,7 @@ def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter:
     Args:
         engine: In any mode; it is left as it was.
         packs: On the engine's device.
-        attention: From `utils.packing.usable_masks`.
+        attention: From `utils.attention.usable_masks`.
         own_adapter: Whether the reference is an adapter of its own, or the model without one.
         known: (K,) from `precompute_reference` and `target_begin` of the same samples; None to compute them now.
 
@@ -78,7 +79,7 @@ def precompute_reference(
         samples: Pairs.
         units: Numbers of the pairs to compute.
         layout: As `utils.packing.make_plan` takes it.
-        attention: From `utils.packing.usable_masks`.
+        attention: From `utils.attention.usable_masks`.
         made_from: What the model was made from.
         cache: Folder of what was computed before.
 
