@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 # Before torch is imported: the tests are many short computations, for which one thread is quicker than two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from utils.data import Sample  # noqa: E402
+from utils.samples import Samples  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -97,6 +102,38 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
             if weight.ndim == 2:
                 weight.normal_(std=0.15)
     return model
+
+
+def stored(samples: list[Sample], group: list[int] | None = None) -> Samples:
+    """Samples as they come from the disk."""
+    end = np.cumsum([len(sample.input_ids) for sample in samples], dtype=np.int64)
+    return Samples(
+        tokens=np.concatenate([sample.input_ids for sample in samples]),
+        supervised=np.concatenate([sample.supervised for sample in samples]),
+        begin=np.concatenate([[0], end[:-1]]),
+        end=end,
+        group=np.array(group or [0] * len(samples)),
+        targets=np.array([sample.supervised[1:].sum() for sample in samples]),
+        ids=[sample.id for sample in samples],
+    )
+
+
+def sample_of(ids: list[int], supervised: list[bool]) -> Sample:
+    return Sample("", np.array(ids, dtype=np.int32), np.array(supervised))
+
+
+@st.composite
+def kindred(draw: Any, vocab_size: int = 3, longest: int = 10) -> list[Sample]:
+    """Samples over so few tokens that they begin alike, are prefixes of one another, or equal; some have one target."""
+    samples = []
+    for _ in range(draw(st.integers(1, 12))):
+        ids = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=longest))
+        if samples and draw(st.booleans()):
+            other = draw(st.sampled_from(samples)).input_ids.tolist()
+            ids = (other[: draw(st.integers(1, len(other)))] + ids * draw(st.integers(0, 1)))[:longest]
+        supervised = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        samples.append(sample_of(ids, supervised))
+    return samples
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,11 @@ from utils.packing import draw_windows
 Build = Callable[..., list[str]]
 
 
+def slow(value: Any) -> Any:
+    """A parameter that only CI tries."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def dpo() -> ModuleType:
     """deepspeed_dpo/train.py as a module."""
@@ -90,6 +95,8 @@ def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None
         names = {name for name in mine if "_sec" not in name and name not in but}
         assert names == {name for name in theirs if "_sec" not in name and name not in but}
         for name in names:
+            if "accuracy" in name and abs(mine[name.replace("accuracy", "margin")]) < 1e-5:
+                continue  # Before the first step the rewards are 0 but for rounding, which decides which is larger.
             assert mine[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
     assert distance(adapter(one), adapter(two)) < 5e-4
 
@@ -173,14 +180,24 @@ def test_a_pack_of_pairs_by_hand(dpo: ModuleType) -> None:
     assert policy.grad.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)])
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "theirs"),
+    [
+        ("sigmoid", 0.0, "sigmoid"),
+        ("sigmoid", 0.2, "aot"),  # With label smoothing; sorted over the pairs, which one pair does not show.
+        ("robust", 0.1, "robust"),
+        ("hinge", 0.0, "hinge"),
+        ("ipo", 0.0, "ipo"),
+    ],
+)
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7])
-def test_losses_equal_trl(dpo: ModuleType, loss: str, smoothing: float, sft_weight: float) -> None:
+def test_losses_equal_trl(dpo: ModuleType, loss: str, smoothing: float, theirs: str, sft_weight: float) -> None:
     """TRL's trainer, whose losses are written inside a method, with a model that says what it is told to.
 
     Its SFT term is a mean over the tokens of a batch, ours one of each pair: they are equal for one pair.
     """
-    trainer = pytest.importorskip("trl").DPOTrainer
+    from trl import DPOTrainer
+
     random = torch.Generator().manual_seed(3)
     sizes = [4, 7]
     policy, reference = (-3 * torch.rand(11, generator=random) for _ in range(2))
@@ -194,12 +211,12 @@ def test_losses_equal_trl(dpo: ModuleType, loss: str, smoothing: float, sft_weig
     outputs = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     stub = SimpleNamespace(
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value),
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
-        loss_types=[loss, "sft"],
+        loss_types=[theirs, "sft"],
         loss_weights=[1.0, sft_weight],
         beta=0.3,
         label_smoothing=smoothing,
@@ -215,10 +232,10 @@ def test_losses_equal_trl(dpo: ModuleType, loss: str, smoothing: float, sft_weig
         "ref_chosen_logps": sums[0],
         "ref_rejected_logps": sums[1],
     }
-    theirs = trainer._compute_loss(stub, lambda **_: outputs, inputs, False)
+    expected = DPOTrainer._compute_loss(stub, lambda **_: outputs, inputs, False)
     args = SimpleNamespace(loss=loss, beta=0.3, label_smoothing=smoothing, simpo_gamma=0.0, sft_weight=sft_weight)
     ours, sums = dpo.pair_loss(policy, reference, torch.tensor(sizes), args)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     for name in ("chosen", "rejected"):
         assert sums[f"rewards/{name}"] == pytest.approx(stub._metrics["train"][f"rewards/{name}"][0], rel=1e-5)
 
@@ -272,7 +289,7 @@ def plain_pytorch(model_dir: Path, kind: str, steps: int) -> dict[str, Any]:
     return {"losses": losses, "accuracies": accuracies, "weights": weights}
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "gemma3", *map(slow, ["llama", "mistral"])])
 def test_equals_plain_pytorch(
     dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, kind: str, capsys: Any
 ) -> None:
@@ -296,9 +313,9 @@ def test_equals_plain_pytorch(
         {"share_prefix": False, "group_size": 8},
         {"gradient_checkpointing": True},
         {"precompute_reference": True},
-        {"zero_stage": 0},
+        slow({"zero_stage": 0}),
         {"zero_stage": 3},
-        {"zero_stage": 3, "precompute_reference": True},
+        slow({"zero_stage": 3, "precompute_reference": True}),
     ],
     ids=str,
 )
@@ -317,7 +334,7 @@ def test_two_ranks_equal_one(dpo: ModuleType, dpo_args: Build, tmp_path: Path, z
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("loss", ["robust", "hinge", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", ["simpo", "orpo", *map(slow, ["robust", "hinge", "ipo"])])
 def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, loss: str) -> None:
     run(dpo, dpo_args(loss=loss, max_steps=4, epochs=2))
     losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]
@@ -325,7 +342,7 @@ def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, los
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"train_bnb_enabled": True}, {"precompute_reference": True}, {"zero_stage": 3}], ids=str
+    "flags", [{}, slow({"train_bnb_enabled": True}), {"precompute_reference": True}, slow({"zero_stage": 3})], ids=str
 )
 def test_goes_on_from_an_adapter(
     dpo: ModuleType, ft: ModuleType, dpo_args: Build, train_args: Build, tmp_path: Path, flags: dict[str, Any]
@@ -337,7 +354,7 @@ def test_goes_on_from_an_adapter(
     run(dpo, dpo_args(output_dir=tmp_path / "dpo", adapter=start, **flags))
     run(dpo, dpo_args(output_dir=tmp_path / "fresh", **base))
     lines, fresh = read_metrics(tmp_path / "dpo"), read_metrics(tmp_path / "fresh")
-    assert lines[0]["eval/loss"] == lines[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert [lines[0]["eval/loss"], lines[1]["train/loss"]] == pytest.approx([math.log(2)] * 2, rel=1e-6)
     assert lines[0]["eval/logps/chosen"] != pytest.approx(fresh[0]["eval/logps/chosen"], rel=1e-3)
     assert lines[-1]["train/loss"] < lines[1]["train/loss"]
     before, after = load_file(start / "adapter_model.safetensors"), adapter(tmp_path / "dpo")
@@ -360,6 +377,7 @@ def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Buil
 
 
 def test_a_resumed_run_is_the_same(dpo: ModuleType, dpo_args: Build, tmp_path: Path) -> None:
+    """With dropout, which no evaluation may draw for: the stopped run has one more of them."""
     flags = {"lora_dropout": 0.2, "save_steps": 2}
     run(dpo, dpo_args(output_dir=tmp_path / "straight", max_steps=3, **flags))
     run(dpo, dpo_args(output_dir=tmp_path / "stopped", max_steps=2, **flags))
@@ -368,7 +386,7 @@ def test_a_resumed_run_is_the_same(dpo: ModuleType, dpo_args: Build, tmp_path: P
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}, {"tuner": "full", "lr": 1e-3}], ids=str)
+@pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True}), slow({"tuner": "full", "lr": 1e-3})], ids=str)
 def test_the_converted_model_is_the_trained_one(
     dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, monkeypatch: Any, flags: dict[str, Any]
 ) -> None:

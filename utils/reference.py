@@ -33,7 +33,8 @@ def token_logps(engine: Any, packs: list[Pack], attention: dict[str, int | None]
 @contextmanager
 def as_reference(engine: Any, own_adapter: bool) -> Iterator[None]:
     """Lets the engine compute what it computed before it learnt: with its first adapter, or without one."""
-    training, model = engine.training, engine.module
+    model = engine.module
+    training = model.training  # The engine's own flag never changes.
     engine.eval()
     if own_adapter:
         model.set_adapter("reference", inference_mode=True)
