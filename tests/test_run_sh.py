@@ -67,3 +67,15 @@ def test_a_missing_hostfile_is_named(bin_dir: Path) -> None:
     done = run(bin_dir, HOSTFILE="hots")
     assert (done.returncode, done.stdout) == (1, "")
     assert "HOSTFILE" in done.stderr and "hots" in done.stderr and "node1 slots=8" in done.stderr
+
+
+def test_the_stages_start_alike() -> None:
+    """What is tested here of fine-tuning's script holds for the others': they are the same but for what they name."""
+    parts = {}
+    stages = [("ft", "DATA_DIR:-data", "data_dir"), ("dpo", "DATA_PATH:-deepspeed_dpo/data", "data_path")]
+    for stage, variable, flag in stages:
+        text = (ROOT / f"deepspeed_{stage}/run.sh").read_text(encoding="utf-8")
+        code = text[text.index("set -euo pipefail") :]
+        assert f"deepspeed_{stage}/train.py" in code and f'--{flag} "${{{variable}}}"' in code
+        parts[stage] = code.replace(f'--{flag} "${{{variable}}}"', "").replace(f"deepspeed_{stage}", "")
+    assert parts["ft"] == parts["dpo"]
