@@ -96,7 +96,7 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
     left.set(xlabel="step", ylabel="held-out loss (nats a token)", yscale="log", title="a line a seed")
     left.legend()
     left.grid(alpha=0.3, which="both")
-    right.set(title="the last step: seeds, mean; grey: within 1 %", ylabel="held-out loss (nats a token)")
+    right.set(title="the last step (grey: 1 %)")
     right.set_xticks(range(len(last)), [name.replace(" ", "\n", 1) for name in last])
     figure.savefig(path)
 
