@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench_prepare_data import measured  # noqa: E402
-from bench_sft import environment  # noqa: E402
+from bench_sft import environment, factory_command  # noqa: E402
 
 from utils.files import from_root  # noqa: E402
 
@@ -127,38 +127,17 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
         own = SETTINGS | {"model": model, "pairs": work / "pairs.jsonl", "output_dir": output, "beta": BETA}
         flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
         return [str(python), str(ROOT / "benchmarks/dpo_peer.py"), *flags]
-    config = {
+    own = {
         "stage": "dpo",
-        "do_train": True,
-        "model_name_or_path": str(model),
-        "template": "smollm2",
-        "dataset_dir": str(work),
         "dataset": "pairs",
         "cutoff_len": SETTINGS["max_tokens"],
         "pref_beta": BETA,
         "pref_loss": "sigmoid",
-        "finetuning_type": "lora",
-        "lora_target": "all",
-        "lora_rank": SETTINGS["lora_r"],
-        "lora_alpha": SETTINGS["lora_alpha"],
         "per_device_train_batch_size": SETTINGS["batch_size"],
         "gradient_accumulation_steps": SETTINGS["grad_accum"],
-        "learning_rate": SETTINGS["lr"],
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 1,
         "disable_shuffling": True,
-        "disable_gradient_checkpointing": True,
-        "use_cpu": True,
-        "output_dir": str(output),
-        "overwrite_output_dir": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "preprocessing_num_workers": 1,
     }
-    output.mkdir(parents=True)
-    (output / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too.
-    return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.yaml")]
+    return factory_command(python, model, work, output, SETTINGS, own)
 
 
 def results_of(name: str, output: Path) -> tuple[float, list[float]]:

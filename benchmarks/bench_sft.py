@@ -130,39 +130,48 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
         return [str(python), str(ROOT / "deepspeed_ft/train.py"), *flags, *own_flags]
     if name.startswith("LLaMA-Factory"):
         packing = "packing" in name
-        config = {
+        own = {
             "stage": "sft",
-            "do_train": True,
-            "model_name_or_path": str(model),
-            "template": "smollm2",
-            "dataset_dir": str(work),
             "dataset": "comments",
             "cutoff_len": PACK_TOKENS if packing else SETTINGS["max_tokens"],
             "packing": packing,
             "neat_packing": "neat" in name,
-            "finetuning_type": "lora",
-            "lora_target": "all",
-            "lora_rank": SETTINGS["lora_r"],
-            "lora_alpha": SETTINGS["lora_alpha"],
             "per_device_train_batch_size": 1 if packing else SETTINGS["batch_size"],
             "gradient_accumulation_steps": 4 if packing else SETTINGS["grad_accum"],
-            "learning_rate": SETTINGS["lr"],
-            "lr_scheduler_type": "constant",
-            "num_train_epochs": 1,
-            "disable_gradient_checkpointing": True,
-            "use_cpu": True,
-            "output_dir": str(output),
-            "overwrite_output_dir": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "preprocessing_num_workers": 1,
         }
-        output.mkdir(parents=True)
-        (output / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too.
-        return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.yaml")]
+        return factory_command(python, model, work, output, SETTINGS, own)
     trainer = {"plain PyTorch, padded": "plain", "TRL, padded": "trl", "TRL, packing": "trl_packing"}[name]
     return peer_command(python, trainer, model, work, output)
+
+
+def factory_command(
+    python: Path, model: Path, work: Path, output: Path, settings: dict[str, Any], own: dict[str, Any]
+) -> list[str]:
+    """What runs LLaMA-Factory: LoRA on all linear layers in fp32 on the CPU, and what a benchmark asks for beyond."""
+    config = {
+        "do_train": True,
+        "model_name_or_path": str(model),
+        "template": "smollm2",
+        "dataset_dir": str(work),
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": settings["lora_r"],
+        "lora_alpha": settings["lora_alpha"],
+        "learning_rate": settings["lr"],
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "disable_gradient_checkpointing": True,
+        "use_cpu": True,
+        "output_dir": str(output),
+        "overwrite_output_dir": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "preprocessing_num_workers": 1,
+    }
+    output.mkdir(parents=True)
+    (output / "config.yaml").write_text(json.dumps(config | own))  # JSON is YAML too.
+    return [str(python.with_name("llamafactory-cli")), "train", str(output / "config.yaml")]
 
 
 def peer_command(python: Path, trainer: str, model: Path, work: Path, output: Path) -> list[str]:

@@ -105,13 +105,13 @@ def alike_in_length(one: str, two: str, ratio: float) -> bool:
 
 
 def pairs_by_likes(
-    comments: list[Comment], likes: dict[str, int], min_likes: int, margin: float, length_ratio: float
+    groups: list[list[Comment]], likes: dict[str, int], min_likes: int, margin: float, length_ratio: float
 ) -> Iterator[dict[str, Any]]:
     """Pairs much liked comments with little liked ones that answer the same thing; each stands in one pair at most.
 
     The most liked comment chooses first, and takes of those that it beats the one nearest to it in length.
     """
-    for group in by_prompt(comments):
+    for group in groups:
         group = sorted((c for c in group if c.id in likes), key=lambda comment: (-likes[comment.id], comment.id))
         used: set[str] = set()
         for chosen in group:
@@ -241,12 +241,13 @@ def prepare(args: argparse.Namespace, files: dict[str, Path]) -> tuple[dict[str,
     report: dict[str, Any] = {"arguments": vars(args), "with_likes": len(likes), "without_likes": without}
     for split, path in files.items():
         comments = read_comments(path)
+        groups = by_prompt(comments)
         sources = {
-            "likes": list(pairs_by_likes(comments, likes, args.min_likes, args.margin, args.length_ratio)),
+            "likes": list(pairs_by_likes(groups, likes, args.min_likes, args.margin, args.length_ratio)),
             "replies": list(pairs_from_replies(comments, replies, args.length_ratio)),
         }
         results[split] = []
-        report[split] = {"comments": len(comments), "prompts": len(by_prompt(comments))}
+        report[split] = {"comments": len(comments), "prompts": len(groups)}
         print(f"{split}: {len(comments):,} comments answer {report[split]['prompts']:,} different things.")
         for source, pairs in sources.items():
             kept = balanced(pairs) if args.balance_length else pairs

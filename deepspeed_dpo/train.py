@@ -136,6 +136,8 @@ def pair_loss(policy: Any, reference: Any, sizes: Any, args: argparse.Namespace)
     Returns:
         () fp32, nats; and sums over the pairs, `kl` over the tokens.
     """
+    import torch
+
     from utils.tensors import sample_sums
 
     logps, reference_logps = (sample_sums(values, sizes).view(-1, PAIR) for values in (policy, reference))
@@ -148,19 +150,20 @@ def pair_loss(policy: Any, reference: Any, sizes: Any, args: argparse.Namespace)
     loss = losses.sum()
     worth = rewards(logps.detach(), reference_logps, tokens, args.loss, args.beta)
     sums = {
-        "loss": loss,
+        "loss": loss.detach(),
         "rewards/chosen": worth[:, 0].sum(),
         "rewards/rejected": worth[:, 1].sum(),
         "rewards/margin": (worth[:, 0] - worth[:, 1]).sum(),
         "rewards/accuracy": (worth[:, 0] > worth[:, 1]).sum(),
-        "logps/chosen": logps[:, 0].sum(),
-        "logps/rejected": logps[:, 1].sum(),
+        "logps/chosen": logps[:, 0].detach().sum(),
+        "logps/rejected": logps[:, 1].detach().sum(),
         "tokens/chosen": tokens[:, 0].sum(),
         "tokens/rejected": tokens[:, 1].sum(),
     }
     if args.loss not in WITHOUT_REFERENCE:
         sums["kl"] = ((policy.detach() - reference) ** 2).sum() / 2
-    return loss, Counter({name: value.item() for name, value in sums.items()})
+    values = torch.stack([value.double() for value in sums.values()]).tolist()  # One wait for the device, not ten.
+    return loss, Counter(dict(zip(sums, values, strict=True)))
 
 
 def means(sums: Counter[str], pairs: int) -> dict[str, float]:
@@ -217,8 +220,9 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--sft_weight: got {args.sft_weight}, expected 0 or more.")
     if args.adapter and args.tuner == "full":
         problems.append("--adapter goes on with a LoRA adapter, --tuner full trains all weights: name one of them.")
-    if args.adapter and not (from_root(args.adapter) / "adapter_config.json").is_file():
-        problems.append(f"--adapter: no adapter_config.json in {args.adapter}, expected <run>/<ckpt_id>/adapter.")
+    for name in ("adapter_config.json", "adapter_model.safetensors") if args.adapter else ():
+        if not (from_root(args.adapter) / name).is_file():
+            problems.append(f"--adapter: no {name} in {args.adapter}, expected <run>/<ckpt_id>/adapter.")
     if args.tuner == "full" and args.precompute_reference is False and args.loss not in WITHOUT_REFERENCE:
         problems.append("--precompute_reference False needs LoRA: full training changes the weights of its reference.")
     if pair_files(args)[0] is None:
@@ -328,6 +332,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         args.lr = FULL_LR if args.tuner == "full" else LORA_LR
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
+    if args.precompute_reference is None:
+        args.precompute_reference = args.tuner == "full" and args.loss not in WITHOUT_REFERENCE
     if args.adapter:
         data_facts["files"]["adapter"] = sha256(from_root(args.adapter) / "adapter_model.safetensors")
         lora = read_json(from_root(args.adapter) / "adapter_config.json")
@@ -377,17 +383,16 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
             f"{tokens['logical']:,} tokens, of which {tokens['supervised']:,} are of answers; {tokens['executed']:,} "
             f"are computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
         )
-    references = []
-    drawn = np.unique(np.concatenate(windows[:total_steps]))
-    for samples, units in ((train_set, drawn), (eval_set, np.arange(eval_pairs))):
-        known = None
-        if args.loss in WITHOUT_REFERENCE:
-            known = torch.zeros(int(samples.targets.sum())), target_begin(samples)
-        elif args.precompute_reference or args.tuner == "full":
-            made_from = f"{fingerprint(args, model_path)} {precision} {quant_bits(args)}"
-            known = precompute_reference(engine, samples, units, layout, attention, made_from, cache)
-        references.append(partial(reference_logps, attention=attention, own_adapter=own_reference, known=known))
-    train_reference, eval_reference = references
+    drawn = ((train_set, np.unique(np.concatenate(windows[:total_steps]))), (eval_set, np.arange(eval_pairs)))
+    known: list[Any] = [None, None]
+    if args.loss in WITHOUT_REFERENCE:
+        known = [(torch.zeros(int(samples.targets.sum())), target_begin(samples)) for samples, _ in drawn]
+    elif args.precompute_reference:  # Before a checkpoint is loaded: the engine is still what it starts from.
+        made_from = f"{fingerprint(args, model_path)} {precision} {quant_bits(args)}"
+        known = [precompute_reference(engine, *pairs, layout, attention, made_from, cache) for pairs in drawn]
+    train_reference, eval_reference = (
+        partial(reference_logps, attention=attention, own_adapter=own_reference, known=values) for values in known
+    )
     look_now = partial(look, engine, chat, eval_set, eval_plan, attention, eval_reference, args, tracker)
     if previous:
         load_checkpoint(engine, run)
@@ -480,13 +485,16 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     settings = record["settings"]
     chat = load_chat(args, model_path, record["chat_template"])
     _, samples, _ = load_splits(args, *pair_files(args), chat, show=False, render=pair)
+    if not samples:
+        fail(f"--test_mode: no pairs are held out at {shown(from_root(args.data_path))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logps, replies = [], []
     for name in ("reference", "tuned"):
         if name == "tuned":
-            model = as_trained(folder, args.ckpt_id, record, model_path)
+            model = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
         else:
-            model = load_base(model_path, DTYPES[settings["precision"]], settings["quant_bits"], False)
+            dtype = DTYPES[settings["precision"]]
+            model = load_base(model_path, dtype, settings["quant_bits"], args.trust_remote_code)
             if settings["adapter"]:
                 from peft import PeftModel
 

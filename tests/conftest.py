@@ -233,3 +233,23 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The metrics of the only run below a folder."""
     (path,) = output.rglob("metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(script: ModuleType, arguments: list[str]) -> None:
+    """Trains in this process."""
+    script.main(script.build_parser().parse_args(arguments))
+
+
+def adapter(output: Path, tag: str = "1-last") -> dict[str, Any]:
+    """The LoRA weights of the only run below a folder."""
+    from safetensors.torch import load_file
+
+    (path,) = output.glob(f"*/*/{tag}/adapter/adapter_model.safetensors")
+    return load_file(path)
+
+
+def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
+    """Distance of two sets of weights, relative to their length."""
+    assert one.keys() == two.keys()
+    squares = {name: ((one[name] - two[name]).norm() ** 2, two[name].norm() ** 2) for name in one}
+    return (sum(d for d, _ in squares.values()) / sum(n for _, n in squares.values())).sqrt().item()

@@ -5,6 +5,7 @@ python -m pytest tests/test_deepspeed_dpo.py
 
 import json
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, load_script, read_metrics
+from conftest import ROOT, adapter, distance, launch, load_script, read_metrics, run
 from safetensors.torch import load_file
 
 from utils.packing import draw_windows
@@ -67,24 +68,6 @@ def dpo_args(train_args: Build, pair_dir: Path) -> Build:
         return [*arguments[:place], *arguments[place + 2 :], "--data_path", str(flags.get("data_path", pair_dir))]
 
     return build
-
-
-def run(dpo: ModuleType, arguments: list[str]) -> None:
-    """Trains in this process."""
-    dpo.main(dpo.build_parser().parse_args(arguments))
-
-
-def adapter(output: Path) -> dict[str, torch.Tensor]:
-    """The newest LoRA weights of the only run below a folder."""
-    (path,) = output.glob("*/*/1-last/adapter/adapter_model.safetensors")
-    return load_file(path)
-
-
-def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Distance of two sets of weights, relative to their length."""
-    assert one.keys() == two.keys()
-    squares = [((one[name] - two[name]).norm() ** 2, two[name].norm() ** 2) for name in one]
-    return (sum(d for d, _ in squares) / sum(n for _, n in squares)).sqrt().item()
 
 
 def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None:
@@ -268,8 +251,6 @@ def plain_pytorch(model_dir: Path, kind: str, steps: int) -> dict[str, Any]:
         logits = which(input_ids=ids).logits[0, n_prompt - 1 : -1]
         return logits.log_softmax(-1).gather(1, ids[0, n_prompt:, None]).sum()
 
-    import zlib
-
     videos = np.array([zlib.crc32(pair["video_id"].encode()) for pair in pairs])
     losses, accuracies = [], []
     for window in draw_windows(videos, 8, 8, 1, 42)[:steps]:
@@ -396,14 +377,24 @@ def test_the_converted_model_is_the_trained_one(
     rows = [json.loads(line) for line in (folder / "test_1.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 8 and {"id", "prompt", "reply", "reference_reply", "chosen", "rejected"} < rows[0].keys()
     assert rows[0]["chosen"] == make_pairs(1, first=24)[0]["chosen"]
-    held_out = read_metrics(tmp_path)[-1]
-    if "eval/rewards/chosen" in held_out:
-        margin = [row["reward_chosen"] - row["reward_rejected"] for row in rows[:4]]
-        assert np.mean(margin) == pytest.approx(held_out["eval/rewards/margin"], rel=1e-3, abs=1e-5)
+    margin = [row["reward_chosen"] - row["reward_rejected"] for row in rows[:4]]
+    assert np.mean(margin) == pytest.approx(read_metrics(tmp_path)[-1]["eval/rewards/margin"], rel=1e-3, abs=1e-5)
     monkeypatch.setattr(convert, "from_root", lambda path: tmp_path / path)
     arguments = ["--zero_model", str(folder), "--org_model", str(model_dir / "tiny/qwen2")]
     convert.main(convert.build_parser().parse_args([*arguments, "--save_model", "new", "--t", "1"]))
     assert (tmp_path / "output_hf/new/config.json").is_file()
+
+
+@pytest.mark.parametrize("flags", [{"loss": "simpo"}, {"precompute_reference": True}], ids=str)
+def test_without_held_out_pairs(
+    dpo: ModuleType, dpo_args: Build, pair_dir: Path, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    """Training goes on without them, test mode says that there is nothing to test."""
+    (tmp_path / "train.jsonl").write_bytes((pair_dir / "data_train_pairs.jsonl").read_bytes())
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(SystemExit, match="no pairs are held out"):
+        run(dpo, dpo_args(data_path=tmp_path, test_mode=True, **flags))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -20,34 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import RANK_VARIABLES, ROOT, launch, read_metrics
-from safetensors.torch import load_file
+from conftest import RANK_VARIABLES, ROOT, adapter, distance, launch, read_metrics, run
 
 from utils.packing import draw_windows
 
 Build = Callable[..., list[str]]
 
 
-def run(ft: ModuleType, arguments: list[str]) -> None:
-    """Trains in this process."""
-    ft.main(ft.build_parser().parse_args(arguments))
-
-
-def adapter(output: Path, tag: str = "1-last") -> dict[str, torch.Tensor]:
-    """The LoRA weights of the only run below a folder."""
-    (path,) = output.glob(f"*/*/{tag}/adapter/adapter_model.safetensors")
-    return load_file(path)
-
-
 def train_losses(output: Path) -> list[float]:
     return [line["train/loss"] for line in read_metrics(output) if "train/loss" in line]
-
-
-def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Distance of two sets of weights, relative to their length."""
-    assert one.keys() == two.keys()
-    squares = {name: ((one[name] - two[name]).norm() ** 2, two[name].norm() ** 2) for name in one}
-    return (sum(d for d, _ in squares.values()) / sum(n for _, n in squares.values())).sqrt().item()
 
 
 def assert_same_numbers(one: Path, two: Path) -> None:

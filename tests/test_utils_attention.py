@@ -301,6 +301,9 @@ def test_blocks_hold_all_that_is_seen_and_no_more(parents: list[int | None], siz
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_TOKENS", size)
         mask = cut_mask(attention_mask(pack_of(parents)))
+    if round(len(parents) / size) < 2:
+        assert not hasattr(mask, "blocks"), "one block is the whole"
+        return
     rebuilt = torch.zeros_like(mask)
     for rows, seen, part in mask.blocks:
         rebuilt[:, :, rows, seen] = part

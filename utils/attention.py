@@ -15,8 +15,8 @@ from utils.data import Sample
 from utils.packing import Pack, lay_out
 
 # On a CPU so many queries are computed together, with the keys that at least one of them sees. A smaller block leaves
-# out more of what nobody sees, and its kernel is slower: with SmolLM2-135M and packs of 700 tokens 64 and 256 gain a
-# third less. A card computes a pack as one block.
+# out more of what nobody sees, and its kernel is slower: with SmolLM2-135M and packs of 700 tokens 96 to 256 made
+# little difference. A card computes a pack as one block.
 BLOCK_TOKENS = 128
 BLOCKWISE = "sdpa_in_blocks"
 
@@ -63,11 +63,13 @@ def cut_mask(mask: torch.Tensor) -> torch.Tensor:
         mask: (1, 1, L, L) bool.
 
     Returns:
-        The same tensor with an attribute `blocks`: for each block of queries their slice, the (K,) places of the keys
-        that one of them sees, and the (1, 1, B, K) part of the mask. An attribute, because models hand masks on as they
-        are, and not every one hands on further arguments.
+        The same tensor; with an attribute `blocks`, if there are several: for each block of queries their slice, the
+        (K,) places of the keys that one of them sees, and the (1, 1, B, K) part of the mask. An attribute, because
+        models hand masks on as they are, and not every one hands on further arguments.
     """
-    count = max(1, round(len(mask[0, 0]) / BLOCK_TOKENS))
+    count = round(len(mask[0, 0]) / BLOCK_TOKENS)
+    if count < 2:
+        return mask
     edges = np.linspace(0, len(mask[0, 0]), count + 1).astype(int).tolist()
     mask.blocks = []
     for start, end in zip(edges, edges[1:], strict=False):

@@ -168,7 +168,8 @@ def load_splits(
         fail(str(error))
     if show:
         lengths = sorted(train.lengths)
-        print(f"{shown(train_file)}: {', '.join(f'{n} {what}' for what, n in counts.items())}; held out: {len(test)}.")
+        read = ", ".join(f"{number} {what}" for what, number in counts.items())
+        print(f"{shown(train_file)}: {read}; held out: {len(set(test.ids))}.")
         print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
         print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
     return (
