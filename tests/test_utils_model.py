@@ -21,6 +21,7 @@ from utils.model import (
     load_tokenizer,
     needed_bytes,
     report_needs,
+    scale_early,
 )
 
 KINDS = ("llama", "qwen2", "gemma3", "mistral")
@@ -137,6 +138,40 @@ def test_add_lora_to_named_layers() -> None:
     model = add_lora(make_model("llama", 800), 4, 8, 0.0, "q_proj,v_proj")
     trained = {name.split(".")[-4] for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_scale_early_changes_no_function(dora: bool) -> None:
+    """Against PEFT's own forward, with a scale that is no power of two, two adapters, and DoRA, which is left alone."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=dora, init_lora_weights=False)
+    model = get_peft_model(make_model("llama", 800), config)
+    model.add_adapter("other", config)
+    ids = torch.arange(3, 23)[None]
+
+    def outcome() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        return logits.detach(), [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    plain = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        plain[name] = outcome()
+    scale_early(model)
+    variants = {
+        type(variant).__name__
+        for module in model.modules()
+        for variant in getattr(module, "lora_variant", {}).values()
+    }
+    assert variants == {"DoraLinearVariant" if dora else "ScaledEarly"}
+    for name, (logits, gradients) in plain.items():
+        model.set_adapter(name)
+        ours, own_gradients = outcome()
+        torch.testing.assert_close(ours, logits)
+        torch.testing.assert_close(own_gradients, gradients, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,6 +32,27 @@ def test_token_logprobs_has_the_softmax_gradient() -> None:
     assert torch.allclose(logits.grad, torch.tensor([[0.0, 0.0, 1.0]]) - logits.detach().softmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logprobs_has_autograds_gradient(dtype: torch.dtype) -> None:
+    """With a weight for each target and one target twice in a row of logits, as PyTorch differentiates the formula."""
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 40, generator=random).to(dtype)
+    weights, target_ids = torch.randn(5, generator=random), torch.tensor([0, 39, 7, 7, 12])
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (weights * token_logprobs(ours, target_ids)).sum().backward()
+    (weights * plain.float().log_softmax(-1)[torch.arange(5), target_ids]).sum().backward()
+    assert ours.grad.dtype == dtype and torch.equal(ours.detach(), logits)
+    assert torch.allclose(ours.grad, plain.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
+
+
+def test_token_logprobs_differentiates_once() -> None:
+    """What the first backward wrote over is not used by a second one."""
+    value = token_logprobs(torch.zeros(1, 3, requires_grad=True), torch.tensor([0])).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 def test_all_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone a number is its own sum; with others it goes through one call, in fp64."""
     import deepspeed

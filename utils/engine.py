@@ -339,6 +339,9 @@ def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any],
     import torch
     from transformers import get_scheduler
 
+    from utils.model import scale_early
+
+    scale_early(model)
     name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
     warmup_steps = round(args.warmup_ratio * total_steps)
     engine, *_ = deepspeed.initialize(

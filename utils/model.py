@@ -95,6 +95,27 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
     return get_peft_model(model, config)
 
 
+def scale_early(model: torch.nn.Module) -> None:
+    """Lets LoRA layers scale what comes out of A, of r numbers a token, not what comes out of B, as wide as the layer.
+
+    The same function and gradients, with fewer passes over memory in both directions. Variants as DoRA are left alone.
+    """
+    from peft.tuners.lora.layer import LoraLayer, LoraVariant
+
+    class ScaledEarly(LoraVariant):
+        @staticmethod
+        def forward(
+            module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **options: Any
+        ) -> torch.Tensor:
+            low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+            return result + module.lora_B[active_adapter](low * module.scaling[active_adapter])
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            plain = [name for name in module.lora_A if name not in module.lora_variant]
+            module.lora_variant |= dict.fromkeys(plain, ScaledEarly())
+
+
 def attention_windows(config: Any) -> dict[str, int | None]:
     """What each kind of attention layer of a model can see.
 

@@ -3,6 +3,8 @@
 Shapes: T supervised targets, S samples, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,28 @@ def token_logprobs(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tens
     Returns:
         (T,) fp32, natural logarithm.
     """
-    return -F.cross_entropy(logits.float(), target_ids, reduction="none")
+    return _TokenLogprobs.apply(logits, target_ids)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Its backward writes over what forward kept: autograd's would fill two more (T, V) tensors, which costs time too.
+
+    d log p(y) / d logit(v) = [v = y] - p(v). A second backward through the same graph is refused by autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(logprobs, target_ids)
+        ctx.dtype = logits.dtype
+        return logprobs.gather(1, target_ids[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logprobs, target_ids = ctx.saved_tensors
+        result = logprobs.exp_().mul_(-gradient[:, None])
+        result.scatter_add_(1, target_ids[:, None], gradient[:, None])
+        return result.to(ctx.dtype), None
 
 
 def sample_sums(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
