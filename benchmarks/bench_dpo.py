@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench_prepare_data import measured  # noqa: E402
-from bench_sft import environment, factory_command  # noqa: E402
+from bench_sft import environment, factory_command, in_fp32  # noqa: E402
 
 from utils.files import from_root  # noqa: E402
 
@@ -120,6 +120,7 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "lr_scheduler": "constant",
             "warmup_ratio": 0,
             "group_size": 1,
+            "precision": "fp32",
         }
         flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
         return [str(python), str(ROOT / "deepspeed_dpo/train.py"), *flags]
@@ -182,7 +183,8 @@ def table(title: str, count: int, results: dict[str, list[dict[str, Any]]]) -> N
 
 def main(args: argparse.Namespace) -> None:
     """Runs all in turn and prints the figures."""
-    model = from_root(args.model)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # All on the CPU.
+    model = in_fp32(from_root(args.model), from_root(args.work_dir))
     everything = {}
     for title, alike in (("Pairs as they come", False), ("Prompts about as long as the answers", True)):
         work = from_root(args.work_dir) / ("alike" if alike else "pairs")

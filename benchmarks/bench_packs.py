@@ -87,7 +87,7 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from utils.attention import model_inputs, use_blocks
     from utils.data import make_chat
-    from utils.model import add_lora, attention_windows, load_model, load_tokenizer
+    from utils.model import add_lora, attention_windows, load_model, load_tokenizer, scale_early
     from utils.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
     from utils.samples import load_samples
     from utils.tensors import token_logprobs
@@ -95,9 +95,10 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     path = from_root(args.model)
     chat = make_chat(load_tokenizer(path))
     with tempfile.TemporaryDirectory() as cache:
-        samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 512, Path(cache)).samples
+        samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 1024, Path(cache)).samples
         model = add_lora(load_model(path, torch.float32), 16, 32, 0.0, "all-linear").train()
         use_blocks(model)
+        scale_early(model)
         attention = attention_windows(model.config)
         windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
         cost = pack_cost(model, "cpu")

@@ -37,7 +37,7 @@ CONTENDERS = {
     "LLaMA-Factory, packing": ("llamafactory", False, 99),
     "LLaMA-Factory, neat_packing": ("llamafactory", True, 1),
     "TRL, padded": ("trl", True, 99),
-    "TRL, packing": ("trl", False, 99),
+    "TRL, packing": ("trl", True, 99),
 }
 PEERS = {
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
@@ -109,6 +109,19 @@ def write_data(args: argparse.Namespace, comments: int, work: Path) -> int:
     return len(chosen)
 
 
+def in_fp32(model: Path, work: Path) -> Path:
+    """A folder of the same model whose configuration says fp32: LLaMA-Factory trains in what stands there."""
+    folder = work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in model.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    return folder
+
+
 def command(name: str, python: Path, model: Path, work: Path, output: Path) -> list[str]:
     """What runs a contender."""
     flags = [text for key, value in SETTINGS.items() for text in (f"--{key}", str(value))]
@@ -123,6 +136,7 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "lr_scheduler": "constant",
             "warmup_ratio": 0,
             "eval_samples": 0,
+            "precision": "fp32",
             "pack_tokens": PACK_TOKENS,
             "share_prefix": name == "ours",
         }
@@ -233,7 +247,9 @@ def table(title: str, comments: int, results: dict[str, list[dict[str, float]]])
 
 def main(args: argparse.Namespace) -> None:
     """Runs all in turn and prints the figures."""
-    model, work = from_root(args.model), from_root(args.work_dir)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # All on the CPU.
+    work = from_root(args.work_dir)
+    model = in_fp32(from_root(args.model), work)
     chosen = args.only.split(";") if args.only else list(CONTENDERS)
     comments = write_data(args, args.comments, work / "few")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}

@@ -87,7 +87,7 @@ def train_plain(args: argparse.Namespace) -> float:
         for first in range(0, len(samples), args.batch_size):
             batch = padded(*map(list, zip(*samples[first : first + args.batch_size], strict=True)), 0)
             labels = batch.pop("labels")
-            logits = model(**batch).logits[:, :-1]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
             (loss / learnt).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -140,13 +140,17 @@ def test_add_lora_to_named_layers() -> None:
     assert trained == {"q_proj", "v_proj"}
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_scale_early_changes_no_function(dora: bool) -> None:
-    """Against PEFT's own forward, with a scale that is no power of two, two adapters, and DoRA, which is left alone."""
+@pytest.mark.parametrize(
+    ("changes", "variants"),
+    [({}, {"ScaledEarly"}), ({"use_dora": True}, {"DoraLinearVariant"}), ({"lora_bias": True}, set())],
+    ids=["lora", "dora", "bias"],
+)
+def test_scale_early_changes_no_function(changes: dict[str, bool], variants: set[str]) -> None:
+    """Against PEFT's own forward, with a scale that is no power of two, two adapters, and those that are left alone."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=dora, init_lora_weights=False)
-    model = get_peft_model(make_model("llama", 800), config)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **changes)
+    model = get_peft_model(make_model("qwen2", 800), config)
     model.add_adapter("other", config)
     ids = torch.arange(3, 23)[None]
 
@@ -161,17 +165,16 @@ def test_scale_early_changes_no_function(dora: bool) -> None:
         model.set_adapter(name)
         plain[name] = outcome()
     scale_early(model)
-    variants = {
-        type(variant).__name__
-        for module in model.modules()
-        for variant in getattr(module, "lora_variant", {}).values()
-    }
-    assert variants == {"DoraLinearVariant" if dora else "ScaledEarly"}
+    layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
+    assert {type(variant).__name__ for layer in layers for variant in layer.lora_variant.values()} == variants
     for name, (logits, gradients) in plain.items():
         model.set_adapter(name)
         ours, own_gradients = outcome()
         torch.testing.assert_close(ours, logits)
         torch.testing.assert_close(own_gradients, gradients, rtol=1e-4, atol=1e-7)
+    if not changes:
+        with pytest.raises(NotImplementedError, match="loaded anew"):
+            model.merge_and_unload()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,6 +209,13 @@ def test_a_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert unshared.count(samples, range(1))["executed"] == 6
 
 
+def test_the_same_order_in_other_windows_is_another_plan(tmp_path: Path) -> None:
+    samples = stored([sample_of([1, 2, number], [False, True, True]) for number in range(4)])
+    layout = (Layout(10, 1, True, COST), tmp_path)
+    assert len(make_plan(samples, [np.arange(4)], *layout).window_end) == 1
+    assert len(make_plan(samples, [np.arange(2), np.arange(2, 4)], *layout).window_end) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
 

@@ -26,6 +26,11 @@ def test_token_logprobs_of_large_logits_and_of_none() -> None:
     assert token_logprobs(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
+def test_token_logprobs_refuses_logits_of_other_places() -> None:
+    with pytest.raises(ValueError, match="5 places' logits for 2 targets"):
+        token_logprobs(torch.zeros(5, 9), torch.tensor([1, 2]))
+
+
 def test_token_logprobs_has_the_softmax_gradient() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
     token_logprobs(logits, torch.tensor([2])).sum().backward()

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from utils.data import Sample
 from utils.packing import Pack, lay_out
+from utils.tensors import all_reduced
 
 # On a CPU so many queries are computed together, with the keys that at least one of them sees. A smaller block leaves
 # out more of what nobody sees, and its kernel is slower: with SmolLM2-135M and packs of 700 tokens 96 to 256 made
@@ -136,19 +137,20 @@ def usable_masks(
     Returns:
         The windows and an empty text; or None and why: then samples are computed one by one, without a mask.
     """
-    use_blocks(engine.module)
     # The branches part beyond every window that a sample can reach.
     depth = 32 + max((window for window in windows.values() if window and window < max_tokens), default=0)
     engine.eval()
     try:
+        use_blocks(engine.module)
         error = _mask_error(engine, windows, depth)
         problem = "" if error < (1e-3 if precision == "fp32" else 0.05) else f"logits differ by {error:.1%}"
     except Exception as failure:  # Whatever a model makes of a mask that it does not know.
         problem = f"{type(failure).__name__}: {failure}"
     engine.train()
-    if not problem:
+    if not all_reduced(float(bool(problem))):  # All ranks have to compute alike.
         return windows, ""
-    return None, f"This model takes no tree masks ({problem}): samples are computed one by one, nothing is shared.\n"
+    why = f" ({problem})" if problem else ""
+    return None, f"This model takes no tree masks{why}: samples are computed one by one, nothing is shared.\n"
 
 
 @torch.no_grad()

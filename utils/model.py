@@ -98,7 +98,8 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
 def scale_early(model: torch.nn.Module) -> None:
     """Lets LoRA layers scale what comes out of A, of r numbers a token, not what comes out of B, as wide as the layer.
 
-    The same function and gradients, with fewer passes over memory in both directions. Variants as DoRA are left alone.
+    The same function and gradients, with fewer passes over memory both ways. Variants as DoRA, and B with a bias,
+    are left alone. The adapter can no longer be merged in this model; that is done in one that is loaded anew.
     """
     from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
@@ -110,9 +111,13 @@ def scale_early(model: torch.nn.Module) -> None:
             low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
             return result + module.lora_B[active_adapter](low * module.scaling[active_adapter])
 
+        @staticmethod
+        def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+            raise NotImplementedError("Merge the adapter in a model that is loaded anew.")  # PEFT's would do nothing.
+
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            plain = [name for name in module.lora_A if name not in module.lora_variant]
+            plain = [name for name in module.lora_A if name not in module.lora_variant and not module.lora_bias[name]]
             module.lora_variant |= dict.fromkeys(plain, ScaledEarly())
 
 

@@ -139,7 +139,8 @@ def make_plan(samples: Samples, windows: list[np.ndarray], layout: Layout, cache
         cache: Folder of earlier plans.
     """
     made_from = hashlib.sha256(f"{layout} {sha256(Path(__file__))}".encode())
-    for array in (samples.begin, samples.end, samples.tokens, *windows):
+    sizes = np.array([len(window) for window in windows])  # The same order may be cut in other windows.
+    for array in (samples.begin, samples.end, samples.tokens, sizes, *windows):
         made_from.update(np.ascontiguousarray(array))
     path = cache / f"packs-{made_from.hexdigest()[:16]}.npz"
     with made_once(path) as temporary:

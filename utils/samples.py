@@ -102,7 +102,7 @@ def load_samples(
     Raises:
         DataError: if a record's format is unknown (it is named), or no record is left.
     """
-    code = [sha256(Path(inspect.getfile(part))) for part in (data, render)]
+    code = [sha256(Path(inspect.getfile(part))) for part in (data, conversation, render)]
     made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, render.__name__, *code]
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     with made_once(folder) as temporary:

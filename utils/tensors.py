@@ -18,7 +18,13 @@ def token_logprobs(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tens
 
     Returns:
         (T,) fp32, natural logarithm.
+
+    Raises:
+        ValueError: if there are more or fewer logits than targets.
     """
+    if len(logits) != len(target_ids):  # gather would take the first ones and say nothing.
+        raise ValueError(f"{len(logits)} places' logits for {len(target_ids)} targets: the model's code has to take "
+                         "logits_to_keep.")  # fmt: skip
     return _TokenLogprobs.apply(logits, target_ids)
 
 
