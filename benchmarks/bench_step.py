@@ -2,9 +2,10 @@
 
     python benchmarks/bench_step.py --model model/HuggingFaceTB/SmolLM2-135M-Instruct-from-q4 --data_dir data
 
-Computes the packs of some updates on real comments, forward and backward, once for the clock and once under
-torch.profiler. The machine's rate is that of a plain product of 1024 x 2048 and 2048 x 2048 in fp32; the model's is
-counted from the shapes of its products and attention, masked pairs of tokens left out.
+Takes some updates on real comments: laying out packs and making masks, forward and backward, optimizer, by the clock;
+then forward and backward once more under torch.profiler. The machine's rate is that of a plain product of 1024 x 2048
+and 2048 x 2048 in fp32; the model's is counted from the shapes of its products and attention, masked pairs of tokens
+left out, over the whole time. The gathers of attention in blocks count as copies.
 
 Prints a markdown table and a JSON line.
 """
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.files import from_root
 
-# What a line of the profile counts as; the first that its name contains.
+# What a line of the profile counts as: the first part with a name that stands in it.
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("scaled_dot_product",),
@@ -84,11 +85,11 @@ def operations(model: Any, packs: list[Any]) -> float:
 
 
 def parts_of(profile: Any) -> dict[str, float]:
-    """Shares of the profiled time by `PARTS`; what no part claims is "calls and the rest"."""
-    shares = dict.fromkeys([*PARTS, "calls and the rest"], 0.0)
+    """Shares of the profiled time by `PARTS`; what no part claims is "Python and the rest"."""
+    shares = dict.fromkeys([*PARTS, "Python and the rest"], 0.0)
     for line in profile.key_averages():
         names = [part for part, keys in PARTS.items() if any(key in line.key for key in keys)]
-        shares[names[0] if names else "calls and the rest"] += line.self_cpu_time_total
+        shares[names[0] if names else "Python and the rest"] += line.self_cpu_time_total
     total = sum(shares.values())
     return {part: time / total for part, time in shares.items()}
 
@@ -110,34 +111,54 @@ def main(args: argparse.Namespace) -> None:
     use_blocks(model)
     scale_early(model)
     attention = attention_windows(model.config)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-4)
     with tempfile.TemporaryDirectory() as cache:
         samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 1024, Path(cache)).samples
-        windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
-        plan = plan_packs(samples, windows, Layout(2048, 1, True, pack_cost(model, "cpu")))
-        packs = [pack for number in range(len(windows)) for pack in rank_packs(samples, plan, number, 0)]
+    windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
+    plan = plan_packs(samples, windows, Layout(2048, 1, True, pack_cost(model, "cpu")))
 
-    def compute() -> float:
-        started = time.perf_counter()
-        for pack in packs:
-            logits = model(**model_inputs(pack, attention)).logits[0]
+    def lay_out(number: int) -> list[Any]:
+        return [(pack, model_inputs(pack, attention)) for pack in rank_packs(samples, plan, number, 0)]
+
+    def compute(ready: list[Any]) -> None:
+        for pack, inputs in ready:
+            logits = model(**inputs).logits[0]
             (-token_logprobs(logits, pack.target_ids).sum()).backward()
-        return time.perf_counter() - started
 
-    compute()
-    rate, seconds = product_rate(), min(compute() for _ in range(3))
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def timed(do: Any, *values: Any) -> tuple[Any, float]:
+        started = time.perf_counter()
+        return do(*values), time.perf_counter() - started
+
+    seconds = dict.fromkeys(["packs and masks", "model", "clipping and AdamW"], 0.0)
+    everything = []
+    compute(lay_out(0))
+    update()
+    rate = product_rate()
+    for number in range(len(windows)):
+        ready, lay_out_sec = timed(lay_out, number)
+        times = (lay_out_sec, timed(compute, ready)[1], timed(update)[1])
+        seconds = {part: seconds[part] + more for part, more in zip(seconds, times, strict=True)}
+        everything += ready
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        compute()
-    reached = operations(model, packs) / seconds
-    tokens = sum(len(pack.input_ids) for pack in packs)
+        compute(everything)
+    total = sum(seconds.values())
+    reached = operations(model, [pack for pack, _ in everything]) / total
+    tokens = sum(len(pack.input_ids) for pack, _ in everything)
     print(
-        f"{len(packs)} packs, {tokens:,} tokens, {1000 * seconds / tokens:.2f} ms each: {reached / 1e9:.0f} GFLOP/s, "
-        f"{reached / rate:.0%} of the {rate / 1e9:.0f} of a plain product.\n"
+        f"{len(everything)} packs, {tokens:,} tokens, {1000 * total / tokens:.2f} ms each: "
+        f"{reached / 1e9:.0f} GFLOP/s, {reached / rate:.0%} of the {rate / 1e9:.0f} of a plain product.\n"
     )
-    shares = parts_of(profile)
+    shares = {part: share * seconds["model"] / total for part, share in parts_of(profile).items()}
+    shares |= {part: seconds[part] / total for part in ("packs and masks", "clipping and AdamW")}
     print("| where the time goes | |\n|---|---|")
     for part, share in shares.items():
-        print(f"| {part} | {share:.0%} |")
-    figures = {"ms_a_token": 1000 * seconds / tokens, "flops": reached, "product_flops": rate, "shares": shares}
+        print(f"| {part} | {share:.1%} |")
+    figures = {"ms_a_token": 1000 * total / tokens, "flops": reached, "product_flops": rate, "shares": shares}
     print("\n" + json.dumps({"bench": "step", "results": figures}))
 
 

@@ -55,6 +55,7 @@ LORA_LR, FULL_LR = 5e-5, 5e-7
 SHOWN_REPLIES = 4
 PAIR = 2  # Samples of a pair.
 WITHOUT_REFERENCE = ("simpo", "orpo")
+TIE = 1e-4  # Rewards that are nearer to one another count as equal.
 
 
 def preference_loss(
@@ -104,7 +105,7 @@ def preference_loss(
         return (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)) ** 2
     if loss == "simpo":
         return -logsigmoid(beta * (mean[:, 0] - mean[:, 1]) - simpo_gamma)
-    log_odds = mean - torch.log1p(-mean.exp())
+    log_odds = mean - torch.log(-torch.expm1(mean))
     return -mean[:, 0] - beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
 
 
@@ -149,12 +150,14 @@ def pair_loss(policy: Any, reference: Any, sizes: Any, args: argparse.Namespace)
         losses = losses - args.sft_weight * logps[:, 0] / tokens[:, 0]
     loss = losses.sum()
     worth = rewards(logps.detach(), reference_logps, tokens, args.loss, args.beta)
+    margin = worth[:, 0] - worth[:, 1]
     sums = {
         "loss": loss.detach(),
         "rewards/chosen": worth[:, 0].sum(),
         "rewards/rejected": worth[:, 1].sum(),
-        "rewards/margin": (worth[:, 0] - worth[:, 1]).sum(),
-        "rewards/accuracy": (worth[:, 0] > worth[:, 1]).sum(),
+        "rewards/margin": margin.sum(),
+        # Before the first step the two are equal but for rounding: neither won.
+        "rewards/accuracy": torch.where(margin.abs() < TIE, 0.5, (margin > 0).double()).sum(),
         "logps/chosen": logps[:, 0].detach().sum(),
         "logps/rejected": logps[:, 1].detach().sum(),
         "tokens/chosen": tokens[:, 0].sum(),
@@ -220,9 +223,14 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--sft_weight: got {args.sft_weight}, expected 0 or more.")
     if args.adapter and args.tuner == "full":
         problems.append("--adapter goes on with a LoRA adapter, --tuner full trains all weights: name one of them.")
-    for name in ("adapter_config.json", "adapter_model.safetensors") if args.adapter else ():
-        if not (from_root(args.adapter) / name).is_file():
-            problems.append(f"--adapter: no {name} in {args.adapter}, expected <run>/<ckpt_id>/adapter.")
+    names = ("adapter_config.json", "adapter_model.safetensors") if args.adapter else ()
+    missing = [name for name in names if not (from_root(args.adapter) / name).is_file()]
+    for name in missing:
+        problems.append(f"--adapter: no {name} in {args.adapter}, expected <run>/<ckpt_id>/adapter.")
+    if names and not missing:
+        kind = json.loads((from_root(args.adapter) / names[0]).read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA":
+            problems.append(f"--adapter: {args.adapter} is an adapter of the kind {kind}, expected LORA.")
     if args.tuner == "full" and args.precompute_reference is False and args.loss not in WITHOUT_REFERENCE:
         problems.append("--precompute_reference False needs LoRA: full training changes the weights of its reference.")
     if pair_files(args)[0] is None:
@@ -338,7 +346,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         data_facts["files"]["adapter"] = sha256(from_root(args.adapter) / "adapter_model.safetensors")
         lora = read_json(from_root(args.adapter) / "adapter_config.json")
         args.lora_r, args.lora_alpha, args.lora_dropout = lora["r"], lora["lora_alpha"], lora["lora_dropout"]
-        args.lora_target = ",".join(sorted(lora["target_modules"]))
+        targets = lora["target_modules"] or []
+        args.lora_target = targets if isinstance(targets, str) else ",".join(sorted(targets))
     args.group_size = args.group_size or (8 if args.share_prefix else 1)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
@@ -454,9 +463,10 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
 
 
 def fingerprint(args: argparse.Namespace, model_path: Path) -> str:
-    """Hashes the weights that a run starts from."""
+    """Hashes the model and the adapter that a run starts from."""
     folders = [model_path, *([from_root(args.adapter)] if args.adapter else [])]
-    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
+    kinds = (".safetensors", ".bin", "config.json")
+    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.name.endswith(kinds)]
     return " ".join(sha256(path) for path in files)
 
 
@@ -508,7 +518,9 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         gc.collect()
     tokens = torch.from_numpy(samples.targets).view(-1, PAIR)
     reference, tuned = (torch.tensor(values).view(-1, PAIR) for values in logps)
-    worth = rewards(tuned, reference, tokens, settings["loss"], settings["beta"]).tolist()
+    # Of what changed: simpo's and orpo's rewards know no reference.
+    change = tuned - reference
+    worth = rewards(change, torch.zeros_like(change), tokens, settings["loss"], settings["beta"]).tolist()
     decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
     rows = []
     for number, (old, new) in enumerate(zip(*replies, strict=True)):

@@ -78,8 +78,6 @@ def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None
         names = {name for name in mine if "_sec" not in name and name not in but}
         assert names == {name for name in theirs if "_sec" not in name and name not in but}
         for name in names:
-            if "accuracy" in name and abs(mine[name.replace("accuracy", "margin")]) < 1e-5:
-                continue  # Before the first step the rewards are 0 but for rounding, which decides which is larger.
             assert mine[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
     assert distance(adapter(one), adapter(two)) < 5e-4
 
@@ -88,7 +86,7 @@ def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None
 # The losses
 
 # Answers of 4 and 5 tokens. The policy holds the chosen one 2 nats likelier than the reference does and the rejected
-# one 1 nat less likely: m = 3. Means per token: -2 and -2.
+# one 1 nat less likely: m = 3. Means per token: -2 and -2, odds alike; for SimPO 2, 5 tokens count: -4 and -2.
 LOGPS = torch.tensor([[-8.0, -10.0]])
 REFERENCE = torch.tensor([[-10.0, -9.0]])
 TOKENS = torch.tensor([[4, 5]])
@@ -108,13 +106,15 @@ def log_sigmoid(x: float) -> float:
         ("hinge", 0.5, 0.0, 0, 0.0),  # 1 - 1.5 < 0
         ("ipo", 0.5, 0.0, 0, (2 / 4 + 1 / 5 - 1) ** 2),  # Per token +0.5 and -0.2; 1 / (2 beta) = 1.
         ("simpo", 2.0, 0.0, 1.0, -log_sigmoid(-1.0)),  # The means are equal: only the margin is left.
+        ("simpo, unequal", 2.0, 0.0, 1.0, -log_sigmoid(-5.0)),  # 2 (-4 + 2) - 1
         ("orpo", 0.1, 0.0, 0, 2 + 0.1 * math.log(2)),  # The chosen one's mean is -2; equal odds.
     ],
 )
 def test_losses_by_hand(
     dpo: ModuleType, loss: str, beta: float, smoothing: float, gamma: float, expected: float
 ) -> None:
-    (found,) = dpo.preference_loss(LOGPS, REFERENCE, TOKENS, loss, beta, smoothing, gamma).tolist()
+    tokens = torch.tensor([[2, 5]]) if "unequal" in loss else TOKENS
+    (found,) = dpo.preference_loss(LOGPS, REFERENCE, tokens, loss.split(",")[0], beta, smoothing, gamma).tolist()
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -123,6 +123,36 @@ def test_orpo_with_unequal_odds(dpo: ModuleType) -> None:
     logps = torch.tensor([[2 * math.log(1 / 2), 3 * math.log(1 / 5)]])
     (found,) = dpo.preference_loss(logps, logps, torch.tensor([[2, 3]]), "orpo", 0.3, 0.0, 0.0).tolist()
     assert found == pytest.approx(math.log(2) - 0.3 * math.log(4 / 5), rel=1e-6)
+
+
+def test_orpo_of_a_certain_answer_is_finite(dpo: ModuleType) -> None:
+    """p = 1 - 1e-8: odds 1e8 both times."""
+    logps = torch.tensor([[-1e-8, -1e-8]])
+    (found,) = dpo.preference_loss(logps, logps, torch.ones(1, 2), "orpo", 0.1, 0.0, 0.0).tolist()
+    assert found == pytest.approx(0.1 * math.log(2))
+
+
+def test_losses_without_reference_equal_trl(dpo: ModuleType) -> None:
+    """TRL's SimPO (in its CPO trainer) and the odds ratio of its ORPO, with the trainers' few settings."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    tokens, logps = torch.tensor([[3, 5], [7, 2]]), torch.tensor([[-4.0, -9.0], [-6.0, -1.0]])
+    means = logps / tokens
+    settings = {"beta": 0.7, "alpha": 0.0, "loss_type": "simpo", "simpo_gamma": 0.4, "label_smoothing": 0.0}
+    stub = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), **settings)
+    expected, *_ = CPOTrainer.cpo_loss(stub, means[:, 0], means[:, 1])
+    assert torch.allclose(dpo.preference_loss(logps, logps, tokens, "simpo", 0.7, 0.0, 0.4), expected)
+    gain, *_ = ORPOTrainer.odds_ratio_loss(stub, means[:, 0], means[:, 1])
+    assert torch.allclose(dpo.preference_loss(logps, logps, tokens, "orpo", 0.7, 0.0, 0.0), -means[:, 0] - gain)
+
+
+def test_ties_are_half_a_win(dpo: ModuleType) -> None:
+    """Before the first step, but for rounding."""
+    args = SimpleNamespace(loss="sigmoid", beta=0.1, label_smoothing=0.0, simpo_gamma=0.0, sft_weight=0.0)
+    policy = torch.tensor([-1.0, -2.0, -3.0, -1.0])
+    _, sums = dpo.pair_loss(policy, policy + torch.tensor([1e-6, 0, 0, 2]), torch.ones(4, dtype=torch.int64), args)
+    assert sums["rewards/accuracy"] == 1.5
 
 
 def test_rewards_by_hand(dpo: ModuleType) -> None:

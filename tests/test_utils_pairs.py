@@ -43,8 +43,11 @@ YES, NO = {"role": "assistant", "content": "好看"}, {"role": "assistant", "con
             [SYSTEM, USER],
         ),
         ({"instruction": "好看吗", "input": "", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"messages": [SYSTEM, USER], "chosen": YES, "rejected": NO}, [SYSTEM, USER]),
+        ({"prompt": "好看吗", "chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
+        ({"prompt": "好看吗", "instruction": None, "messages": None, "chosen": "好看", "rejected": "不好看"}, [USER]),
     ],
-    ids=["texts", "system", "human-assistant", "messages", "mixed", "dialogues", "hh", "llamafactory", "alpaca"],
+    ids="texts system human messages mixed dialogues hh llamafactory alpaca openai ultrafeedback nulls".split(),
 )
 def test_formats(record: Mapping[str, Any], prompt: list[dict[str, str]]) -> None:
     assert to_pair(record) == (prompt, "好看", "不好看")
@@ -68,6 +71,8 @@ def test_an_answer_may_speak_of_humans() -> None:
         ({"prompt": "问", "chosen": "答", "rejected": " 答 "}, "two equal answers"),
         ({"prompt": "问", "chosen": "答", "rejected": " "}, "empty"),
         ({"prompt": "", "chosen": "答", "rejected": "不答"}, "empty"),
+        ({"prompt": "问", "chosen": None, "rejected": "不答"}, "empty"),
+        ({"instruction": "问", "chosen": [], "rejected": "不答"}, "empty"),
         ({"chosen": [USER, YES], "rejected": [{**USER, "content": "别的"}, NO]}, "different prompts"),
     ],
 )
@@ -77,7 +82,15 @@ def test_unusable_records(record: Mapping[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [{"prompt": "问", "chosen": "答"}, ["问"], {"prompt": 3, "chosen": "答", "rejected": "否"}, {"text": "x"}]
+    "record",
+    [
+        {"prompt": "问", "chosen": "答"},
+        ["问"],
+        {"prompt": 3, "chosen": "答", "rejected": "否"},
+        {"conversations": 5, "chosen": "答", "rejected": "否"},
+        {"question": "问", "chosen": "答", "rejected": "否"},
+        {"text": "x"},
+    ],
 )
 def test_unknown_formats(record: Any) -> None:
     with pytest.raises(DataError, match="expected one of") as error:

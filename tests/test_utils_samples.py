@@ -51,7 +51,17 @@ def test_what_is_read_back_is_what_was_rendered(tmp_path: Path, chat: Chat) -> N
         assert np.array_equal(stored.supervised, sample.supervised)
     assert loaded.samples.lengths.tolist() == [len(sample.input_ids) for sample in rendered]
     assert loaded.samples.targets.tolist() == [sample.supervised.sum() for sample in rendered]
-    assert loaded.samples.group.tolist() == [zlib.crc32(name) for name in (b"7", b"b", b"4")]
+    # The video's name, or else the prompt's tokens.
+    prompts = [sample.input_ids[: int(sample.supervised.argmax())].tobytes() for sample in rendered]
+    assert loaded.samples.group.tolist() == [zlib.crc32(name) for name in (b"7", *prompts[1:])]
+    assert len(set(loaded.samples.group.tolist())) == 3
+
+
+def test_samples_with_one_prompt_are_a_group(tmp_path: Path, chat: Chat) -> None:
+    """Where no video is named: nothing held out may have been learnt."""
+    records = [{"messages": say(question, answer)} for question, answer in (("问", "一"), ("问", "二"), ("别的", "二"))]
+    group = load_samples(write(tmp_path / "train.json", records), chat, 100, tmp_path / "cache").samples.group
+    assert group[0] == group[1] != group[2]
 
 
 def test_drops_are_counted(tmp_path: Path, chat: Chat) -> None:

@@ -9,7 +9,7 @@ from utils.samples import system_text
 
 FORMATS = (
     "one of {prompt, chosen, rejected} (texts, or lists of {role, content}), {chosen, rejected} (whole dialogues), "
-    "{conversations, chosen, rejected} or {instruction, input, chosen, rejected}"
+    "{messages or conversations, chosen, rejected} or {instruction, input, chosen, rejected}"
 )
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -18,8 +18,8 @@ def to_pair(record: Any) -> tuple[list[Message], str, str]:
     """Turns a record of any known format into a conversation and two answers.
 
     Known are `prompt`, `chosen`, `rejected` as texts (the prompt perhaps a dialogue of "\\n\\nHuman: " and
-    "\\n\\nAssistant: ") or as lists of messages, whole dialogues as `chosen` and `rejected`, and LLaMA-Factory's
-    `conversations` or `instruction` with `chosen` and `rejected`.
+    "\\n\\nAssistant: ") or as lists of messages, whole dialogues as `chosen` and `rejected` (a prompt beside them says
+    nothing more), and LLaMA-Factory's `conversations`, `messages` or `instruction` with `chosen` and `rejected`.
 
     Returns:
         Messages up to the user's last turn, the chosen answer and the rejected one.
@@ -28,9 +28,10 @@ def to_pair(record: Any) -> tuple[list[Message], str, str]:
         DataError: if the format is unknown.
         UnusableRecord: if a text is empty, both answers are equal, or the two dialogues differ before their ends.
     """
-    if not isinstance(record, Mapping) or record.get("chosen") is None or record.get("rejected") is None:
-        got = f"the fields {sorted(record)}" if isinstance(record, Mapping) else f"a {type(record).__name__}"
-        raise DataError(f"got {got}, expected {FORMATS}.")
+    if not isinstance(record, Mapping) or not {"chosen", "rejected"} <= record.keys():
+        raise _unknown(record)
+    if record["chosen"] is None or record["rejected"] is None:
+        raise UnusableRecord("an empty answer")
     chosen, rejected = (_dialogue(record, record[side]) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise UnusableRecord("chosen and rejected answers to different prompts")
@@ -42,18 +43,24 @@ def to_pair(record: Any) -> tuple[list[Message], str, str]:
 def _dialogue(record: Mapping[str, Any], answer: Any) -> list[Message]:
     """The conversation that ends with one of a record's answers."""
     end = _messages(answer, "assistant")
-    if record.get("conversations") is not None:
-        return to_messages({**record, "conversations": [*record["conversations"], *_named(end)]})
-    if "instruction" in record:
-        # An answer in LLaMA-Factory's format is a text; in a list the last is meant.
-        return to_messages({**record, "output": end[-1]["content"]})
-    start = _messages(record["prompt"], "user") if record.get("prompt") is not None else []
+    if not end:
+        raise UnusableRecord("an empty answer")
+    start: list[dict[str, Any]] = []
+    if end[0]["role"] not in ("system", "user", "human"):
+        if record.get("instruction") is not None:
+            # An answer in LLaMA-Factory's format is a text; in a list the last is meant.
+            return to_messages({**record, "output": end[-1]["content"]})
+        names = [name for name in ("conversations", "messages", "prompt") if record.get(name) is not None]
+        if not names:
+            raise _unknown(record)
+        start = _messages(record[names[0]], "user")
     system = {"system": record["system"]} if record.get("system") else {}
     return to_messages({"messages": [*start, *end]} | system)
 
 
-def _named(messages: list[Message]) -> list[dict[str, Any]]:
-    return [{"from": message["role"], "value": message["content"]} for message in messages]
+def _unknown(record: Any) -> DataError:
+    got = f"the fields {sorted(record)}" if isinstance(record, Mapping) else f"a {type(record).__name__}"
+    return DataError(f"got {got}, expected {FORMATS}.")
 
 
 def _messages(value: Any, role: str) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def precompute_reference(
         (K,) fp32 for the K supervised tokens of all samples, 0 where a pair was not asked for; and `target_begin`.
     """
     digest = hashlib.sha256(made_from.encode())
-    for array in (samples.begin, samples.end, samples.tokens, units):
+    for array in (samples.begin, samples.end, samples.tokens, samples.supervised, units):
         digest.update(np.ascontiguousarray(array))
     path, begin = cache / f"reference-{digest.hexdigest()[:16]}.npy", target_begin(samples)
     if all_reduced(not path.exists()) == 0:

@@ -134,8 +134,8 @@ def load_splits(
 ) -> tuple[Samples, Samples, dict[str, Any]]:
     """Loads the training and the held-out samples of a run.
 
-    Without a held-out file, about a twentieth of the training groups (videos) is held out, chosen by hash; with an
-    empty one nothing is.
+    Without a held-out file, about a twentieth of the training groups (videos, or samples with one prompt where no
+    video is named) is held out, chosen by hash; with an empty one nothing is.
 
     Args:
         args: Of the run.
@@ -204,7 +204,6 @@ def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "supervised.bin").open("wb") as supervised:
         for number, record in enumerate(tqdm(read_records(path), progress, disable=not progress, unit=" records")):
             id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
-            group = str(record.get("video_id", id)) if isinstance(record, dict) else id
             try:
                 rendered, system = render(record, chat, max_tokens, id)
             except UnusableRecord as reason:
@@ -215,12 +214,15 @@ def _render(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str
             too_long = f"dropped: longer than --max_tokens {max_tokens} with the shortest prompt"
             counts["used" if rendered else too_long] += 1
             systems[system] += 1
+            video = record.get("video_id") if isinstance(record, dict) else None
             for sample in rendered:
                 tokens.write(sample.input_ids)
                 supervised.write(sample.supervised)
                 ids.append(id)
                 lengths.append(len(sample.input_ids))
-                groups.append(zlib.crc32(group.encode()))
+                # What answers the same prompt belongs together where nothing else says so.
+                prompt = sample.input_ids[: sample.supervised.argmax()].tobytes()
+                groups.append(zlib.crc32(prompt if video is None else str(video).encode()))
                 targets.append(sample.supervised[1:].sum())  # Nothing predicts the first token.
     if not ids:
         raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
