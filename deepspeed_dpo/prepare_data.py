@@ -1,10 +1,11 @@
 """Makes preference pairs from what is there: which of two comments was liked more, or a real comment and a reply.
 
     python deepspeed_dpo/prepare_data.py
-    python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_1.jsonl
+    python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_1*.jsonl
 
 Reads   data_train.json and data_test.json of prepare_data.py in --data_dir, the crawled files below --crawl_dir for the
-        likes, and in --replies files that train.py wrote in test mode (the real comment is preferred to the reply).
+        likes, and in --replies files that train.py wrote in test mode (the real comment is preferred to the reply):
+        test_1_train.jsonl of --test_split train, and test_1.jsonl.
 Writes into --output_dir
     data_train_pairs.jsonl, data_test_pairs.jsonl   {"id", "video_id", "source", "prompt", "chosen", "rejected"} a line
     report.json                                     what became of the comments, and how much longer chosen ones are
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", default="data", help="folder with data_train.json and data_test.json of prepare_data.py")
     add("--crawl_dir", help="folder of the crawled files with their likes (not given: --data_dir)")
     add("--output_dir", default="deepspeed_dpo/data", help="folder for the results")
-    add("--replies", nargs="+", default=[], help="test_<ckpt_id>.jsonl files: real comments preferred to replies")
+    add("--replies", nargs="+", default=[], help="files of train.py's test mode: real comments preferred to replies")
     add("--min_likes", type=int, default=5, help="likes that a chosen comment has at least")
     add("--margin", type=float, default=3.0, help="so many times the rejected comment's likes + 1 the chosen one has")
     add("--length_ratio", type=float, default=2.0, help="the longer one has at most so many times the characters")
@@ -276,7 +277,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(
             "No training pairs. Pairs by likes need a crawl with like_count (MediaCrawler since June 2025) and several "
             "comments on a video (--min_likes, --margin and --length_ratio say which). Without likes, let a model "
-            "answer the training comments and name its file: --replies FILE"
+            "answer the training comments and name its file with --replies FILE: python deepspeed_ft/train.py "
+            "--train_mode False --test_mode True --test_split train"
         )
     for split, pairs in results.items():
         with replacing(output_dir / f"data_{split}_pairs.jsonl") as temporary:

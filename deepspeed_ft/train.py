@@ -8,7 +8,7 @@ LoRA: arXiv 2106.09685; QLoRA: arXiv 2305.14314; ZeRO: arXiv 1910.02054.
 Reads   model/<model_name>/ and data/data_train.json, data/data_test.json (or train.*, test.* in --data_dir; .json,
         .jsonl, .csv or .parquet in any format that utils/data.py knows).
 Writes  deepspeed_ft/output/DS-<model_name>[-BNB|-FULL]/: the best checkpoint <ckpt_id>/, the newest <ckpt_id>-last/,
-        metrics.jsonl, loss.png, samples.jsonl, and test_<ckpt_id>.jsonl in test mode.
+        metrics.jsonl, loss.png, samples.jsonl, and test_<ckpt_id>[_train].jsonl in test mode.
 
 Left out on purpose: loss on prompts (only answers are learnt), label smoothing, mixing of data sets.
 Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
@@ -86,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--test_mode", type=boolean, default=False, help="True: answer the held-out comments, at the end"
     )
     parser.add_argument("--test_bnb_enabled", type=boolean, default=False, help="True: test on a 4-bit base")
+    parser.add_argument(
+        "--test_split", choices=["test", "train"], default="test",
+        help="train: test mode answers the training comments, for preference pairs",
+    )  # fmt: skip
     add_run_arguments(parser, LORA_LR, FULL_LR)
     return parser
 
@@ -257,7 +261,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
 
 
 def test(args: argparse.Namespace, model_path: Path) -> None:
-    """Writes the best checkpoint's replies to the held-out comments beside the real ones."""
+    """Writes the best checkpoint's replies to the held-out (or the training) comments beside the real ones."""
     import torch
 
     from utils.generate import show_replies
@@ -268,7 +272,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
     files = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
-    _, samples, _ = load_splits(args, *files, chat, show=False)
+    train_set, test_set, _ = load_splits(args, *files, chat, show=False)
+    samples = train_set if args.test_split == "train" else test_set
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[record["settings"]["precision"]]
     if args.test_bnb_enabled:
@@ -278,7 +283,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     else:
         model = rebuild(folder, args.ckpt_id, record, model_path, dtype).to(device)
     rows = show_replies(model.eval(), chat, samples, args.max_new_tokens, progress="answering")
-    target = folder / f"test_{args.ckpt_id}.jsonl"
+    target = folder / f"test_{args.ckpt_id}{'_train' if args.test_split == 'train' else ''}.jsonl"
     with replacing(target) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     for row in rows[:SHOWN_REPLIES]:

@@ -402,6 +402,9 @@ def test_test_mode_writes_replies_beside_the_real_ones(ft: ModuleType, train_arg
         rows = [json.loads(line) for line in lines]
         assert len(rows) == 8 and rows[0]["real"].startswith("视频12真好看") and "第12个视频" in rows[0]["prompt"]
         assert all(set(row) == {"id", "prompt", "reply", "real"} for row in rows)
+    run(ft, train_args(train_mode=False, test_mode=True, test_split="train"))
+    lines = (tmp_path / "output/DS-tiny/qwen2/test_1_train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"{n // 4}-{n % 4}" for n in range(48)]
 
 
 def test_held_out_videos_are_split_off_when_there_is_no_test_file(

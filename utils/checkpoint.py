@@ -17,9 +17,8 @@ from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
 # What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
 # what it shows, not what an update is. Data is known by its contents.
 FREE_TO_CHANGE = set(
-    "epochs max_steps eval_steps save_steps eval_samples max_new_tokens train_mode test_mode test_bnb_enabled track "
-    "resume overwrite local_rank output_dir model_dir data_dir "
-    "data_path".split()
+    "epochs max_steps eval_steps save_steps eval_samples max_new_tokens train_mode test_mode test_bnb_enabled "
+    "test_split track resume overwrite local_rank output_dir model_dir data_dir data_path".split()
 )
 
 
