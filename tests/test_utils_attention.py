@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import kindred, make_model, sample_of, stored
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -130,9 +130,9 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_gradients(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
-    """Each weight's to 1e-5 of its norm; those that are next to nothing, to 1e-8 of all weights' norm."""
+    """Each weight's to 1e-5 of its norm; where terms cancel and little is left, to 1e-7 of all weights' norm."""
     assert ours.keys() == plain.keys() and ours
-    least = 1e-3 * torch.stack([tensor.norm() for tensor in plain.values()]).norm()
+    least = 1e-2 * torch.stack([tensor.norm() for tensor in plain.values()]).norm()
     differing = {
         name: ((ours[name] - plain[name]).norm() / torch.maximum(plain[name].norm(), least)).item() for name in plain
     }
@@ -159,6 +159,7 @@ def test_packs_compute_what_their_samples_do(kind: str, pack_tokens: int) -> Non
 
 
 @given(samples=kindred(vocab_size=4), kind=st.sampled_from(KINDS))
+@example(samples=[sample_of([0, 0, 0], [False, False, True])], kind="llama")  # Attention has no gradient here.
 @settings(max_examples=40, deadline=None)
 def test_any_tries_compute_what_their_samples_do(samples: list[Sample], kind: str) -> None:
     if not any(sample.supervised[1:].any() for sample in samples):
