@@ -75,7 +75,7 @@ def operations(model: Any, packs: list[Any]) -> float:
     ]
     frozen = sum(weight.numel() for weight in matrices if not weight.requires_grad)
     lora = sum(weight.numel() for weight in matrices if weight.requires_grad)
-    width = config.num_attention_heads * model.config.head_dim
+    width = config.num_attention_heads * config.head_dim
     total = 0.0
     for pack in packs:
         pairs = int(attention_mask(pack).sum())
