@@ -224,11 +224,14 @@ def model_card(args: argparse.Namespace, record: dict[str, Any], links: list[str
         "pipeline_tag": "text-generation",
         "tags": ["bilibili", "llm-train-playground"],
     }
-    shown_settings = {
-        name: settings[name]
-        for name in ("epochs", "batch_size", "grad_accum", "ranks", "lr", "lr_scheduler", "max_tokens", "precision")
-        if name in settings
-    }
+    pairs = "loss" in settings  # Of preference optimisation.
+    what = f"preference-optimised ({settings['loss']} loss, {kind})" if pairs else f"fine-tuned ({kind})"
+    if "kd" in settings:
+        what = f"distilled from {settings['teacher_model_name']} ({settings['kd']}, {kind})"
+    counts = [number // 2 if pairs else number for number in (data["train_samples"], data["test_samples"])]
+    names = "epochs batch_size grad_accum ranks lr lr_scheduler max_tokens precision".split()
+    names += "beta label_smoothing simpo_gamma sft_weight".split() if pairs else []
+    shown_settings = {name: settings[name] for name in names if name in settings}
     if settings["tuner"] == "lora":
         shown_settings |= {name: settings[name] for name in ("lora_r", "lora_alpha", "lora_dropout")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in shown_settings.items())
@@ -238,9 +241,9 @@ def model_card(args: argparse.Namespace, record: dict[str, Any], links: list[str
 {yaml.safe_dump(head, allow_unicode=True, sort_keys=False)}---
 # {args.save_model}
 
-{settings["model_name"]}, fine-tuned ({kind}) with llm-train-playground.
+{settings["model_name"]}, {what} with llm-train-playground.
 
-Training samples: {data["train_samples"]}, held out: {data["test_samples"]}. Files (SHA-256): {files}.
+Training {"pairs" if pairs else "samples"}: {counts[0]}, held out: {counts[1]}. Files (SHA-256): {files}.
 
 | setting | value |
 |---|---|

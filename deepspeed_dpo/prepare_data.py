@@ -1,11 +1,11 @@
 """Makes preference pairs from what is there: which of two comments was liked more, or a real comment and a reply.
 
     python deepspeed_dpo/prepare_data.py
-    python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_1*.jsonl
+    python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_base*.jsonl
 
 Reads   data_train.json and data_test.json of prepare_data.py in --data_dir, the crawled files below --crawl_dir for the
         likes, and in --replies files that train.py wrote in test mode (the real comment is preferred to the reply):
-        test_1_train.jsonl of --test_split train, and test_1.jsonl.
+        test_base_train.jsonl of --test_model base --test_split train, and test_base.jsonl; or test_1... of a tuned one.
 Writes into --output_dir
     data_train_pairs.jsonl, data_test_pairs.jsonl   {"id", "video_id", "source", "prompt", "chosen", "rejected"} a line
     report.json                                     what became of the comments, and how much longer chosen ones are
@@ -19,8 +19,10 @@ import argparse
 import json
 import math
 import sys
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,8 +33,6 @@ from prepare_data import find_files, kind_of, tables_or_problem
 from utils.data import DataError, Message, find_split, read_records, to_messages
 from utils.engine import boolean
 from utils.files import from_root, replacing, shown
-
-SPLITS = ("train", "test")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,27 +61,39 @@ class Comment:
         self.text = answer["content"]
 
 
-def read_likes(crawl_dir: Path) -> tuple[dict[str, int], int]:
+def read_likes(crawl_dir: Path) -> tuple[dict[str, int], int, list[str]]:
     """Reads how often crawled comments were liked.
 
     Returns:
-        Likes by comment id (the most that any copy has), and the number of comments in files without likes.
+        Likes by comment id (the most that any copy has), the number of comments without likes, and a sentence for
+        each file or folder that cannot be read.
     """
     likes: dict[str, int] = {}
     without = 0
-    for path in find_files(crawl_dir):
+    unread: list[str] = []
+
+    def unlisted(error: OSError) -> None:
+        unread.append(f"{shown(error.filename)}: cannot be listed ({error.strerror})")
+
+    for path in find_files(crawl_dir, unlisted):
         for table in tables_or_problem(path):
-            if isinstance(table, str) or kind_of(table[1]) != "comments":
+            if isinstance(table, str):
+                unread.append(f"{shown(path)}: not readable ({table})")
                 continue
-            for record in table[2]:
-                if record is None:
-                    continue
-                number = as_number(record.get("like_count"))
-                without += number is None
-                if number is not None:
-                    id = str(record.get("comment_id")).removesuffix(".0")
-                    likes[id] = max(number, likes.get(id, 0))
-    return likes, without
+            if kind_of(table[1]) != "comments":
+                continue
+            try:
+                for record in table[2]:
+                    if record is None:
+                        continue
+                    number = as_number(record.get("like_count"))
+                    without += number is None
+                    if number is not None:
+                        id = str(record.get("comment_id")).removesuffix(".0")
+                        likes[id] = max(number, likes.get(id, 0))
+            except Exception as error:  # Whatever a torn sheet or database makes its parser raise.
+                unread.append(f"{shown(path)}: read up to an error ({type(error).__name__}: {error})")
+    return likes, without, unread
 
 
 def as_number(value: Any) -> int | None:
@@ -100,6 +112,22 @@ def by_prompt(comments: list[Comment]) -> list[list[Comment]]:
     return list(groups.values())
 
 
+def nearest_in_length(pool: list[tuple[int, str, Comment]], text: str, ratio: float) -> int | None:
+    """The place of the comment whose text is nearest to another one in length without being the same; ties: by id.
+
+    Args:
+        pool: (characters, id, comment), sorted.
+        text: The other one.
+        ratio: From `alike_in_length`; None is returned if no text is that near.
+    """
+    middle = bisect_left(pool, (len(text),))
+    places = [bisect_left(pool, (pool[middle - 1][0],))] if middle else []
+    places += [*islice((place for place in range(middle, len(pool)) if pool[place][2].text != text), 1)]
+    # On each side the nearest one has the best ratio.
+    places = [place for place in places if alike_in_length(text, pool[place][2].text, ratio)]
+    return min(places, key=lambda place: (abs(pool[place][0] - len(text)), pool[place][1]), default=None)
+
+
 def alike_in_length(one: str, two: str, ratio: float) -> bool:
     """Whether the longer of two texts has at most `ratio` times the characters of the other."""
     return max(len(one), len(two)) <= ratio * min(len(one), len(two))
@@ -113,25 +141,26 @@ def pairs_by_likes(
     The most liked comment chooses first, and takes of those that it beats the one nearest to it in length.
     """
     for group in groups:
-        group = sorted((c for c in group if c.id in likes), key=lambda comment: (-likes[comment.id], comment.id))
+        once = {comment.id: comment for comment in group if comment.id in likes}
+        group = sorted(once.values(), key=lambda comment: (-likes[comment.id], comment.id))
+        pool = sorted(((len(c.text), c.id, c) for c in group), key=lambda entry: entry[:2])
         used: set[str] = set()
+        unbeaten = 0  # So many at the head of the group are not beaten; as likes fall, they leave the pool for good.
         for chosen in group:
-            if likes[chosen.id] < min_likes or chosen.id in used:
+            if likes[chosen.id] < min_likes:
+                break
+            while unbeaten < len(group) and likes[chosen.id] < margin * (likes[group[unbeaten].id] + 1):
+                if group[unbeaten].id not in used:
+                    pool.pop(bisect_left(pool, (len(group[unbeaten].text), group[unbeaten].id)))
+                unbeaten += 1
+            place = nearest_in_length(pool, chosen.text, length_ratio) if chosen.id not in used else None
+            if place is None:
                 continue
-            beaten = [
-                comment
-                for comment in group
-                if comment.id not in used
-                and comment.text != chosen.text
-                and likes[chosen.id] >= margin * (likes[comment.id] + 1)
-                and alike_in_length(chosen.text, comment.text, length_ratio)
-            ]
-            if beaten:
-                rejected = min(beaten, key=lambda comment: (abs(len(comment.text) - len(chosen.text)), comment.id))
-                used |= {chosen.id, rejected.id}
-                yield as_pair(chosen, chosen.text, rejected.text, "likes") | {
-                    "likes": [likes[chosen.id], likes[rejected.id]]
-                }
+            rejected = pool.pop(place)[2]
+            used.add(rejected.id)
+            yield as_pair(chosen, chosen.text, rejected.text, "likes") | {
+                "likes": [likes[chosen.id], likes[rejected.id]]
+            }
 
 
 def pairs_from_replies(
@@ -232,14 +261,17 @@ def prepare(args: argparse.Namespace, files: dict[str, Path]) -> tuple[dict[str,
         Pairs by split, and what report.json holds.
     """
     crawl_dir = from_root(args.crawl_dir or args.data_dir)
-    likes, without = read_likes(crawl_dir)
+    likes, without, unread = read_likes(crawl_dir)
     replies = read_replies(args.replies)
+    for problem in unread:
+        print(f"  {problem}")
     print(
         f"{shown(crawl_dir)}: {len(likes):,} comments with likes, {without:,} without (crawled before June 2025). "
         f"{len(replies):,} replies of models."
     )
     results: dict[str, list[dict[str, Any]]] = {}
     report: dict[str, Any] = {"arguments": vars(args), "with_likes": len(likes), "without_likes": without}
+    report["unread"] = unread
     for split, path in files.items():
         comments = read_comments(path)
         groups = by_prompt(comments)
@@ -266,7 +298,9 @@ def main(args: argparse.Namespace) -> None:
     for name, least in (("min_likes", 1), ("margin", 1), ("length_ratio", 1)):
         if not getattr(args, name) >= least:
             raise SystemExit(f"--{name}: got {getattr(args, name)}, expected {least} or more.")
-    found = {split: find_split(data_dir, split) for split in SPLITS}
+    if args.crawl_dir and not from_root(args.crawl_dir).is_dir():
+        raise SystemExit(f"--crawl_dir: no folder {shown(from_root(args.crawl_dir))}.")
+    found = {split: find_split(data_dir, split) for split in ("train", "test")}
     if found["train"] is None:
         raise SystemExit(f"No data_train.json in {shown(data_dir)}. Make it with: python prepare_data.py --total 2000")
     try:
@@ -278,8 +312,10 @@ def main(args: argparse.Namespace) -> None:
             "No training pairs. Pairs by likes need a crawl with like_count (MediaCrawler since June 2025) and several "
             "comments on a video (--min_likes, --margin and --length_ratio say which). Without likes, let a model "
             "answer the training comments and name its file with --replies FILE: python deepspeed_ft/train.py "
-            "--train_mode False --test_mode True --test_split train"
+            "--train_mode False --test_mode True --test_model base --test_split train"
         )
+    for split in {"train", "test"} - results.keys():  # What an earlier run left would be held out by training.
+        (output_dir / f"data_{split}_pairs.jsonl").unlink(missing_ok=True)
     for split, pairs in results.items():
         with replacing(output_dir / f"data_{split}_pairs.jsonl") as temporary:
             lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]

@@ -52,6 +52,7 @@ from utils.files import from_root, missing_model, replacing, sha256, shown
 from utils.samples import Samples, load_splits
 
 LORA_LR, FULL_LR = 5e-5, 5e-7
+PANELS = {"loss": "loss (mean over pairs)", "rewards/accuracy": "chosen one preferred (part of the pairs)"}
 SHOWN_REPLIES = 4
 PAIR = 2  # Samples of a pair.
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -59,7 +60,13 @@ TIE = 1e-4  # Rewards that are nearer to one another count as equal.
 
 
 def preference_loss(
-    logps: Any, reference_logps: Any, tokens: Any, loss: str, beta: float, label_smoothing: float, simpo_gamma: float
+    logps: Any,
+    reference_logps: Any,
+    tokens: Any,
+    loss: str,
+    beta: float,
+    label_smoothing: float,
+    simpo_gamma: float,
 ) -> Any:
     """The loss of each pair. With c, r the chosen and the rejected answer of a pair, |y| the tokens of an answer,
 
@@ -83,7 +90,7 @@ def preference_loss(
         loss: Which one.
         beta: As above.
         label_smoothing: e, the part of the pairs that is taken to be labelled the wrong way round.
-        simpo_gamma: gamma, the margin that SimPO asks for.
+        simpo_gamma: gamma, the margin that SimPO asks for; of no effect on the others.
 
     Returns:
         (B,) fp32.
@@ -198,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss", choices=["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"], default="sigmoid", help="see README")
     add("--beta", type=float, help="how far the policy is held to the reference (default: 0.1; simpo: 2.0)")
     add("--label_smoothing", type=float, default=0.0, help="part of wrongly labelled pairs (sigmoid, robust)")
-    add("--simpo_gamma", type=float, default=1.0, help="the margin that simpo asks for")
+    add("--simpo_gamma", type=float, help="the margin that simpo asks for (default: 1.0)")
     add("--sft_weight", type=float, default=0.0, help="weight of the chosen answer's own loss per token (RPO)")
     add(
         "--precompute_reference",
@@ -219,6 +226,10 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--label_smoothing: got {args.label_smoothing}, expected 0 or more and less than 0.5.")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         problems.append(f"--label_smoothing has no effect on --loss {args.loss}: leave it out.")
+    if args.simpo_gamma is not None and args.loss != "simpo":
+        problems.append(f"--simpo_gamma has no effect on --loss {args.loss}: leave it out.")
+    if args.precompute_reference and args.loss in WITHOUT_REFERENCE:
+        problems.append(f"--loss {args.loss} has no reference to compute: leave --precompute_reference out.")
     if args.sft_weight < 0:
         problems.append(f"--sft_weight: got {args.sft_weight}, expected 0 or more.")
     if args.adapter and args.tuner == "full":
@@ -322,7 +333,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
     from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
     from utils.pairs import pair
-    from utils.reference import precompute_reference, reference_logps, target_begin, token_logps
+    from utils.reference import fingerprint, precompute_reference, reference_logps, target_begin, token_logps
     from utils.track import Tracker
     from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
 
@@ -340,6 +351,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         args.lr = FULL_LR if args.tuner == "full" else LORA_LR
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
+    if args.simpo_gamma is None:
+        args.simpo_gamma = 1.0
     if args.precompute_reference is None:
         args.precompute_reference = args.tuner == "full" and args.loss not in WITHOUT_REFERENCE
     if args.adapter:
@@ -358,7 +371,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     run, previous = open_run(folder, args, record)
     ds_config["checkpoint"] = {"use_node_local_storage": not run.shared}
     progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
-    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"]) if rank == 0 else None
+    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"], PANELS) if rank == 0 else None
     needs = report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, ds_config)
     if rank == 0:
         print(needs)
@@ -366,6 +379,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     # Model and engine. While the configuration object lives, transformers shards weights as it reads them.
     sharding = HfDeepSpeedConfig(ds_config) if stage == 3 and not quant_bits(args) else None
     model = build_model(args, model_path, precision, device, args.adapter)
+    trainable, total = count_parameters(model)
     own_reference = bool(args.adapter) and not args.precompute_reference and args.loss not in WITHOUT_REFERENCE
     if own_reference:
         model.load_adapter(from_root(args.adapter), "reference")
@@ -382,7 +396,6 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     plan = make_plan(train_set, windows[:total_steps], layout, cache)
     eval_plan = make_plan(eval_set, [np.arange(eval_pairs)], layout, cache) if eval_set else None
     if rank == 0:
-        trainable, total = count_parameters(model)
         tokens = plan.count(train_set, range(total_steps))
         print(
             f"{len(train_set) // PAIR} pairs x {args.epochs} epochs = {total_steps} steps of batch_size "
@@ -397,7 +410,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     if args.loss in WITHOUT_REFERENCE:
         known = [(torch.zeros(int(samples.targets.sum())), target_begin(samples)) for samples, _ in drawn]
     elif args.precompute_reference:  # Before a checkpoint is loaded: the engine is still what it starts from.
-        made_from = f"{fingerprint(args, model_path)} {precision} {quant_bits(args)}"
+        start = fingerprint(model_path, *([from_root(args.adapter)] if args.adapter else []))
+        made_from = f"{start} {precision} {quant_bits(args)}"
         known = [precompute_reference(engine, *pairs, layout, attention, made_from, cache) for pairs in drawn]
     train_reference, eval_reference = (
         partial(reference_logps, attention=attention, own_adapter=own_reference, known=values) for values in known
@@ -460,14 +474,6 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         )
     engine.destroy()  # Its hooks and buffers would keep the model in memory while the test loads another.
     del sharding
-
-
-def fingerprint(args: argparse.Namespace, model_path: Path) -> str:
-    """Hashes the model and the adapter that a run starts from."""
-    folders = [model_path, *([from_root(args.adapter)] if args.adapter else [])]
-    kinds = (".safetensors", ".bin", "config.json")
-    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.name.endswith(kinds)]
-    return " ".join(sha256(path) for path in files)
 
 
 def answer_logps(model: Any, sample: Any) -> float:

@@ -8,7 +8,7 @@ LoRA: arXiv 2106.09685; QLoRA: arXiv 2305.14314; ZeRO: arXiv 1910.02054.
 Reads   model/<model_name>/ and data/data_train.json, data/data_test.json (or train.*, test.* in --data_dir; .json,
         .jsonl, .csv or .parquet in any format that utils/data.py knows).
 Writes  deepspeed_ft/output/DS-<model_name>[-BNB|-FULL]/: the best checkpoint <ckpt_id>/, the newest <ckpt_id>-last/,
-        metrics.jsonl, loss.png, samples.jsonl, and test_<ckpt_id>[_train].jsonl in test mode.
+        metrics.jsonl, loss.png, samples.jsonl; in test mode test_<ckpt_id>[_train].jsonl or test_base[_train].jsonl.
 
 Left out on purpose: loss on prompts (only answers are learnt), label smoothing, mixing of data sets.
 Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
@@ -40,6 +40,7 @@ from utils.engine import (
     choose_precision,
     fail,
     load_chat,
+    load_whole,
     make_ds_config,
     make_engine,
     quant_bits,
@@ -49,6 +50,7 @@ from utils.engine import (
 from utils.files import from_root, missing_model, replacing, shown
 from utils.samples import Samples, load_splits
 
+PANELS = {"loss": "loss (nats a token)"}
 LORA_LR, FULL_LR = 2e-4, 2e-5
 SHOWN_REPLIES = 4
 
@@ -89,6 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test_split", choices=["test", "train"], default="test",
         help="train: test mode answers the training comments, for preference pairs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--test_model", choices=["tuned", "base"], default="tuned",
+        help="which model answers: the best checkpoint, or the base as it was before training",
     )  # fmt: skip
     add_run_arguments(parser, LORA_LR, FULL_LR)
     return parser
@@ -171,7 +177,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     run, previous = open_run(folder, args, record)
     ds_config["checkpoint"] = {"use_node_local_storage": not run.shared}
     progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
-    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"]) if rank == 0 else None
+    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"], PANELS) if rank == 0 else None
     needs = report_needs(needed_bytes(model_path, args, quant_bits(args), precision), run.dir, world_size, ds_config)
     if rank == 0:
         print(needs)
@@ -261,39 +267,53 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
 
 
 def test(args: argparse.Namespace, model_path: Path) -> None:
-    """Writes the best checkpoint's replies to the held-out (or the training) comments beside the real ones."""
+    """Writes a model's replies to the held-out (or the training) comments beside the real ones."""
     import torch
 
     from utils.generate import show_replies
-    from utils.model import DTYPES, load_model
+    from utils.model import DTYPES
+    from utils.scores import as_markdown, compare_texts
     from utils.trained import check_tag, rebuild
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
-    record = check_tag(folder, args.ckpt_id)
-    chat = load_chat(args, model_path, record["chat_template"])
+    tuned = args.test_model == "tuned"
+    if tuned:
+        record = check_tag(folder, args.ckpt_id)
+        template, precision = record["chat_template"], record["settings"]["precision"]
+    else:
+        template = from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
+        precision = choose_precision(args.precision)
+    chat = load_chat(args, model_path, template)
     files = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
     train_set, test_set, _ = load_splits(args, *files, chat, show=False)
     samples = train_set if args.test_split == "train" else test_set
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[record["settings"]["precision"]]
-    if args.test_bnb_enabled:
+    if tuned and not args.test_bnb_enabled:
+        model = rebuild(folder, args.ckpt_id, record, model_path, DTYPES[precision], args.trust_remote_code)
+    else:
+        bits = 4 if args.test_bnb_enabled else quant_bits(args)
+        model = load_whole(model_path, args.model_name, precision, bits, device, args.trust_remote_code)
+    if tuned and args.test_bnb_enabled:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(load_model(model_path, dtype, 4, device), folder / args.ckpt_id / "adapter")
-    else:
-        model = rebuild(folder, args.ckpt_id, record, model_path, dtype).to(device)
-    rows = show_replies(model.eval(), chat, samples, args.max_new_tokens, progress="answering")
-    target = folder / f"test_{args.ckpt_id}{'_train' if args.test_split == 'train' else ''}.jsonl"
+        model = PeftModel.from_pretrained(model, folder / args.ckpt_id / "adapter")
+    rows = show_replies(model.to(device).eval(), chat, samples, args.max_new_tokens, progress="answering")
+    who = args.ckpt_id if tuned else "base"
+    target = folder / f"test_{who}{'_train' if args.test_split == 'train' else ''}.jsonl"
     with replacing(target) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     for row in rows[:SHOWN_REPLIES]:
         print(f"\n{row['prompt']}\n  reply: {row['reply']}\n  real:  {row['real']}")
-    print(f"\n{len(rows)} replies beside the real ones: {shown(target)}")
+    if rows:
+        print(f"\n{as_markdown(compare_texts(rows, ['reply'], 'real'))}")
+    print(f"{len(rows)} replies beside the real ones: {shown(target)}")
 
 
 def main(args: argparse.Namespace) -> None:
     """Checks what was asked for, trains and tests."""
     problems = argument_problems(args)
+    if args.ckpt_id == "base":
+        problems.append("--ckpt_id base: test mode calls the base's replies so. Take another name.")
     if args.test_bnb_enabled and args.tuner == "full":
         problems.append("--test_bnb_enabled True needs an adapter to put on a 4-bit base: --tuner lora.")
     if find_split(from_root(args.data_dir), "train") is None:

@@ -5,6 +5,7 @@ python -m pytest tests/test_deepspeed_dpo.py
 
 import json
 import math
+import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
@@ -56,6 +57,17 @@ def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
         (folder / f"data_{split}_pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(ft: ModuleType, model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that fine-tuning left."""
+    folder = tmp_path_factory.mktemp("sft")
+    flags = {"model_dir": model_dir, "model_name": "tiny/qwen2", "data_dir": data_dir, "output_dir": folder}
+    flags |= {"max_steps": 3, "lr": 1e-2, "batch_size": 8, "max_tokens": 256, "max_new_tokens": 4, "lora_dropout": 0}
+    run(ft, [text for name, value in flags.items() for text in (f"--{name}", str(value))])
+    (adapter_dir,) = folder.glob("*/*/1/adapter")
+    return adapter_dir
 
 
 @pytest.fixture
@@ -325,24 +337,47 @@ def test_equals_plain_pytorch(
         {"gradient_checkpointing": True},
         {"precompute_reference": True},
         slow({"zero_stage": 0}),
+        slow({"zero_stage": 1}),
         {"zero_stage": 3},
         slow({"zero_stage": 3, "precompute_reference": True}),
     ],
     ids=str,
 )
-def test_cutting_changes_nothing(dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any]) -> None:
-    run(dpo, dpo_args(output_dir=tmp_path / "one"))
-    run(dpo, dpo_args(output_dir=tmp_path / "two", **changes))
+@pytest.mark.parametrize("base", [{}, slow({"train_bnb_enabled": True})], ids=["lora", "qlora"])
+def test_cutting_changes_nothing(
+    dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any], base: dict[str, Any]
+) -> None:
+    run(dpo, dpo_args(output_dir=tmp_path / "one", **base))
+    run(dpo, dpo_args(output_dir=tmp_path / "two", **base, **changes))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_two_ranks_equal_one(dpo: ModuleType, dpo_args: Build, tmp_path: Path, zero_stage: int) -> None:
-    run(dpo, dpo_args(output_dir=tmp_path / "one", batch_size=4, grad_accum=2))
-    arguments = dpo_args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, zero_stage=zero_stage)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        slow({"zero_stage": 3}),
+        slow({"precompute_reference": True}),
+        slow({"adapter": True}),
+        slow({"adapter": True, "zero_stage": 3}),
+        slow({"tuner": "full", "lr": 1e-3}),
+    ],
+    ids=str,
+)
+def test_two_ranks_equal_one(
+    dpo: ModuleType, dpo_args: Build, sft_adapter: Path, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    flags = flags | ({"adapter": sft_adapter} if "adapter" in flags else {})
+    run(dpo, dpo_args(output_dir=tmp_path / "one", batch_size=4, grad_accum=2, **flags))
+    arguments = dpo_args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, **flags)
     finished = launch("deepspeed_dpo/train.py", arguments, ranks=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+    if "tuner" in flags:
+        one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+        losses = [[line["train/loss"] for line in lines if "train/loss" in line] for lines in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-5) and losses[0][-1] != pytest.approx(losses[0][0])
+    else:
+        assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo", *map(slow, ["robust", "hinge", "ipo"])])
@@ -379,7 +414,7 @@ def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Buil
     run(dpo, dpo_args(output_dir=tmp_path / "one", **flags))
     lines = read_metrics(tmp_path / "one")
     assert lines[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and lines[-1]["train/loss"] < math.log(2)
-    kept = sorted((tmp_path / "one/cache").glob("reference-*.npy"))
+    kept = sorted((tmp_path / "one/cache").glob("computed-*/0.npy"))
     assert len(kept) == 2  # Training and held-out pairs.
     stamps = [path.stat().st_mtime_ns for path in kept]
     run(dpo, dpo_args(output_dir=tmp_path / "one", overwrite=True, **flags))
@@ -387,14 +422,26 @@ def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Buil
     assert read_metrics(tmp_path / "one")[-1]["train/loss"] == lines[-1]["train/loss"]
 
 
-def test_a_resumed_run_is_the_same(dpo: ModuleType, dpo_args: Build, tmp_path: Path) -> None:
-    """With dropout, which no evaluation may draw for: the stopped run has one more of them."""
-    flags = {"lora_dropout": 0.2, "save_steps": 2}
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_resumed_run_is_the_same(
+    dpo: ModuleType, dpo_args: Build, sft_adapter: Path, tmp_path: Path, goes_on: bool
+) -> None:
+    """With dropout, which no evaluation may draw for: the stopped run has one more of them.
+
+    An adapter that is gone on with brings its own dropout, and is still the reference after resuming.
+    """
+    start = tmp_path / "start"
+    shutil.copytree(sft_adapter, start)
+    config = json.loads((start / "adapter_config.json").read_text())
+    (start / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.2}))
+    flags = {"save_steps": 2} | ({"adapter": start} if goes_on else {"lora_dropout": 0.2})
     run(dpo, dpo_args(output_dir=tmp_path / "straight", max_steps=3, **flags))
     run(dpo, dpo_args(output_dir=tmp_path / "stopped", max_steps=2, **flags))
     run(dpo, dpo_args(output_dir=tmp_path / "stopped", max_steps=3, resume=True, **flags))
     one, two = adapter(tmp_path / "straight"), adapter(tmp_path / "stopped")
     assert all(torch.equal(one[name], two[name]) for name in one)
+    lines = [[line for line in read_metrics(tmp_path / name) if line["step"] == 3] for name in ("straight", "stopped")]
+    assert lines[0][0]["train/kl"] == pytest.approx(lines[1][0]["train/kl"], rel=1e-6)
 
 
 @pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True}), slow({"tuner": "full", "lr": 1e-3})], ids=str)
@@ -412,7 +459,9 @@ def test_the_converted_model_is_the_trained_one(
     monkeypatch.setattr(convert, "from_root", lambda path: tmp_path / path)
     arguments = ["--zero_model", str(folder), "--org_model", str(model_dir / "tiny/qwen2")]
     convert.main(convert.build_parser().parse_args([*arguments, "--save_model", "new", "--t", "1"]))
-    assert (tmp_path / "output_hf/new/config.json").is_file()
+    card = (tmp_path / "output_hf/new/README.md").read_text(encoding="utf-8")
+    assert "preference-optimised (sigmoid loss, " in card and "Training pairs: 24, held out: 8." in card
+    assert "| beta | 0.1 |" in card
 
 
 @pytest.mark.parametrize("flags", [{"loss": "simpo"}, {"precompute_reference": True}], ids=str)
@@ -434,6 +483,8 @@ def test_without_held_out_pairs(
         ({"label_smoothing": 0.6}, "--label_smoothing: got 0.6"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "no effect"),
         ({"adapter": "/nowhere"}, "no adapter_config.json"),
+        ({"simpo_gamma": 0.5}, "--simpo_gamma has no effect on --loss sigmoid"),
+        ({"loss": "orpo", "precompute_reference": True}, "--loss orpo has no reference"),
         ({"tuner": "full", "precompute_reference": False}, "needs LoRA"),
         ({"data_path": "/nowhere"}, "python deepspeed_dpo/prepare_data.py"),
     ],

@@ -4,9 +4,12 @@ python -m pytest tests/test_deepspeed_dpo_prepare_data.py
 """
 
 import json
+import random
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +94,78 @@ def test_every_comment_stands_in_one_pair(prepare: ModuleType, folder: Callable[
     assert len(pairs) == 4 and len(set(texts)) == 8
 
 
+def slow_pairs(comments: list[Any], likes: dict[str, int], margin: float, ratio: float) -> list[tuple[str, str]]:
+    """What pairs_by_likes finds, by looking at all comments for each one."""
+    comments, used, found = sorted(comments, key=lambda c: (-likes[c.id], c.id)), set(), []
+    for chosen in comments:
+        beaten = [
+            (abs(len(other.text) - len(chosen.text)), other.id)
+            for other in comments
+            if other.id not in used
+            and other.text != chosen.text
+            and likes[chosen.id] >= margin * (likes[other.id] + 1)
+            and max(len(chosen.text), len(other.text)) <= ratio * min(len(chosen.text), len(other.text))
+        ]
+        if likes[chosen.id] >= 5 and chosen.id not in used and beaten:
+            used |= {chosen.id, min(beaten)[1]}
+            found.append((chosen.id, min(beaten)[1]))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_by_likes_equal_the_plain_search(prepare: ModuleType, seed: int) -> None:
+    draw = random.Random(seed)
+    texts = [draw.choice("甲乙") * draw.randint(5, 40) for _ in range(60)]  # Some are equal, some as long as others.
+    likes = {str(number): int(draw.paretovariate(0.5)) for number in range(len(texts))}
+    comments = [prepare.Comment(record(number, text)) for number, text in enumerate(texts)]
+    margin, ratio = draw.uniform(1, 4), draw.uniform(1, 3)
+    found = list(prepare.pairs_by_likes([comments], likes, 5, margin, ratio))
+    expected = slow_pairs(comments, likes, margin, ratio)
+    assert len(found) > 2
+    for pair, (chosen, rejected) in zip(found, expected, strict=True):
+        assert (pair["chosen"], pair["rejected"]) == (texts[int(chosen)], texts[int(rejected)])
+
+
+def test_without_a_test_file_old_held_out_pairs_go(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    place = folder([record(1, "甲甲"), record(2, "乙乙")], {1: 99, 2: 0})
+    run(prepare, place)
+    assert (place / "out/data_test_pairs.jsonl").exists()
+    (place / "data_test.json").unlink()
+    run(prepare, place)
+    assert not (place / "out/data_test_pairs.jsonl").exists()
+
+
+def test_a_longer_text_may_be_taken_where_the_nearest_is_too_short(
+    prepare: ModuleType, folder: Callable[..., Path]
+) -> None:
+    """To 10 characters 4 are nearer than 17, but 10 > 2 x 4, and 17 <= 2 x 10."""
+    train = [record(1, "甲" * 10), record(2, "乙" * 4), record(3, "丙" * 17)]
+    (pair,) = run(prepare, folder(train, {1: 100, 2: 0, 3: 0}))
+    assert pair["rejected"] == "丙" * 17
+
+
+def test_a_comment_that_stands_twice_counts_once(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    train = [record(1, "甲甲"), record(1, "甲甲"), record(2, "乙乙"), record(3, "丙丙")]
+    assert len(run(prepare, folder(train, {1: 100, 2: 0, 3: 0}))) == 1
+
+
+def test_files_that_cannot_be_read_are_named(
+    prepare: ModuleType, folder: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    place = folder([record(1, "甲甲"), record(2, "乙乙")], {1: 99, 2: 0})
+    (place / "broken.xlsx").write_bytes(b"PK\x03\x04 torn")
+    with closing(sqlite3.connect(place / "torn.db")) as con, con:
+        con.execute("create table bilibili_video_comment (comment_id, video_id, content, like_count)")
+        rows = [(number, 1, "字" * 200, 5) for number in range(2000)]
+        con.executemany("insert into bilibili_video_comment values (?, ?, ?, ?)", rows)
+    whole = (place / "torn.db").read_bytes()
+    (place / "torn.db").write_bytes(whole[: len(whole) // 2] + b"\xff" * (len(whole) - len(whole) // 2))
+    run(prepare, place)
+    told = capsys.readouterr().out
+    assert "broken.xlsx: not readable" in told and "torn.db: read up to an error" in told
+    assert len(json.loads((place / "out/report.json").read_text())["unread"]) == 2
+
+
 def test_a_pair_stays_in_its_split(prepare: ModuleType, folder: Callable[..., Path]) -> None:
     train, test = ([record(10 * video + n, f"第{n}条", video) for n in range(2)] for video in (1, 2))
     place = folder(train, {10: 99, 11: 0, 20: 99, 21: 0}, test)
@@ -155,6 +230,7 @@ def test_the_example_data(prepare: ModuleType, tmp_path: Path) -> None:
         (["--data_dir", "/nowhere"], "python prepare_data.py"),
         (["--margin", "0"], "--margin: got 0.0"),
         (["--replies", "/nowhere.jsonl"], "--replies: no file"),
+        (["--crawl_dir", "/nowhere"], "--crawl_dir: no folder"),
     ],
 )
 def test_wrong_arguments(

@@ -407,6 +407,29 @@ def test_test_mode_writes_replies_beside_the_real_ones(ft: ModuleType, train_arg
     assert [json.loads(line)["id"] for line in lines] == [f"{n // 4}-{n % 4}" for n in range(48)]
 
 
+@pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}], ids=str)
+def test_the_base_answers_as_it_did_before_training(
+    ft: ModuleType, train_args: Build, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    """Without any run; its replies are those of step 0."""
+    run(ft, train_args(train_mode=False, test_mode=True, test_model="base", **flags))
+    (file,) = (tmp_path / "output").glob("*/*/test_base.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    run(ft, train_args(max_steps=1, **flags))
+    shown = [json.loads(line) for line in (file.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = [row for row in shown if row["step"] == 0]
+    assert len(rows) == 8 and len(first) == 4
+    assert [row["reply"] for row in rows[:4]] == [row["reply"] for row in first]
+
+
+def test_a_broken_base_is_named(ft: ModuleType, train_args: Build, model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/tiny/qwen2/model.safetensors").write_bytes(b"torn")
+    flags = {"model_dir": tmp_path / "model", "train_mode": False, "test_mode": True, "test_model": "base"}
+    with pytest.raises(SystemExit, match="python download_pt.py --model tiny/qwen2"):
+        run(ft, train_args(**flags))
+
+
 def test_held_out_videos_are_split_off_when_there_is_no_test_file(
     ft: ModuleType, train_args: Build, tmp_path: Path, data_dir: Path
 ) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from utils.engine import argument_problems
-from utils.track import Tracker, plot_loss, read_lines
+from utils.track import Tracker, plot_metrics, read_lines
+
+LOSS = {"loss": "loss (nats a token)"}
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -21,7 +23,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_lines_are_there_as_soon_as_they_are_logged(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker = Tracker(tmp_path, 0, "none", {}, LOSS)
     tracker.log(1, {"train/loss": 2.5, "train/lr": 1e-4})
     tracker.log_samples(1, [{"id": "a", "reply": "好看\u2028！\n"}, {"id": "b", "reply": "😂"}])
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.5, "train/lr": 1e-4}]
@@ -35,12 +37,12 @@ def test_lines_are_there_as_soon_as_they_are_logged(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_after_its_step(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker = Tracker(tmp_path, 0, "none", {}, LOSS)
     for step in range(1, 6):
         tracker.log(step, {"train/loss": float(step)})
         tracker.log_samples(step, [{"reply": str(step)}])
     # Killed at step 5; the checkpoint is of step 3.
-    again = Tracker(tmp_path, 3, "none", {})
+    again = Tracker(tmp_path, 3, "none", {}, LOSS)
     again.log(4, {"train/loss": 40.0})
     again.log_samples(4, [{"reply": "40"}])
     again.close()
@@ -59,7 +61,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     for cut in range(1, len(torn)):
         path.write_bytes(whole + torn[:cut])
         assert read_lines(path) == [{"step": 1, "reply": "好"}], cut
-        tracker = Tracker(tmp_path, 1, "none", {})
+        tracker = Tracker(tmp_path, 1, "none", {}, LOSS)
         tracker.log_samples(2, [{"reply": "新"}])
         assert lines(path) == [{"step": 1, "reply": "好"}, {"step": 2, "reply": "新"}]
         for file in tracker._files:
@@ -87,26 +89,40 @@ def test_the_picture_shows_both_losses(tmp_path: Path) -> None:
     rows = [{"step": step, "train/loss": 4 - 0.02 * step + 0.1 * (step % 3)} for step in range(1, 101)]
     rows += [{"step": step, "eval/loss": 4.2 - 0.015 * step} for step in range(0, 101, 20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot_loss(tmp_path)
+    plot_metrics(tmp_path, LOSS)
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     assert picture.shape[:2] == (480, 840)
     for colour in (BLUE, ORANGE):
         assert len(columns_of(picture, colour)) > 0.7 * 840, "from the first step to the last"
 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:100]))
-    plot_loss(tmp_path)
+    plot_metrics(tmp_path, LOSS)
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     assert len(columns_of(picture, BLUE)) and not len(columns_of(picture, ORANGE))
 
 
+def test_a_panel_for_each_metric(tmp_path: Path) -> None:
+    """The second one has held-out values only: its half of the picture is orange and not blue."""
+    import matplotlib.image
+
+    rows = [{"step": step, "train/loss": 4 - 0.02 * step, "eval/rewards/accuracy": step / 100} for step in range(100)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_metrics(tmp_path, LOSS | {"rewards/accuracy": "accuracy"})
+    picture = matplotlib.image.imread(tmp_path / "loss.png")
+    assert picture.shape[:2] == (840, 840)
+    upper, lower = picture[:420], picture[420:]
+    assert len(columns_of(upper, BLUE)) > 500 and not len(columns_of(lower, BLUE))
+    assert len(columns_of(lower, ORANGE)) > 500
+
+
 def test_a_run_without_a_step_has_a_picture_too(tmp_path: Path) -> None:
-    Tracker(tmp_path, 0, "none", {}).close()
+    Tracker(tmp_path, 0, "none", {}, LOSS).close()
     assert (tmp_path / "loss.png").is_file()
 
 
 def test_the_picture_is_drawn_with_each_held_out_loss(tmp_path: Path) -> None:
     """So that a run that is stopped leaves one too."""
-    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker = Tracker(tmp_path, 0, "none", {}, LOSS)
     tracker.log(1, {"train/loss": 2.5})
     assert not (tmp_path / "loss.png").exists()
     pictures = []
@@ -118,7 +134,7 @@ def test_the_picture_is_drawn_with_each_held_out_loss(tmp_path: Path) -> None:
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
     nan, inf = float("nan"), float("inf")
-    tracker = Tracker(tmp_path, 0, "none", {})
+    tracker = Tracker(tmp_path, 0, "none", {}, LOSS)
     tracker.log(1, {"train/loss": 2.5, "train/grad_norm": inf, "eval/loss": nan})
     tracker.log(2, {"train/loss": -inf, "train/lr": 1e-4, "eval/loss": 2.0})
     expected = [
@@ -129,7 +145,7 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
     # An earlier version wrote them as they are: a run that goes on cleans its file.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/loss": NaN}\n')
-    Tracker(tmp_path, 3, "none", {}).close()
+    Tracker(tmp_path, 3, "none", {}, LOSS).close()
     assert lines(tmp_path / "metrics.jsonl") == [*expected, {"step": 3, "train/loss": None}]
 
 
@@ -171,7 +187,7 @@ def test_a_service_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tracking, "is_wandb_available", lambda: True)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Service)
-    tracker = Tracker(tmp_path, 0, "wandb", {"lora_r": 16, "lr": None, "data_dir": tmp_path})
+    tracker = Tracker(tmp_path, 0, "wandb", {"lora_r": 16, "lr": None, "data_dir": tmp_path}, LOSS)
     tracker.log(1, {"train/loss": 2.0})
     tracker.close()
     assert [entry[0] for entry in seen] == ["name", "start", "settings", "log", "finish"]
@@ -182,7 +198,7 @@ def test_a_service_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracker = Tracker(tmp_path / "run", 0, "tensorboard", {"lora_r": 16, "lr": None, "data_dir": tmp_path})
+    tracker = Tracker(tmp_path / "run", 0, "tensorboard", {"lora_r": 16, "lr": None, "data_dir": tmp_path}, LOSS)
     for step in (1, 2):
         tracker.log(step, {"train/loss": 1 / step})
     tracker.close()

@@ -129,7 +129,7 @@ def usable_masks(
     """Tries whether a model computes a trie as it computes each branch alone, without a mask of ours.
 
     Args:
-        engine: In training mode. All ranks call this together.
+        engine: In training mode, or a model by itself. All ranks call this together.
         windows: From `utils.model.attention_windows`.
         max_tokens: The longest sample.
         precision: Of the engine's arithmetic.
@@ -141,7 +141,7 @@ def usable_masks(
     depth = 32 + max((window for window in windows.values() if window and window < max_tokens), default=0)
     engine.eval()
     try:
-        use_blocks(engine.module)
+        use_blocks(getattr(engine, "module", engine))
         error = _mask_error(engine, windows, depth)
         problem = "" if error < (1e-3 if precision == "fp32" else 0.05) else f"logits differ by {error:.1%}"
     except Exception as failure:  # Whatever a model makes of a mask that it does not know.
@@ -157,7 +157,7 @@ def usable_masks(
 def _mask_error(engine: Any, windows: dict[str, int | None], depth: int) -> float:
     """Error of the logits at the ends of two branches that part at a depth, relative to the logits' spread."""
     random = np.random.default_rng(0)
-    vocab_size = engine.module.get_input_embeddings().num_embeddings
+    vocab_size = getattr(engine, "module", engine).get_input_embeddings().num_embeddings
     trunk, *branches = (random.integers(0, vocab_size, length).astype(np.int32) for length in (depth, 8, 8))
     ends = np.arange(depth + 8) == depth + 7
     chains = [Sample("", np.concatenate([trunk, branch]), ends) for branch in branches]

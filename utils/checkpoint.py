@@ -18,7 +18,8 @@ from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
 # what it shows, not what an update is. Data is known by its contents.
 FREE_TO_CHANGE = set(
     "epochs max_steps eval_steps save_steps eval_samples max_new_tokens train_mode test_mode test_bnb_enabled "
-    "test_split track resume overwrite local_rank output_dir model_dir data_dir data_path".split()
+    "test_split test_model track resume overwrite local_rank output_dir model_dir data_dir data_path "
+    "answers_dir".split()
 )
 
 

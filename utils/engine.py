@@ -156,6 +156,18 @@ def load_chat(args: argparse.Namespace, path: Path, template: str) -> Any:
         )
 
 
+def load_whole(path: Path, name: str, precision: str, bits: int | None, device: str, trust_remote_code: bool) -> Any:
+    """Loads a downloaded model, or ends the run with what to do."""
+    from safetensors import SafetensorError
+
+    from utils.model import DTYPES, load_model
+
+    try:
+        return load_model(path, DTYPES[precision], bits, device, trust_remote_code)
+    except (OSError, SafetensorError) as error:
+        fail(f"No whole model in {shown(path)}: {error}\nFetch it: python download_pt.py --model {name}")
+
+
 def build_model(args: argparse.Namespace, path: Path, precision: str, device: str, adapter: str = "") -> Any:
     """Loads the base model and makes trainable what is to be trained.
 
@@ -171,12 +183,9 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
     """
     from safetensors import SafetensorError
 
-    from utils.model import DTYPES, add_lora, load_model
+    from utils.model import add_lora
 
-    try:
-        model = load_model(path, DTYPES[precision], quant_bits(args), device, args.trust_remote_code)
-    except (OSError, SafetensorError) as error:
-        fail(f"No whole model in {shown(path)}: {error}\nFetch it: python download_pt.py --model {args.model_name}")
+    model = load_whole(path, args.model_name, precision, quant_bits(args), device, args.trust_remote_code)
     if adapter:
         from peft import PeftModel
 

@@ -1,10 +1,10 @@
-"""The reference of preference learning and RL: what a policy said before it learnt, now or computed beforehand.
+"""What a frozen model says of supervised tokens, now or computed beforehand: a reference, or a teacher.
 
 Shapes: S answers and T supervised tokens of them in a pack, N samples with K supervised tokens in all.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from utils.attention import model_inputs
-from utils.files import made_once
+from utils.files import made_once, sha256
 from utils.packing import Layout, Pack, make_plan, rank_packs
 from utils.samples import Samples
 from utils.tensors import all_reduced, token_logprobs
@@ -71,45 +72,83 @@ def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter:
 def precompute_reference(
     engine: Any, samples: Samples, units: np.ndarray, layout: Layout, attention: Any, made_from: str, cache: Path
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Computes the log-probabilities of answers with the engine as it is, or reads what was computed before.
+    """Computes the log-probabilities of answers with the engine as it is, before its first step, by `computed_once`.
+
+    Returns:
+        (K,) fp32, and `target_begin`.
+    """
+    engine.eval()
+    with torch.no_grad():
+        ready = lambda: (layout, lambda pack: [token_logps(engine, [pack.to(engine.device)], attention)])  # noqa: E731
+        (values,) = computed_once(ready, samples, units, made_from, cache) or [torch.zeros(0)]
+    engine.train()
+    return values, target_begin(samples)
+
+
+def computed_once(
+    make_ready: Callable[[], tuple[Layout, Callable[[Pack], list[torch.Tensor]]]],
+    samples: Samples,
+    units: np.ndarray,
+    made_from: str,
+    cache: Path,
+) -> list[torch.Tensor]:
+    """Computes numbers for supervised tokens, or reads what was computed before.
 
     All ranks call this together.
 
     Args:
-        engine: Before its first step.
-        samples: Pairs.
-        units: Numbers of the pairs to compute.
-        layout: As `utils.packing.make_plan` takes it.
-        attention: From `utils.attention.usable_masks`.
-        made_from: What the model was made from.
+        make_ready: Called if something is to be computed: how packs are laid out, and what makes (T, ...) tensors of
+            a pack.
+        samples: The samples.
+        units: Numbers of those to compute, as windows name them.
+        made_from: What the model was made from, and what is computed.
         cache: Folder of what was computed before.
 
     Returns:
-        (K,) fp32 for the K supervised tokens of all samples, 0 where a pair was not asked for; and `target_begin`.
+        (K, ...) tensors, mapped from files: for the K supervised tokens of all samples, 0 where a unit was not asked
+        for. Nothing if no unit was.
     """
+    if not len(units):
+        return []
     digest = hashlib.sha256(made_from.encode())
     for array in (samples.begin, samples.end, samples.tokens, samples.supervised, units):
         digest.update(np.ascontiguousarray(array))
-    path, begin = cache / f"reference-{digest.hexdigest()[:16]}.npy", target_begin(samples)
-    if all_reduced(not path.exists()) == 0:
-        return torch.from_numpy(np.load(path)), begin
-    values = torch.zeros(int(begin[-1]), device=engine.device)
-    if not len(units):
-        return values.cpu(), begin
-    plan = make_plan(samples, [units], layout, cache)
-    packs = rank_packs(samples, plan, 0, deepspeed.comm.get_rank())
-    engine.eval()
-    with torch.no_grad():
-        for pack in tqdm(packs, "reference", unit="pack", disable=deepspeed.comm.get_rank() != 0):
-            pack = pack.to(engine.device)
-            values[target_places(begin, pack)] = token_logps(engine, [pack], attention)
-    engine.train()
-    deepspeed.comm.all_reduce(values)
-    with made_once(path) as temporary:
-        if temporary:
-            with temporary.open("wb") as file:
-                np.save(file, values.cpu().numpy())
-    return values.cpu(), begin
+    folder = cache / f"computed-{digest.hexdigest()[:16]}"
+    if all_reduced(not folder.exists()) > 0:
+        begin, results = target_begin(samples), []
+        layout, compute = make_ready()
+        packs = rank_packs(samples, make_plan(samples, [units], layout, cache), 0, deepspeed.comm.get_rank())
+        for pack in tqdm(packs, "computing once", unit="pack", disable=deepspeed.comm.get_rank() != 0):
+            parts = compute(pack)
+            results = results or [torch.zeros(int(begin[-1]), *part.shape[1:], dtype=part.dtype) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[target_places(begin, pack)] = part.cpu()
+        for result in results:
+            _sum_over_ranks(result)
+        with made_once(folder) as temporary:
+            if temporary:
+                temporary.mkdir()
+                for number, result in enumerate(results):
+                    np.save(temporary / f"{number}.npy", result.numpy())
+    # "c": torch wants arrays that could be written to; what is written stays in memory.
+    return [torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))]
+
+
+def _sum_over_ranks(values: torch.Tensor) -> None:
+    """Sums on the device, some at a time, what is 0 on all ranks but one."""
+    if deepspeed.comm.get_world_size() == 1:
+        return
+    for part in values.split(1 << 14):
+        moved = part.to(get_accelerator().current_device_name(), torch.float32)
+        deepspeed.comm.all_reduce(moved)
+        part.copy_(moved)
+
+
+def fingerprint(*folders: Path) -> str:
+    """Hashes of the weights and configurations of models and adapters."""
+    kinds = (".safetensors", ".bin", "config.json")
+    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.name.endswith(kinds)]
+    return " ".join(sha256(path) for path in files)
 
 
 def target_begin(samples: Samples) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from utils.files import replacing
 class Tracker:
     """Writes one rank's (the first's) metrics and sample replies, a JSON object a line."""
 
-    def __init__(self, folder: Path, first_step: int, service: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, first_step: int, service: str, settings: dict[str, Any], panels: Mapping[str, str]
+    ) -> None:
         """Opens the files of a run.
 
         Args:
@@ -19,8 +22,9 @@ class Tracker:
             first_step: Steps done before; later lines of an earlier attempt are cut off.
             service: "none", "tensorboard", "swanlab" or "wandb".
             settings: What the service shall show of the run.
+            panels: What loss.png shows: names of metrics without "train/" and "eval/", and what to call them.
         """
-        self.folder = folder
+        self.folder, self._panels = folder, panels
         self._files = [_continue_file(folder / name, first_step) for name in ("metrics.jsonl", "samples.jsonl")]
         self._service = _open_service(service, folder, settings) if service != "none" else None
 
@@ -28,7 +32,7 @@ class Tracker:
         """Appends a step's measurements; a held-out loss is drawn at once, since not every run comes to its end."""
         self._append(0, {"step": step, **values})
         if "eval/loss" in values:
-            plot_loss(self.folder)
+            plot_metrics(self.folder, self._panels)
         if self._service:
             self._service.log(values, step=step)
 
@@ -43,7 +47,7 @@ class Tracker:
 
     def close(self) -> None:
         """Draws loss.png and ends the service's run."""
-        plot_loss(self.folder)
+        plot_metrics(self.folder, self._panels)
         for file in self._files:
             file.close()
         if self._service:
@@ -83,33 +87,42 @@ def _open_service(service: str, folder: Path, settings: dict[str, Any]) -> Any:
     return tracker
 
 
-def plot_loss(folder: Path) -> None:
-    """Draws the losses in metrics.jsonl as loss.png."""
+def plot_metrics(folder: Path, panels: Mapping[str, str]) -> None:
+    """Draws what is in metrics.jsonl as loss.png, a panel a metric, one below the other."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     lines = read_lines(folder / "metrics.jsonl")
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    # A loss is missing where it was not measured, and null where it was not finite.
+    size = (7, 1 + 3 * len(panels))
+    figure, rows = plt.subplots(len(panels), figsize=size, dpi=120, layout="constrained", sharex=True, squeeze=False)
+    for axes, (name, label) in zip(rows[:, 0], panels.items(), strict=True):
+        _draw(axes, lines, name)
+        axes.set(ylabel=label)
+        axes.grid(alpha=0.3)
+    rows[0, 0].set(title=folder.name)
+    rows[-1, 0].set(xlabel="step")
+    if rows[0, 0].lines:
+        rows[0, 0].legend()
+    with replacing(folder / "loss.png") as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+def _draw(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
+    """Draws a metric in training, as it was and smoothed, and on held-out samples."""
+    # A value is missing where it was not measured, and null where it was not finite.
     train, held_out = (
-        [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        for name in ("train/loss", "eval/loss")
+        [(line["step"], line[f"{when}/{name}"]) for line in lines if line.get(f"{when}/{name}") is not None]
+        for when in ("train", "eval")
     )
     if train:
         axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training, each step")
         mean, weight, smooth = 0.0, 0.0, []
-        for step, loss in train:
-            mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+        for step, value in train:
+            mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
             smooth.append((step, mean / weight))
         axes.plot(*zip(*smooth, strict=True), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
-    if train or held_out:
-        axes.legend()
-    axes.grid(alpha=0.3)
-    with replacing(folder / "loss.png") as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)

@@ -197,10 +197,10 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def rebuild(
-    run: Path, tag: str, record: dict[str, Any], base: Path, dtype: torch.dtype, base_kind: str = "dequant4"
+    run: Path, tag: str, record: dict[str, Any], base: Path, dtype: torch.dtype, trust_remote_code: bool
 ) -> torch.nn.Module:
     """Makes the trained model as a plain transformers model on the CPU: `as_trained`, merged in fp32, in `dtype`."""
-    return cast(merge(as_trained(run, tag, record, base, base_kind)), dtype)
+    return cast(merge(as_trained(run, tag, record, base, trust_remote_code=trust_remote_code)), dtype)
 
 
 def _load_full(model: torch.nn.Module, run: Path, tag: str) -> None:
