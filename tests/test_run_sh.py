@@ -73,9 +73,10 @@ def test_the_stages_start_alike() -> None:
     """What is tested here of fine-tuning's script holds for the others': they are the same but for what they name."""
     parts = {}
     stages = [("ft", "DATA_DIR:-data", "data_dir"), ("dpo", "DATA_PATH:-deepspeed_dpo/data", "data_path")]
+    stages += [("distill", "TEACHER:-deepseek-chat", "teacher_model_name")]
     for stage, variable, flag in stages:
         text = (ROOT / f"deepspeed_{stage}/run.sh").read_text(encoding="utf-8")
-        code = text[text.index("set -euo pipefail") :]
+        code = text[text.index("set -euo pipefail") :].replace("--student_model_name", "--model_name")
         assert f"deepspeed_{stage}/train.py" in code and f'--{flag} "${{{variable}}}"' in code
         parts[stage] = code.replace(f'--{flag} "${{{variable}}}"', "").replace(f"deepspeed_{stage}", "")
-    assert parts["ft"] == parts["dpo"]
+    assert parts["ft"] == parts["dpo"] == parts["distill"]
