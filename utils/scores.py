@@ -69,7 +69,7 @@ def plot_comparison(rows: list[dict[str, str]], table: dict[str, dict[str, float
         lengths = sorted(len(row[name]) for row in rows)
         right.step(lengths, [(place + 1) / len(lengths) for place in range(len(lengths))], where="post", color=color)
     left.set_xticks([place + width * (len(table) - 1) / 2 for place in range(len(scores))], scores)
-    left.set(title=f"{real}: what they are held against", ylim=(0, 1))
+    left.set(title=f"chrF and ROUGE-L against {real}", ylim=(0, 1))
     left.legend()
     right.set(xlabel="characters of a text", ylabel="part of the texts that are not longer", title="length")
     right.grid(alpha=0.3)
