@@ -40,7 +40,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.data import DataError, Message, find_split, read_records, to_messages
-from utils.files import from_root, shown
+from utils.files import answers_path, from_root, shown
+from utils.track import read_lines
 
 INSTRUCTION = (
     "你是一名B站用户。请根据视频的标题、简介和父评论（如果有），模仿B站用户的语气写一条评论或回复，不超过50个字。只写评论本身，不要解释。"
@@ -50,8 +51,6 @@ ATTEMPTS = 8
 LONGEST_BACKOFF_SEC = 60
 LONGEST_WAIT_SEC = 600  # The teacher may ask for more; then the run ends.
 FAILED_IN_A_ROW = 20  # So many failures with no answer between them: the teacher is not going to answer.
-
-
 KINDS = {
     "base_url": str,
     "model": str,
@@ -213,9 +212,8 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 def read_answers(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Reads answers by id and key, the newest last; a last line torn by a kill is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     known: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in map(json.loads, lines):
+    for row in read_lines(path):
         known.pop((row["id"], row["key"]), None)  # So that the newest stands last.
         known[row["id"], row["key"]] = row
     return known
@@ -562,11 +560,8 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
     Raises:
         SystemExit: if more failed than may, or the run ended early.
     """
-    name = re.sub(r"[^\w.-]", "_", args.model_name)
-    place = from_root(args.output_dir)
-    files = {split: place / f"data_{split}_teacher_{name}.jsonl" for split in ("train", "test")}
-    answers = files.pop(args.d_type)
-    (other,) = files.values()
+    place, other_type = from_root(args.output_dir), "test" if args.d_type == "train" else "train"
+    answers, other = (answers_path(place, split, args.model_name) for split in (args.d_type, other_type))
     failures = answers.with_name(f"{answers.stem}_failures.jsonl")
     client = make_client(teacher, args.model_name, args.timeout)
     with sole_writer(answers):

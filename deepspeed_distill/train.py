@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -55,7 +54,7 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, made_once, missing_model, replacing, sha256, shown
+from utils.files import answers_path, from_root, made_once, missing_model, replacing, sha256, shown
 from utils.samples import Samples, load_splits
 from utils.track import read_lines
 
@@ -135,10 +134,9 @@ def distill_loss(
     from utils.tensors import token_logprobs
 
     logits = logits[:, :vocab_size]
-    if teacher is None:
-        loss = -(target_weight * token_logprobs(logits, target_ids)).sum()
-        return loss, Counter(loss=loss.item())
     ce = -(target_weight * token_logprobs(logits, target_ids)).sum()
+    if teacher is None:
+        return ce, Counter(loss=ce.item())
     student = torch.log_softmax(logits.float() / args.kd_temperature, -1)
     if isinstance(teacher, tuple):
         ids, teacher = teacher
@@ -223,8 +221,7 @@ def answers_name(args: argparse.Namespace) -> str:
 
 def answers_file(args: argparse.Namespace, split: str) -> Path:
     """Where prepare_data.py has written a teacher's answers."""
-    name = re.sub(r"[^\w.-]", "_", answers_name(args))
-    return from_root(args.answers_dir) / f"data_{split}_teacher_{name}.jsonl"
+    return answers_path(from_root(args.answers_dir), split, answers_name(args))
 
 
 def learnt_files(args: argparse.Namespace) -> list[Path | None]:
@@ -343,7 +340,7 @@ def most_likely(logprobs: Any, k: int) -> list[Any]:
 
 def make_teachers(
     args: argparse.Namespace,
-    drawn: list[tuple[Samples, Any]],
+    sets: list[Samples],
     vocab_size: int | None,
     precision: str,
     device: str,
@@ -354,7 +351,7 @@ def make_teachers(
 
     Args:
         args: Of the run.
-        drawn: Sets of samples, and the numbers of those that are needed.
+        sets: Of samples.
         vocab_size: V.
         precision: Of the run.
         device: Where the teacher computes.
@@ -365,6 +362,7 @@ def make_teachers(
         For each set a function of a pack that makes what `distill_loss` takes; whether the teacher takes tree masks;
         and why not.
     """
+    import numpy as np
     from deepspeed.accelerator import get_accelerator
     from deepspeed.comm import get_world_size
 
@@ -379,11 +377,11 @@ def make_teachers(
         return model.eval(), masks, why_not and f"Teacher: {why_not}"
 
     if args.kd == "sft":
-        return [lambda pack: None] * len(drawn), True, ""
+        return [lambda pack: None] * len(sets), True, ""
     if args.kd == "logits":
         model, masks, why_not = load()
         logprobs = partial(teacher_logprobs, model, masks, vocab_size, args.kd_temperature)
-        return [logprobs] * len(drawn), masks is not None, why_not
+        return [logprobs] * len(sets), masks is not None, why_not
 
     @cache_in_memory
     def make_ready() -> tuple[Any, Any]:
@@ -396,8 +394,8 @@ def make_teachers(
 
     made_from = f"{teacher} {args.teacher_bnb_enabled} {precision} {vocab_size} {args.kd_topk} {args.kd_temperature}"
     teachers = []
-    for samples, numbers in drawn:
-        kept = computed_once(make_ready, samples, numbers, made_from, cache)
+    for samples in sets:  # All of them: with other --max_steps the same are found on the disk.
+        kept = computed_once(make_ready, samples, np.arange(len(samples)), made_from, cache)
         teachers.append(partial(kept_favourites, kept, partial(target_places, target_begin(samples))))
     make_ready.cache_clear()  # The teacher goes.
     gc.collect()
@@ -530,10 +528,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     windows = draw_windows(train_set.group, window_samples, args.group_size, args.epochs, args.seed)
     total_steps = len(windows) if args.max_steps < 0 else min(args.max_steps, len(windows))
     cache = from_root(args.output_dir) / "cache"
-    # Of all samples: other --max_steps find the same on the disk.
-    drawn = [(samples, np.arange(len(samples))) for samples in (train_set, eval_set)]
     (teach_train, teach_eval), masks, teacher_why_not = make_teachers(
-        args, drawn, vocab_size, precision, device, data_facts["files"].get("teacher"), cache
+        args, [train_set, eval_set], vocab_size, precision, device, data_facts["files"].get("teacher"), cache
     )
 
     # Model and engine. While the configuration object lives, transformers shards weights as it reads them.

@@ -287,7 +287,7 @@ def test_whatever_happens_all_are_answered_once(
 ) -> None:
     """The teacher has written one answer to each question, and another one where the first was lost on its way."""
     monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 1)
-    with TeacherServer(latency, fault_every=7) as server:
+    with TeacherServer(latency, fault_every=7, retry_after="0.3") as server:
         run(prepare, build(server, count=count, concurrency=concurrency))
         log, outcomes = server.log, server.outcomes()
         assert server.most_active <= concurrency

@@ -388,7 +388,9 @@ def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, los
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, slow({"train_bnb_enabled": True}), {"precompute_reference": True}, slow({"zero_stage": 3})], ids=str
+    "flags",
+    [{}, slow({"train_bnb_enabled": True}), slow({"precompute_reference": True}), slow({"zero_stage": 3})],
+    ids=str,
 )
 def test_goes_on_from_an_adapter(
     dpo: ModuleType, ft: ModuleType, dpo_args: Build, train_args: Build, tmp_path: Path, flags: dict[str, Any]
@@ -422,7 +424,7 @@ def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Buil
     assert read_metrics(tmp_path / "one")[-1]["train/loss"] == lines[-1]["train/loss"]
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("goes_on", [False, slow(True)])
 def test_a_resumed_run_is_the_same(
     dpo: ModuleType, dpo_args: Build, sft_adapter: Path, tmp_path: Path, goes_on: bool
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ def shown(path: str | Path) -> str:
     """
     path = Path(path)
     return os.fsencode(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).decode(errors="backslashreplace")
+
+
+def answers_path(folder: Path, split: str, teacher: str) -> Path:
+    """Where a teacher's collected answers to a split's comments lie."""
+    name = re.sub(r"[^\w.-]", "_", teacher)
+    return folder / f"data_{split}_teacher_{name}.jsonl"
 
 
 def missing_model(model_dir: Path, model_name: str) -> str:

@@ -77,10 +77,13 @@ def precompute_reference(
     Returns:
         (K,) fp32, and `target_begin`.
     """
+
+    def compute(pack: Pack) -> list[torch.Tensor]:
+        return [token_logps(engine, [pack.to(engine.device)], attention)]
+
     engine.eval()
     with torch.no_grad():
-        ready = lambda: (layout, lambda pack: [token_logps(engine, [pack.to(engine.device)], attention)])  # noqa: E731
-        (values,) = computed_once(ready, samples, units, made_from, cache) or [torch.zeros(0)]
+        (values,) = computed_once(lambda: (layout, compute), samples, units, made_from, cache) or [torch.zeros(0)]
     engine.train()
     return values, target_begin(samples)
 
