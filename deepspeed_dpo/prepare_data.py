@@ -307,6 +307,11 @@ def main(args: argparse.Namespace) -> None:
         results, report = prepare(args, {split: path for split, path in found.items() if path})
     except DataError as error:
         raise SystemExit(str(error)) from error
+    if not results["train"] and any(report["train"][source]["found"]["pairs"] for source in ("likes", "replies")):
+        raise SystemExit(
+            "No training pairs: in all that were found the same side is the longer one, so that length alone would "
+            "tell. Let the model answer at greater length (--max_new_tokens), or keep them: --balance_length False"
+        )
     if not results["train"]:
         raise SystemExit(
             "No training pairs. Pairs by likes need a crawl with like_count (MediaCrawler since June 2025) and several "

@@ -184,6 +184,13 @@ def test_real_comments_are_preferred_to_replies(prepare: ModuleType, folder: Cal
     assert (pair["source"], pair["chosen"], pair["rejected"]) == ("replies", "真人写的", "机器写的")
 
 
+def test_pairs_that_all_lean_to_one_side_are_none(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    """The run says why, and how to keep them."""
+    place = folder([record(1, "甲甲甲"), record(2, "乙乙")], {1: 100, 2: 0})
+    with pytest.raises(SystemExit, match="--balance_length False"):
+        run(prepare, place, "--balance_length", "True")
+
+
 def test_length_tells_nothing(prepare: ModuleType) -> None:
     """Three longer and one shorter chosen text, and an equal one: the two most unequal longer ones leave."""
     lengths = [(20, 10), (15, 10), (12, 10), (8, 10), (10, 10)]
