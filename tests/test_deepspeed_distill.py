@@ -346,7 +346,7 @@ def test_equals_plain_pytorch(distill: ModuleType, distill_args: Build, model_di
     "changes",
     [
         {"batch_size": 1, "grad_accum": 8},
-        {"share_prefix": False, "group_size": 8},
+        slow({"share_prefix": False, "group_size": 8}),
         slow({"pack_tokens": 256}),
         slow({"gradient_checkpointing": True}),
         slow({"zero_stage": 0}),
