@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, find_split, read_records, to_messages
+from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
 from utils.engine import (
     add_run_arguments,
     argument_problems,
@@ -54,13 +54,14 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import answers_path, from_root, made_once, missing_model, replacing, sha256, shown
+from utils.files import answers_path, from_root, made_once, missing_model, read_json, replacing, sha256, shown
 from utils.samples import Samples, load_splits
 from utils.track import read_lines
 
 PANELS = {"loss": "loss (nats a token)", "kd": "distance from the teacher (nats a token)"}
 LORA_LR, FULL_LR = 2e-4, 2e-5
-SHOWN_REPLIES = 4
+SHOWN_REPLIES, SHOWN_CHARACTERS = 4, 60
+COMPARED_TEXTS = 200
 LEAST = -50.0  # The logarithm of no probability.
 
 
@@ -241,26 +242,47 @@ def learnt_files(args: argparse.Namespace) -> list[Path | None]:
 def join_answers(data: Path, answers: Path, cache: Path) -> Path:
     """Writes a split's comments with a teacher's newest answers in the place of the real ones.
 
-    Answers to comments that are not in the split (any more), or whose prompt has changed, are left out.
+    Answers to comments that are not in the split (any more), or whose prompt has changed, are left out. The comments'
+    own system prompt stays; the teacher had another one.
 
     Raises:
         SystemExit: if nothing is left.
     """
-    path = cache / f"answers-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
+    path = cache / f"learnt-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
     with made_once(path) as temporary:
         if temporary:
             newest = {row["id"]: row for row in read_lines(answers)}
-            lines = []
+            lines, settings = [], Counter()
             for record in read_records(data):
-                row = newest.get(str(record.get("id")))
-                if row and to_messages(row)[:-1] == to_messages(record)[:-1]:
-                    kept = {name: row[name] for name in ("id", "video_id", "conversations")}
-                    lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+                row = newest.get(str(record.get("id"))) if isinstance(record, dict) else None
+                if row is None:
+                    continue
+                *prompt, answer = to_messages(row)
+                try:
+                    *asked, real = to_messages(record)
+                except UnusableRecord:  # As it was when the teacher was asked.
+                    continue
+                if spoken(prompt) == spoken(asked):
+                    turns = [{"from": turn["role"], "value": turn["content"]} for turn in (*asked, answer)]
+                    kept = {"id": row["id"], "video_id": row["video_id"], "conversations": turns}
+                    lines.append(json.dumps(kept | {"real": real["content"]}, ensure_ascii=False) + "\n")
+                    settings[row.get("setting")] += 1
+            if len(settings) > 1:
+                counts = ", ".join(f"{times:,}" for times in settings.values())
+                print(
+                    f"{shown(answers)}: the newest answers are to {len(settings)} different instructions, models or "
+                    f"options ({counts}). If that is not meant, run again: python deepspeed_distill/prepare_data.py"
+                )
             if not lines:
                 again = "Run again: python deepspeed_distill/prepare_data.py"
                 fail(f"{shown(answers)} has no answer to a comment of {shown(data)}. {again}")
             temporary.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def spoken(turns: list[Message]) -> list[Message]:
+    """Turns without the system prompt."""
+    return [turn for turn in turns if turn["role"] != "system"]
 
 
 def load_teacher_tokenizer(args: argparse.Namespace) -> Any:
@@ -275,7 +297,7 @@ def load_teacher_tokenizer(args: argparse.Namespace) -> Any:
         fail(f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {name}")
 
 
-def shared_vocabulary(student: Any, teacher: Any, used: int) -> int:
+def shared_vocabulary(student: Any, teacher: Any, texts: list[str], used: int) -> int:
     """How many tokens two tokenizers have in common, from the first one on.
 
     Models have more rows than tokens, and not equally many: rows of padding mean nothing, and would take probability.
@@ -283,10 +305,11 @@ def shared_vocabulary(student: Any, teacher: Any, used: int) -> int:
     Args:
         student: Its tokenizer.
         teacher: Its tokenizer.
+        texts: That both have to split into the same tokens.
         used: The largest token that is trained on, and 1.
 
     Raises:
-        SystemExit: if they differ before one of them ends, or in a token that is used.
+        SystemExit: if they differ before one of them ends, in a token that is used, or in how they split a text.
     """
     ours, theirs = ({id: token for token, id in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
     common = min(max(ours), max(theirs)) + 1
@@ -295,12 +318,20 @@ def shared_vocabulary(student: Any, teacher: Any, used: int) -> int:
         what = f"token {other} is {ours.get(other)!r} here and {theirs.get(other)!r} there"
     elif used > common:
         what = f"the data needs {used} tokens, both have {common}"
+    elif other := next((text for text in texts if splits(student, text) != splits(teacher, text)), None):
+        # With other merges, or more of them, the teacher knows other ways to write what the student writes.
+        what = f"{other[:SHOWN_CHARACTERS]!r} becomes other tokens here than there"
     else:
         return common
     fail(
         f"The student's tokenizer is not the teacher's: {what}. Their distributions cannot be compared; let the "
         "student learn the teacher's answers: --kd sft"
     )
+
+
+def splits(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, without what a tokenizer puts around it."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def load_teacher(args: argparse.Namespace, precision: str, device: str) -> Any:
@@ -406,7 +437,7 @@ def make_teachers(
 def kept_favourites(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, Any]:
     """A pack's favourites, as `distill_loss` takes them, from those of all samples."""
     ids, logprobs = (part[places_of(pack)].to(pack.input_ids.device) for part in kept)
-    return ids.long(), logprobs.float()
+    return ids.long(), logprobs.float().log_softmax(-1)  # Rounded to 16 bits they no longer sum to 1.
 
 
 def means(sums: Counter[str], supervised_tokens: int) -> dict[str, float]:
@@ -475,7 +506,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     from utils.attention import model_inputs, usable_masks
-    from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
+    from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
     from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
     from utils.reference import fingerprint
     from utils.track import Tracker
@@ -502,7 +533,9 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         # Of all its files in one.
         data_facts["files"]["teacher"] = hashlib.sha256(fingerprint(teacher_path).encode()).hexdigest()
         used = max(int(samples.tokens.max()) for samples in (train_set, eval_set)) + 1
-        vocab_size = shared_vocabulary(chat.tokenizer, load_teacher_tokenizer(args), used)
+        decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(sample.input_ids) for sample in islice(train_set, COMPARED_TEXTS)]
+        vocab_size = shared_vocabulary(chat.tokenizer, load_teacher_tokenizer(args), texts, used)
         rows = [read_json(path / "config.json").get("vocab_size", vocab_size) for path in (model_path, teacher_path)]
         vocab_size = min(vocab_size, *rows)  # Tokens may have been added to a tokenizer and not to its model.
     record = make_record(args, ds_config, precision, world_size, chat.tokenizer.chat_template, data_facts)
@@ -620,25 +653,31 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     import torch
 
     from utils.generate import show_replies
+    from utils.merging import whole
     from utils.model import DTYPES
     from utils.scores import as_markdown, compare_texts, plot_comparison
-    from utils.trained import check_tag, rebuild
+    from utils.trained import as_trained, check_tag
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
-    _, samples, _ = load_splits(args, *learnt_files(args), chat, show=False)
+    files = learnt_files(args)
+    _, samples, _ = load_splits(args, *files, chat, show=False)
     if not samples:
         fail(f"--test_mode: nothing is held out at {shown(from_root(args.data_dir))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = record["settings"]["precision"]
-    model = rebuild(folder, args.ckpt_id, record, model_path, DTYPES[precision], args.trust_remote_code)
-    student = show_replies(model.to(device).eval(), chat, samples, args.max_new_tokens, progress="student")
-    del model
+    trained = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
+    model = whole(trained, DTYPES[precision])
+    student = show_replies(model.to(device), chat, samples, args.max_new_tokens, progress="student")
+    del trained, model
     if answers_name(args):  # What is learnt is the teacher's; what is real stands in the data.
-        real = real_answers(args)
+        real = {row["id"]: row["real"] for file in files if file for row in read_lines(file)}
         others = [{"teacher": row["real"], "real": real[row["id"]]} for row in student]
     else:
+        decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(sample.input_ids) for sample in islice(samples, COMPARED_TEXTS)]
+        shared_vocabulary(chat.tokenizer, load_teacher_tokenizer(args), texts, 0)  # It reads the student's tokens.
         model = load_teacher(args, precision, device)
         teacher = show_replies(model, chat, samples, args.max_new_tokens, progress="teacher")
         others = [{"teacher": row["reply"], "real": row["real"]} for row in teacher]
@@ -657,13 +696,6 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         print(f"\n{row['prompt']}", *(f"{name + ':':8} {row[name]}" for name in table), sep="\n  ")
     beside = "the table and a picture lie beside it (.md, .png)"
     print(f"\n{as_markdown(table)}\n{len(rows)} replies: {shown(target)}; {beside}")
-
-
-def real_answers(args: argparse.Namespace) -> dict[str, str]:
-    """The comments' own texts by id."""
-    files = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
-    records = [record for file in files if file for record in read_records(file)]
-    return {str(record["id"]): to_messages(record)[-1]["content"] for record in records}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, missing_model, replacing, sha256, shown
+from utils.files import from_root, missing_model, read_json, replacing, sha256, shown
 from utils.samples import Samples, load_splits
 
 LORA_LR, FULL_LR = 5e-5, 5e-7
@@ -330,7 +330,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     from utils.attention import usable_masks
-    from utils.model import attention_windows, count_parameters, needed_bytes, read_json, report_needs
+    from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
     from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
     from utils.pairs import pair
     from utils.reference import fingerprint, precompute_reference, reference_logps, target_begin, token_logps
@@ -491,10 +491,12 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Compares the best checkpoint with its reference on the held-out pairs, and writes the replies of both."""
     import torch
 
+    from utils.adapters import read_adapter
     from utils.generate import show_replies
+    from utils.merging import assemble, whole
     from utils.model import DTYPES
     from utils.pairs import pair
-    from utils.trained import as_trained, check_tag, load_base
+    from utils.trained import as_trained, check_tag
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     record = check_tag(folder, args.ckpt_id)
@@ -504,23 +506,19 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     if not samples:
         fail(f"--test_mode: no pairs are held out at {shown(from_root(args.data_path))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logps, replies = [], []
+    logps, replies, dtype = [], [], DTYPES[settings["precision"]]
     for name in ("reference", "tuned"):
         if name == "tuned":
-            model = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
+            parts = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
         else:
-            dtype = DTYPES[settings["precision"]]
-            model = load_base(model_path, dtype, settings["quant_bits"], args.trust_remote_code)
-            if settings["adapter"]:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, from_root(settings["adapter"]), autocast_adapter_dtype=False)
-        model = model.to(device).eval()
+            adapters = [read_adapter(from_root(settings["adapter"]))] if settings["adapter"] else []
+            parts = assemble(model_path, dtype, settings["quant_bits"], adapters, args.trust_remote_code)
+        model = whole(parts, dtype).to(device)
         progress = f"{name}: pairs"
         logps.append([answer_logps(model, sample) for sample in tqdm(samples, progress, total=len(samples))])
         chosen = list(samples.select(range(0, len(samples), PAIR)))
         replies.append(show_replies(model, chat, chosen, args.max_new_tokens, progress=f"{name}: answering"))
-        del model
+        del parts, model
         gc.collect()
     tokens = torch.from_numpy(samples.targets).view(-1, PAIR)
     reference, tuned = (torch.tensor(values).view(-1, PAIR) for values in logps)

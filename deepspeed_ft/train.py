@@ -271,9 +271,10 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     import torch
 
     from utils.generate import show_replies
+    from utils.merging import whole
     from utils.model import DTYPES
     from utils.scores import as_markdown, compare_texts
-    from utils.trained import check_tag, rebuild
+    from utils.trained import as_trained, check_tag
 
     folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
     tuned = args.test_model == "tuned"
@@ -289,7 +290,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     samples = train_set if args.test_split == "train" else test_set
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if tuned and not args.test_bnb_enabled:
-        model = rebuild(folder, args.ckpt_id, record, model_path, DTYPES[precision], args.trust_remote_code)
+        trained = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
+        model = whole(trained, DTYPES[precision])
     else:
         bits = 4 if args.test_bnb_enabled else quant_bits(args)
         model = load_whole(model_path, args.model_name, precision, bits, device, args.trust_remote_code)

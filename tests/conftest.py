@@ -99,7 +99,7 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
     if kind in ("gemma2", "gemma3"):
         sizes["layer_types"] = ["sliding_attention", "full_attention"]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names.get(kind, kind), **sizes, **changes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names.get(kind, kind), **(sizes | changes)))
     # Larger than the usual first weights, so that attention is far from uniform and the tests can see its mask.
     with torch.no_grad():
         for weight in model.parameters():

@@ -4,9 +4,11 @@ python -m pytest tests/test_convert_model.py
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.files import write_manifest
-from utils.trained import as_trained, check_tag, record_probe
+from utils.merging import whole
+from utils.trained import as_trained, check_tag, compare_logits, record_probe, recorded, replay
 
 # Loads a folder as its users do, with transformers alone, and saves its logits.
 PLAIN_USER = """
@@ -134,7 +137,7 @@ def test_a_bf16_run_is_the_trained_model(
         assert len(links) == 2 and "computed in bf16" in links[0] and "max |d logit| 0.00e+00" in links[0]
     # The same weights, their probe recorded by other kernels.
     record = check_tag(run, "1")
-    model = as_trained(run, "1", record, model_dir / loud)
+    model = whole(as_trained(run, "1", record, model_dir / loud), torch.bfloat16)
     (model if kind == "full" else model.get_base_model()).set_attn_implementation("eager")
     probe = load_file(run / "1/probe.safetensors")
     prompts = [value for name, value in probe.items() if name.startswith("input_ids")]
@@ -151,7 +154,15 @@ def test_rounding_a_fp32_run_is_no_other_model(
     for dtype in ("bf16", "fp16", "fp32"):
         converted(convert, run, model_dir / loud, dtype, "--dtype", dtype)
     card = (root / "output_hf/bf16/README.md").read_text(encoding="utf-8")
-    assert "the written bf16 weights, loaded anew, against the merged model" in card and "what the training run" in card
+    assert "the written bf16 weights, loaded anew, against base and adapter" in card and "what the training run" in card
+
+
+def forget_base(run: Path) -> None:
+    """Makes a checkpoint as earlier versions wrote them, which do not say what their base was: the probe has to."""
+    record = json.loads((run / "1/run.json").read_text(encoding="utf-8"))
+    record["settings"].pop("base", None)
+    (run / "1/run.json").write_text(json.dumps(record), encoding="utf-8")
+    write_manifest(run / "1")
 
 
 def scaled(factor: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -167,6 +178,7 @@ def test_another_model_of_a_bf16_run_is_refused(
     convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, kind: str
 ) -> None:
     run = bf16_run(kind)
+    forget_base(run)
     path = run / "1/adapter/adapter_model.safetensors"
     adapter = load_file(path)
     other = AutoModelForCausalLM.from_pretrained(model_dir / loud)
@@ -236,9 +248,11 @@ def test_a_wrong_base_is_refused(
         other.model.layers[1].mlp.up_proj.weight.add_(0.01)
     other.save_pretrained(root / "other")
     tokenizer.save_pretrained(root / "other")
-    with pytest.raises(SystemExit) as stop:
-        converted(convert, lora_run, root / "other", "Bili")
-    assert "not the model that was trained" in str(stop.value.code)
+    for says in ("its weights are not those that the run was trained on", "not the model that was trained"):
+        with pytest.raises(SystemExit) as stop:
+            converted(convert, lora_run, root / "other", "Bili")
+        assert says in str(stop.value.code)
+        forget_base(lora_run)
     after = load_file(root / "output_hf/Bili/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [path.name for path in (root / "output_hf").iterdir()] == ["Bili"]
@@ -258,7 +272,7 @@ def test_original_base_prints_its_drift(
 ) -> None:
     run = train(ft, train_args(output_dir=root / "output", train_bnb_enabled=True), root / "output")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(convert, "MAX_PART", 1e-9)
+        patch.setattr("utils.fidelity.MAX_PART", 1e-9)
         converted(convert, run, model_dir / "tiny/qwen2", "Bili", "--base", "original")
     assert "--base dequant4" in str(stop.value.code) and not (root / "output_hf/Bili").exists()
     assert "The base without training" in capsys.readouterr().out
@@ -322,6 +336,7 @@ def test_a_base_of_another_size_is_refused(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, tokenizer: Any, root: Path, tuner: str
 ) -> None:
     run = train(ft, train_args(tuner=tuner), root / "output")
+    forget_base(run)
     for name, changes in {
         "wide": {"intermediate_size": 192},
         "deep": {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
@@ -341,7 +356,7 @@ def test_a_base_of_another_size_is_refused(
 
 
 BROKEN = {
-    "no weights": ("model.safetensors", None, "no file named model.safetensors"),
+    "no weights": ("model.safetensors", None, "it has no weights"),
     "half of the weights": ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "deserializing header"),
     "half of the configuration": ("config.json", b'{"a"', "not a valid JSON"),
     "no tokenizer": ("tokenizer*", None, "no tokenizer"),
@@ -411,3 +426,122 @@ def test_command_line_without_traceback() -> None:
     command = [sys.executable, str(ROOT / "convert_model.py"), "--zero_model", "a", "--org_model", "b"]
     finished = subprocess.run([*command, "--save_model", "c", "--t", "24"], capture_output=True, text=True, cwd="/")
     assert finished.returncode == 1 and "Traceback" not in finished.stderr and "download_pt.py" in finished.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+def json_damage(value: Any, draw: random.Random) -> Any:
+    """Something else in the place of a JSON value, or in one of its parts."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(sorted(value))
+        if draw.random() < 0.15:
+            return {name: part for name, part in value.items() if name != key}
+        return value | {key: json_damage(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.7:
+        place = draw.randrange(len(value))
+        return [*value[:place], json_damage(value[place], draw), *value[place + 1 :]]
+    others: list[Any] = [None, True, False, 0, -1, 3, 1e9, "", "x", "../x", [], {}, [1], {"a": 1}]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        others += [value + 1, value * 2, -value, value / 3, str(value)] * 2
+    return draw.choice([other for other in others if other != value])
+
+
+def tensor_damage(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
+    """One tensor that is not what it was."""
+    name, other = draw.sample(sorted(tensors), 2)
+    tensor = tensors[name]
+    flat = tensor.flatten().clone()
+    numbers = [float("nan"), float("inf"), 100.0] if tensor.is_floating_point() else [-1, 3, 10**6]
+    flat[draw.randrange(len(flat))] = draw.choice(numbers)
+    changed = {
+        "gone": None,
+        "zero": torch.zeros_like(tensor),
+        "double": tensor * 2,
+        "turned": tensor.T.contiguous(),
+        "cut": tensor[:-1].clone(),
+        "longer": torch.cat([tensor, tensor]),
+        "deeper": tensor[None].clone(),
+        "whole numbers": tensor.int(),
+        "16 bits": tensor.bfloat16(),
+        "one number": flat.view(tensor.shape),
+        "another's": tensors[other].clone(),
+        "empty": tensor[:0].clone(),
+    }
+    kind = draw.choice([*changed, "renamed", "added"])
+    if kind == "renamed":
+        return {(f"{key}.x" if key == name else key): value for key, value in tensors.items()}
+    if kind == "added":
+        return tensors | {name.replace("layers.0", "layers.9"): tensor.clone()}
+    return {key: value for key, value in (tensors | {name: changed[kind]}).items() if value is not None}
+
+
+def damage(tag: Path, draw: random.Random) -> str:
+    """Damages one file of a checkpoint; what was done."""
+    files = sorted(path for path in tag.rglob("*") if path.is_file())
+    path = draw.choice([file for file in files if file.suffix in (".json", ".safetensors")] * 3 + files)
+    if path.suffix == ".json" and draw.random() < 0.7:
+        path.write_text(json.dumps(json_damage(json.loads(path.read_text(encoding="utf-8")), draw)), encoding="utf-8")
+        return f"{path.name} changed"
+    if path.suffix == ".safetensors" and draw.random() < 0.7:
+        save_file(tensor_damage(load_file(path), draw), path)
+        return f"{path.name} changed"
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(["cut", "flipped", "gone", "longer", "other"])
+    if kind == "gone":
+        path.unlink()
+    elif kind == "other":
+        path.write_bytes(draw.choice(files).read_bytes())
+    else:
+        if kind == "cut":
+            del data[draw.randrange(len(data)) :]
+        elif kind == "longer":
+            data += bytes(draw.randrange(256) for _ in range(9))
+        else:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+    return f"{path.name} {kind}"
+
+
+DAMAGED = {"lora": {}, "qlora": {"train_bnb_enabled": True}, "full": {"tuner": "full"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_or_harmless(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kind: str
+) -> None:
+    """A hundred damages, half of them with a manifest that says that all is well. A wrong model is never written."""
+    flags = DAMAGED[kind] | {"lr": 3e-2}  # So that half of the training shows.
+    run = train(ft, train_args(output_dir=root / "output", zero_stage=2, **flags), root / "output")
+    base, kept = model_dir / "tiny/qwen2", root / "kept"
+    converted(convert, run, base, "right")
+    right = load_file(root / "output_hf/right/model.safetensors")
+    probe = load_file(run / "1/probe.safetensors")
+    shutil.copytree((run / "1").resolve(), kept)
+    (run / "1").unlink()
+    written, refused = 0, Counter()
+    for seed in range(100):
+        draw = random.Random(f"{kind} {seed}")
+        shutil.rmtree(run / "1", ignore_errors=True)
+        shutil.copytree(kept, run / "1")
+        what = damage(run / "1", draw)
+        if draw.random() < 0.5:
+            write_manifest(run / "1")
+        try:
+            converted(convert, run, base, "x")
+        except SystemExit as stop:
+            assert isinstance(stop.code, str) and 10 < len(stop.code) < 1200, (seed, what)
+            assert not (root / "output_hf/x").exists() and not (root / "output_hf/.x.partial").exists(), (seed, what)
+            refused[stop.code[:60]] += 1
+        else:
+            written += 1
+            assert load_file(root / "output_hf/x/model.safetensors").keys() == right.keys(), (seed, what)
+            model = AutoModelForCausalLM.from_pretrained(root / "output_hf/x", dtype="auto")
+            drift = compare_logits(recorded(probe), replay(model.float().eval(), probe), model.dtype)
+            # A run that says it was one of 16 bits is written in 16 bits.
+            in_16_bits = json.loads((root / "output_hf/x/config.json").read_text())["dtype"] != "float32"
+            assert drift.max_abs < 2e-3 or (in_16_bits and drift.kl < 2e-2), (seed, what, drift)
+            shutil.rmtree(root / "output_hf/x")
+    assert written > 3 and refused.total() > 50 and len(refused) > 5, (written, refused)

@@ -11,13 +11,25 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, adapter, distance, launch, load_script, make_records, make_tokenizer, read_metrics, run
+from conftest import (
+    ROOT,
+    adapter,
+    distance,
+    example_texts,
+    launch,
+    load_script,
+    make_model,
+    make_records,
+    make_tokenizer,
+    read_metrics,
+    run,
+)
 from torch.nn.functional import kl_div
 
 from utils.packing import draw_windows
@@ -59,13 +71,20 @@ def answers_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def teacher(model_dir: Path, tokenizer: Any) -> None:
+    """Another model of the students' family: transformers gives each family its own way to split text."""
+    make_model("qwen2", len(tokenizer), hidden_size=96).save_pretrained(model_dir / "tiny/teacher")
+    tokenizer.save_pretrained(model_dir / "tiny/teacher")
+
+
 @pytest.fixture
-def distill_args(train_args: Build, answers_dir: Path) -> Build:
+def distill_args(train_args: Build, answers_dir: Path, teacher: None) -> Build:
     """Builds a command line for a short run; keyword arguments are further flags."""
 
     def build(**flags: Any) -> list[str]:
         local = flags.get("kd", "sft") != "sft"
-        flags = {"teacher_model_name": "tiny/llama" if local else "big", "answers_dir": answers_dir} | flags
+        flags = {"teacher_model_name": "tiny/teacher" if local else "big", "answers_dir": answers_dir} | flags
         arguments = train_args(**flags)
         arguments[arguments.index("--model_name")] = "--student_model_name"
         return arguments
@@ -190,10 +209,22 @@ def test_favourites_say_less_the_fewer_they_are(distill: ModuleType, kind: str) 
     for k in (1, 5, 20, 50, 99):
         ids, values = distill.most_likely(teacher, k)
         assert ids.shape == (8, min(k, 50)) and values.shape == (8, min(k, 50) + 1) and values.dtype == torch.float16
-        loss, grad = result((ids.long(), values.float()))
+        loss, grad = result((ids.long(), values.float().log_softmax(-1)))
         losses.append(loss)
-    assert losses[:-2] == sorted(losses[:-2]) and losses[-2] == losses[-1] == pytest.approx(whole, rel=2e-3)
-    assert (grad - whole_grad).norm() / whole_grad.norm() < 2e-3
+    assert losses[:-2] == sorted(losses[:-2]) and losses[-2] == losses[-1] == pytest.approx(whole, rel=1e-3)
+    assert (grad - whole_grad).norm() / whole_grad.norm() < 1e-3
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_a_teachers_favourites_are_at_no_distance_from_it(distill: ModuleType, k: int) -> None:
+    """However they are rounded on the disk: the distance of distributions is not negative."""
+    teacher = torch.randn(500, 40, generator=torch.Generator().manual_seed(4)).mul(3).log_softmax(-1)
+    kept = distill.most_likely(teacher, k)
+    pack = SimpleNamespace(input_ids=torch.zeros(1))
+    ids, values = distill.kept_favourites(kept, lambda _: torch.arange(500), pack)
+    own = distill.favourites(teacher, ids)
+    distance = (values.exp() * (values - own)).sum(-1)
+    assert distance.min() > -1e-6 and distance.max() < 1e-5
 
 
 def test_the_rest_is_counted(distill: ModuleType) -> None:
@@ -210,11 +241,19 @@ def test_the_rest_is_counted(distill: ModuleType) -> None:
 
 def test_tokenizers_with_further_tokens_go_together(distill: ModuleType) -> None:
     one, other = make_tokenizer(), make_tokenizer()
-    assert distill.shared_vocabulary(one, other, 10) == len(one)
+    texts = [*example_texts()[:50], "<|im_start|>user\n好<|im_end|>"]
+    assert distill.shared_vocabulary(one, other, texts, 10) == len(one)
     other.add_tokens(["<|image|>", "<|tool|>"])
-    assert distill.shared_vocabulary(one, other, 10) == distill.shared_vocabulary(other, one, 10) == len(one)
+    for left, right in ((one, other), (other, one)):
+        assert distill.shared_vocabulary(left, right, texts, 10) == len(one)
     with pytest.raises(SystemExit, match="the data needs .* --kd sft"):
-        distill.shared_vocabulary(other, one, len(other))
+        distill.shared_vocabulary(other, one, texts, len(other))
+
+
+def test_a_teacher_that_knows_more_of_the_same_words_is_refused(distill: ModuleType) -> None:
+    """Its first tokens are the student's, but it writes the text with the ones after them."""
+    with pytest.raises(SystemExit, match="becomes other tokens here than there.* --kd sft"):
+        distill.shared_vocabulary(make_tokenizer(400), make_tokenizer(800), example_texts()[:50], 10)
 
 
 def other_tokenizer() -> Any:
@@ -230,7 +269,7 @@ def other_tokenizer() -> Any:
 
 def test_other_tokenizers_are_refused(distill: ModuleType) -> None:
     with pytest.raises(SystemExit, match="token .* is '.' here and '.' there.* --kd sft"):
-        distill.shared_vocabulary(make_tokenizer(), other_tokenizer(), 10)
+        distill.shared_vocabulary(make_tokenizer(), other_tokenizer(), [], 10)
 
 
 def test_answers_are_joined_to_their_comments(distill: ModuleType, tmp_path: Path) -> None:
@@ -257,7 +296,25 @@ def test_answers_to_other_comments_are_no_data(distill: ModuleType, tmp_path: Pa
     write_rows(tmp_path / "answers.jsonl", answers_of(make_records(1, first=7)))
     with pytest.raises(SystemExit, match="has no answer to a comment of"):
         distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("answers-*"))
+    assert not list((tmp_path / "cache").glob("learnt-*"))
+
+
+def test_a_students_system_prompt_is_not_the_teachers(distill: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    """Answers count although the comments' own system prompt has changed; other instructions are told of."""
+    records = make_records(1)
+    rows = answers_of(records)
+    for number, row in enumerate(rows):
+        row["setting"] = "new" if number else "old"
+    for record in records:
+        record["conversations"][0] = {"from": "system", "value": "从现在起"}
+    (tmp_path / "data_train.json").write_text(json.dumps([*records, [{"human": "a", "assistant": "b"}]]))
+    write_rows(tmp_path / "answers.jsonl", rows)
+    path = distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
+    joined = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(joined) == len(records) > 2
+    assert joined[0]["conversations"][0] == {"from": "system", "value": "从现在起"}
+    assert joined[0]["conversations"][-1] == {"from": "assistant", "value": "老师说0-0很好看"}
+    assert "to 2 different instructions" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +356,7 @@ def plain_pytorch(model_dir: Path, steps: int) -> dict[str, Any]:
 
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(model_dir / "tiny/qwen2")
-    teacher = AutoModelForCausalLM.from_pretrained(model_dir / "tiny/llama", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(model_dir / "tiny/teacher", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(model_dir / "tiny/qwen2", dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -448,7 +505,7 @@ def test_test_mode_and_conversion(
     arguments = ["--zero_model", str(folder), "--org_model", str(model_dir / "tiny/qwen2")]
     convert.main(convert.build_parser().parse_args([*arguments, "--save_model", "new", "--t", "1"]))
     card = (tmp_path / "output_hf/new/README.md").read_text(encoding="utf-8")
-    assert f"distilled from {'tiny/llama' if flags else 'big'} ({flags.get('kd', 'sft')}, " in card
+    assert f"distilled from {'tiny/teacher' if flags else 'big'} ({flags.get('kd', 'sft')}, " in card
 
 
 @pytest.mark.parametrize(
@@ -474,7 +531,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     distill: ModuleType, distill_args: Build, model_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(model_dir, tmp_path / "model")
-    other_tokenizer().save_pretrained(tmp_path / "model/tiny/llama")
+    other_tokenizer().save_pretrained(tmp_path / "model/tiny/teacher")
     with pytest.raises(SystemExit, match="--kd sft"):
         run(distill, distill_args(kd="logits", model_dir=tmp_path / "model"))
     assert not list((tmp_path / "output").glob("DS-*")), "nothing is left"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.engine import fail, quant_bits
-from utils.files import ROOT, check_manifest, replacing, shown, write_manifest
+from utils.files import ROOT, check_manifest, from_root, replacing, shown, write_manifest
 
 # What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
 # what it shows, not what an update is. Data is known by its contents.
@@ -54,12 +54,15 @@ def make_record(
         "settings" (what must be equal when the run is resumed), "arguments", "ds_config", "chat_template", "data" and
         "versions" (of what computes, and the repository's commit if there is one).
     """
+    from utils.weights import open_weights, weights_digest
+
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
         "quant_bits": quant_bits(args),
         "precision": precision,
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "ranks": world_size,
         "data": data["files"],
+        "base": weights_digest(open_weights(from_root(args.model_dir) / args.model_name)),
         # Of files the content counts, not the name.
         "deepspeed_config": _digest(json.dumps(ds_config, sort_keys=True)),
         "chat_template": _digest(template),
@@ -104,6 +107,7 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
         check_manifest(run.last)
         previous = json.loads((run.last / "run.json").read_text(encoding="utf-8"))
         before, now = previous["settings"], record["settings"]
+        before.setdefault("base", now["base"])  # Runs of earlier versions do not say.
         differing = [f"{key} {before.get(key)} (now {now[key]})" for key in now if before.get(key) != now[key]]
         if differing:
             fail(

@@ -1,5 +1,6 @@
 """Where files lie and how they are written: paths from the repository's root, results that appear whole or not."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -42,6 +44,64 @@ def missing_model(model_dir: Path, model_name: str) -> str:
         f"No model at {shown(model_dir / model_name)} (expected a folder with config.json and weights).{there}\n"
         f"Fetch it with: python download_pt.py --model {model_name}"
     )
+
+
+def check_target(flag: str, target: Path) -> None:
+    """Makes sure that no folder is replaced but a model that was written here before.
+
+    Args:
+        flag: The argument that named it.
+        target: The folder.
+
+    Raises:
+        SystemExit: naming what is in the way.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    way_out = f"Move it away, or give the new model another name: {flag} NAME"
+    if target.is_symlink() or not all((target / file).is_file() for file in ("run.json", "config.json")):
+        raise SystemExit(f"{flag}: {shown(target)} is there and is no earlier conversion. {way_out}")
+    written = {"additional_chat_templates"}  # transformers'.
+    if folders := sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in written):
+        others = ", ".join(folders)
+        raise SystemExit(
+            f"{flag}: {shown(target)} is there and holds other things than a conversion: {others}. {way_out}"
+        )
+
+
+def shard_size(text: str) -> str:
+    """Parses the size of a file, such as 5GB.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 5GB or 500MB")
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, in a few lines: of places where sizes differ, which may be hundreds, the first."""
+    lines = [line.strip()[:300] for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:3]) or repr(error)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Ends with one sentence, and no traceback, whatever files that are not as they should be bring a library to.
+
+    Args:
+        what: Did not come about.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(f"{what}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -118,14 +178,21 @@ def check_manifest(folder: Path) -> None:
     """
     manifest = folder / "manifest.json"
     if not manifest.is_file():
-        raise SystemExit(f"{shown(folder)} is not a complete checkpoint: it has no manifest.json.")
+        raise SystemExit(
+            f"{shown(folder)} is not a complete checkpoint: it has no manifest.json, by which its files are known. "
+            "Reading them can run code; if you trust them: convert_model.py --trust_checkpoint True"
+        )
     try:
         hashes = json.loads(manifest.read_text())
     except ValueError as error:
         raise SystemExit(f"{shown(manifest)} is damaged ({error}). Use another checkpoint of the run.") from error
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {manifest.name}
+    if not isinstance(hashes, dict) or not all(isinstance(text, str) for item in hashes.items() for text in item):
+        raise SystemExit(f"{shown(manifest)} is damaged. Use another checkpoint of the run.")
+    if differing := sorted(there ^ hashes.keys()):
+        what = "missing" if differing[0] in hashes else "not one of its files"
+        raise SystemExit(f"{shown(folder)} is not a complete checkpoint: {differing[0]} is {what}.")
     for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            raise SystemExit(f"{shown(folder)} is not a complete checkpoint: {name} is missing.")
         if sha256(folder / name) != expected:
             raise SystemExit(f"{shown(folder / name)} is damaged: its content is not what the training run wrote.")
 

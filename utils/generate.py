@@ -30,9 +30,9 @@ def load_finished(path: Path, trust_remote_code: bool = False) -> tuple[torch.nn
     return model, make_chat(load_tokenizer(path, trust_remote_code=trust_remote_code))
 
 
-def end_ids(model: torch.nn.Module, stop_id: int) -> list[int]:
-    """The tokens that end a text: the template's stop token, and the model's own."""
-    own = model.generation_config.eos_token_id
+def end_ids(generation: Any, stop_id: int) -> list[int]:
+    """The tokens that end a text: the template's stop token, and those of the model's generation settings."""
+    own = generation.eos_token_id
     return sorted({stop_id, *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
@@ -69,7 +69,7 @@ def replies(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=end_ids(model, chat.stop_id),
+            eos_token_id=end_ids(model.generation_config, chat.stop_id),
             pad_token_id=pad,
         )
         texts += chat.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
@@ -121,7 +121,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-        eos_token_id=end_ids(model, stop_id),
+        eos_token_id=end_ids(model.generation_config, stop_id),
         pad_token_id=stop_id,
         **sampling,
     )

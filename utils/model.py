@@ -1,6 +1,5 @@
 """Models as they are trained: tokenizer, base weights in 32, 16 or 4 bits, LoRA, attention windows, memory needs."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -119,6 +118,17 @@ def scale_early(model: torch.nn.Module) -> None:
         if isinstance(module, LoraLayer):
             plain = [name for name in module.lora_A if name not in module.lora_variant and not module.lora_bias[name]]
             module.lora_variant |= dict.fromkeys(plain, ScaledEarly())
+
+
+def choose_device(asked: str) -> str:
+    """Where to compute: what was asked for, or with "auto" a card if there is one.
+
+    Raises:
+        SystemExit: if there is no card.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no card that PyTorch can use. Use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:
@@ -242,8 +252,3 @@ def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, ds_config:
         f"Memory of a rank: {sizes(on_card)}{host_part}; {there}. "
         f"Disk: ~{needs['checkpoints'] / GIB:.2f} GiB of {disk / GIB:.0f} GiB free."
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file."""
-    return json.loads(path.read_text(encoding="utf-8"))

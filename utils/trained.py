@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from utils.adapters import read_adapter
 from utils.data import Sample
-from utils.files import check_manifest, shown
-from utils.model import DTYPES, load_model, read_json
+from utils.files import check_manifest, explained, read_json, reason_of, shown
+from utils.merging import Trained, assemble
+from utils.model import DTYPES
+from utils.shards import open_shards
+from utils.skeleton import cast_stored, check_shapes
+from utils.weights import open_weights, weights_digest
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 256
@@ -44,9 +49,9 @@ def probe_prompt(sample: Sample) -> torch.Tensor:
 
 
 @torch.no_grad()
-def probe_logits(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def probe_logits(model: Any, input_ids: torch.Tensor, device: Any) -> torch.Tensor:
     """(K, V) logits at the last places of a prompt, from a plain forward pass."""
-    ids = input_ids[None].to(next(model.parameters()).device)
+    ids = input_ids[None].to(device)
     return model(input_ids=ids, logits_to_keep=PROBE_PLACES, use_cache=False).logits[0].cpu()
 
 
@@ -63,19 +68,19 @@ def record_probe(model: Any, prompts: list[torch.Tensor]) -> dict[str, torch.Ten
     probe = {}
     for number, input_ids in enumerate(prompts):
         probe[f"input_ids_{number}"] = input_ids
-        probe[f"logits_{number}"] = probe_logits(model, input_ids).contiguous()
+        probe[f"logits_{number}"] = probe_logits(model, input_ids, model.device).contiguous()
     return probe
 
 
 def recorded(probe: dict[str, torch.Tensor]) -> torch.Tensor:
     """(N, V) fp32 logits at all N places of a probe."""
-    return torch.cat([logits.float() for name, logits in probe.items() if name.startswith("logits")])
+    return torch.cat([probe[name].float() for name in sorted(probe) if name.startswith("logits")])
 
 
-def replay(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(N, V) fp32 logits of another model at a probe's places."""
-    names = [name.replace("logits", "input_ids") for name in probe if name.startswith("logits")]
-    return torch.cat([probe_logits(model, probe[name]).float() for name in names])
+def replay(model: torch.nn.Module, probe: dict[str, torch.Tensor], device: str = "cpu") -> torch.Tensor:
+    """(N, V) fp32 logits of another model, which computes on `device`, at a probe's places."""
+    names = [name for name in sorted(probe) if name.startswith("input_ids")]
+    return torch.cat([probe_logits(model, probe[name], device).float() for name in names])
 
 
 def compare_logits(trained: torch.Tensor, other: torch.Tensor, precision: torch.dtype) -> Drift:
@@ -95,13 +100,24 @@ def compare_logits(trained: torch.Tensor, other: torch.Tensor, precision: torch.
     return Drift((trained - other).abs().max().item(), kl.item(), (gap <= 2 * step).float().mean().item())
 
 
-def compare_with_probe(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> Drift:
-    """Replays a probe on another model."""
-    return compare_logits(recorded(probe), replay(model, probe), probe["logits_0"].dtype)
+def check_base(base: Path, record: dict[str, Any]) -> None:
+    """Makes sure that a base is the one that a run was trained on.
+
+    Raises:
+        OSError, ValueError: if it is not, or not whole.
+    """
+    expected = record["settings"].get("base")  # Runs of earlier versions do not say.
+    if expected and weights_digest(open_weights(base)) != expected:
+        raise ValueError("its weights are not those that the run was trained on.")
 
 
-def check_tag(run: Path, tag: str) -> dict[str, Any]:
+def check_tag(run: Path, tag: str, trust_checkpoint: bool = False) -> dict[str, Any]:
     """Makes sure that a checkpoint is there and whole.
+
+    Args:
+        run: The run's folder.
+        tag: The checkpoint's name.
+        trust_checkpoint: Whether to unpickle files of which no manifest says that a run wrote them.
 
     Returns:
         Its run.json.
@@ -115,8 +131,66 @@ def check_tag(run: Path, tag: str) -> dict[str, Any]:
         near = sorted({shown(path.parent.parent) for path in run.parent.glob("*/*/run.json")})
         there = f"Checkpoints there: {', '.join(tags)}." if tags else f"Runs nearby: {', '.join(near) or 'none'}."
         raise SystemExit(f"No checkpoint {tag!r} in {shown(run)}. {there}")
-    check_manifest(folder)
-    return read_json(folder / "run.json")
+    if not trust_checkpoint:
+        check_manifest(folder)
+    return read_record(folder / "run.json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint's run.json.
+
+    Raises:
+        SystemExit: if it does not say what a training run writes there.
+    """
+    try:
+        record = read_json(path)
+        settings, data, progress = record["settings"], record["data"], record["progress"]
+        texts = (settings["model_name"], settings.get("base", ""), record["chat_template"], data["system_prompt"])
+        sound = (
+            settings["tuner"] in ("lora", "full")
+            and settings["precision"] in DTYPES
+            and settings["quant_bits"] in (None, 4)
+            and settings["zero_stage"] in (0, 1, 2, 3)
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(digest, str) for digest in data["files"].values())
+            and all(isinstance(data[name], int) for name in ("train_samples", "test_samples"))
+            and all(isinstance(progress[name], int) for name in ("step", "best_step"))
+            and isinstance(progress["best_eval_loss"], float | None)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise SystemExit(f"{shown(path)} is damaged: it is not what a training run writes. Use another checkpoint.")
+    return record
+
+
+def read_probe(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a checkpoint's probe.
+
+    Raises:
+        SystemExit: if it is none.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        probe = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"{shown(path)} is damaged ({error}). Use another checkpoint.") from error
+    prompts = [tensor for name, tensor in sorted(probe.items()) if name.startswith("input_ids_")]
+    logits = [tensor for name, tensor in sorted(probe.items()) if name.startswith("logits_")]
+    sound = 0 < len(prompts) == len(logits) == len(probe) / 2 and all(
+        ids.dtype == torch.int64
+        and ids.ndim == 1
+        and said.ndim == 2
+        and said.is_floating_point()
+        and len(said) == min(PROBE_PLACES, len(ids))
+        and 0 <= ids.min() <= ids.max() < said.shape[1] == logits[0].shape[1]
+        and bool(torch.isfinite(said).all())
+        for ids, said in zip(prompts, logits, strict=True)
+    )
+    if not sound:
+        raise SystemExit(f"{shown(path)} is damaged: it is not what a training run writes. Use another checkpoint.")
+    return probe
 
 
 @contextmanager
@@ -132,27 +206,12 @@ def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # Whatever a file that is not as it should be brings a library to.
         name = record["settings"]["model_name"]
-        # Of the places where sizes differ, which may be hundreds of lines, the first ones do.
-        reason = "\n".join([line for line in str(error).splitlines() if line.strip()][:3])
         raise SystemExit(
-            f"{shown(base)} cannot be used as the base: {reason}\nThe run was trained on {name}. Name the folder of "
-            f"that model (--org_model DIR), or fetch it again: python download_pt.py --model {name}"
+            f"{shown(base)} cannot be used as the base: {reason_of(error)}\nThe run was trained on {name}. Name the "
+            f"folder of that model (--org_model DIR), or fetch it again: python download_pt.py --model {name}"
         ) from error
-
-
-def load_base(path: Path, dtype: torch.dtype, bits: int | None, trust_remote_code: bool) -> torch.nn.Module:
-    """Loads a base model on the CPU; 4-bit weights come back as the numbers that they stand for."""
-    model = load_model(path, dtype, bits, trust_remote_code=trust_remote_code)
-    return cast(model.dequantize(), dtype) if bits else model
-
-
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Changes the precision of the weights alone: `Module.to` would round the frequencies of the positions as well."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
-    return model
 
 
 def as_trained(
@@ -162,8 +221,8 @@ def as_trained(
     base: Path,
     base_kind: str = "dequant4",
     trust_remote_code: bool = False,
-) -> torch.nn.Module:
-    """Makes the model that the training run computed with: the same weights, in its precision, adapters not merged.
+) -> Trained:
+    """Finds the parts of the model that the training run computed with, adapters not merged.
 
     Args:
         run: The run's folder.
@@ -173,46 +232,27 @@ def as_trained(
         base_kind: Of a 4-bit run: "dequant4" is the base that was trained on, "original" the base's own weights in
             fp32.
         trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        SystemExit: if the base is not whole, or not the run's.
     """
     settings = record["settings"]
     dtype, bits = DTYPES[settings["precision"]], settings["quant_bits"]
     if bits and base_kind == "original":
         dtype, bits = torch.float32, None
+    adapters = []
+    if settings["tuner"] != "full":
+        with explained(f"{shown(run / tag / 'adapter')} cannot be used"):
+            adapters = [read_adapter(run / tag / "adapter")]
     with base_in_use(base, record):
-        model = load_base(base, dtype, bits, trust_remote_code)
-        if settings["tuner"] == "full":
-            _load_full(model, run, tag)
-        else:
-            from peft import PeftModel
-
-            # The engine computes with adapters in the run's precision; left to itself, PEFT makes them fp32.
-            model = PeftModel.from_pretrained(model, run / tag / "adapter", autocast_adapter_dtype=False)
-    return model.eval()
-
-
-def merge(model: torch.nn.Module) -> torch.nn.Module:
-    """Turns a model from `as_trained` into a plain one in fp32; the given one is used up."""
-    model = cast(model, torch.float32)
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
-def rebuild(
-    run: Path, tag: str, record: dict[str, Any], base: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> torch.nn.Module:
-    """Makes the trained model as a plain transformers model on the CPU: `as_trained`, merged in fp32, in `dtype`."""
-    return cast(merge(as_trained(run, tag, record, base, trust_remote_code=trust_remote_code)), dtype)
-
-
-def _load_full(model: torch.nn.Module, run: Path, tag: str) -> None:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    whole = run / tag / "mp_rank_00_model_states.pt"
-    if read_json(run / tag / "run.json")["settings"]["zero_stage"] == 0:
-        # zero_to_fp32 reads shards, which stage 0 does not write. The manifest was checked before this pickle is read.
-        weights = torch.load(whole, map_location="cpu", weights_only=False)["module"]
-    else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(run), tag=tag)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {name for name in missing if name.endswith("lm_head.weight") and model.config.tie_word_embeddings}
-    if unexpected or set(missing) != tied:
-        raise ValueError(f"missing in the run: {sorted(set(missing) - tied)[:3]}, unknown here: {unexpected[:3]}.")
+        check_base(base, record)
+        trained = assemble(base, dtype, bits, adapters, trust_remote_code)
+        if adapters:
+            return trained
+        weights, shells = open_shards(run / tag, settings["zero_stage"]), trained.model.state_dict()
+        parameters = {name for name, _ in trained.model.named_parameters()}
+        if differing := sorted((parameters ^ (weights.keys() & shells.keys())) - set(trained.ties)):
+            raise ValueError(f"{differing[0]} is not in both the base and the run.")
+        weights = {name: cast_stored(weights[name], dtype) for name in parameters}
+        check_shapes(shells, weights)
+        return trained._replace(weights=trained.weights | weights)

@@ -1,0 +1,259 @@
+"""merge_qlora.py: adapters of any tool become plain models that say what base and adapter say.
+
+python -m pytest tests/test_merge_qlora.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, load_script, make_model, run
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_utils_llama_pth import make_weights, meta_logits, write
+from test_utils_merging import ALL, make_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.model import load_model
+
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.fixture(scope="module")
+def merge() -> ModuleType:
+    return load_script("merge_qlora.py")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes relative paths count from the test's folder."""
+    import utils.files
+
+    monkeypatch.setattr(utils.files, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def base(root: Path, tokenizer: Any) -> Path:
+    """A model in 16 bits, as they are published."""
+    make_model("llama", len(tokenizer)).to(torch.bfloat16).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    (root / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (root / "base/LICENSE").write_text("the licence")
+    return root / "base"
+
+
+def adapter_on(model: Any, folder: Path, seed: int = 1, **settings: Any) -> Any:
+    adapted = make_adapter(model, seed, **({"target_modules": ALL} | settings))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def merged(merge: ModuleType, *more: str, base: str = "base", save: str = "merged") -> None:
+    merge.main(merge.build_parser().parse_args(["--base_model", base, "--save_path", save, *more]))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits[0].float()
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def test_a_lora_of_another_tool(merge: ModuleType, base: Path, root: Path, capsys: Any) -> None:
+    expected = logits_of(adapter_on(plain(base), root / "adapter"))
+    merged(merge, "--qlora_model", "adapter", "--base", "original", "--dtype", "fp32")
+    assert (logits_of(plain(root / "merged")) - expected).abs().max() < 1e-4
+    assert "Link 2" in capsys.readouterr().out
+    card = (root / "merged/README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card and "- adapter, weight 1" in card and "its weights own" in card
+    assert (root / "merged/LICENSE").is_file() and AutoTokenizer.from_pretrained(root / "merged").chat_template
+    # In the base's own precision, in files of a size.
+    merged(merge, "--qlora_model", "adapter", "--base", "original", "--max_shard_size", "100KB", save="small")
+    index = json.loads((root / "small/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    config = json.loads((root / "small/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["architectures"] == ["LlamaForCausalLM"]
+    assert (logits_of(plain(root / "small")) - expected).abs().max() < 0.2
+
+
+def test_a_qlora_of_another_tool(merge: ModuleType, base: Path, root: Path, capsys: Any) -> None:
+    """PEFT beside bitsandbytes' own 4-bit layers says what the merged model says."""
+    adapter_on(plain(base), root / "adapter")
+    model = load_model(base, torch.bfloat16, 4).dequantize().float()
+    expected = logits_of(PeftModel.from_pretrained(model, root / "adapter"))
+    merged(merge, "--qlora_model", "adapter", "--dtype", "fp32")
+    told = capsys.readouterr().out
+    assert "4-bit (NF4), dequantised weights. If that is wrong: --base original" in told
+    assert (logits_of(plain(root / "merged")) - expected).abs().max() < 1e-4
+    merged(merge, "--qlora_model", "adapter", "--dtype", "fp32", "--base", "original", save="other")
+    assert (logits_of(plain(root / "other")) - expected).abs().max() > 0.01
+    assert "No record" not in capsys.readouterr().out
+
+
+def test_several_adapters(merge: ModuleType, base: Path, root: Path) -> None:
+    original = load_file(base / "model.safetensors")
+    sums = {name: tensor.float() for name, tensor in original.items()}
+    for seed, weight in ((1, 0.5), (2, 0.25)):
+        adapter_on(plain(base), root / f"adapter{seed}", seed)
+        alone = PeftModel.from_pretrained(plain(base), root / f"adapter{seed}").merge_and_unload().state_dict()
+        for name, tensor in original.items():
+            sums[name] += weight * (alone[name] - tensor.float())
+    flags = ["--qlora_model", "adapter1", "adapter2", "--weights", "0.5", "0.25"]
+    merged(merge, *flags, "--base", "original", "--dtype", "fp32")
+    for name, tensor in load_file(root / "merged/model.safetensors").items():
+        assert (tensor - sums[name]).abs().max() < 1e-5, name
+    assert "- adapter2, weight 0.25" in (root / "merged/README.md").read_text()
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_a_checkpoint_of_this_project(
+    merge: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, capsys: Any, bits: bool
+) -> None:
+    """Its probe is replayed, and it knows what it was trained on."""
+    run(ft, train_args(train_bnb_enabled=bits, output_dir=root / "output"))
+    (tag,) = (root / "output").glob("*/*/1")
+    capsys.readouterr()
+    merged(merge, "--qlora_model", str(tag), base=str(model_dir / "tiny/qwen2"))
+    told = capsys.readouterr().out
+    assert "Link 1, rebuilt as it was trained" in told and "No record" not in told
+    probe = load_file(tag / "probe.safetensors")
+    with torch.no_grad():
+        logits = plain(root / "merged")(input_ids=probe["input_ids_0"][None]).logits[0]
+    assert (logits[-len(probe["logits_0"]) :] - probe["logits_0"]).abs().max() < 1e-4
+    record = json.loads((root / "merged/run.json").read_text())
+    assert record["settings"]["model_name"] == "tiny/qwen2" and record["data"]["system_prompt"]
+    # The wrong kind of base is found out.
+    other = ["--base", "original" if bits else "dequant4"]
+    if bits:
+        merged(merge, "--qlora_model", str(tag / "adapter"), *other, base=str(model_dir / "tiny/qwen2"), save="other")
+        assert "which are not those trained on" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="not the model that was trained"):
+            merged(merge, "--qlora_model", str(tag), *other, base=str(model_dir / "tiny/qwen2"), save="other")
+        assert not (root / "other").exists()
+
+
+def test_a_larger_vocabulary_brings_its_tokenizer(merge: ModuleType, base: Path, root: Path, tokenizer: Any) -> None:
+    model, size = plain(base), len(tokenizer)
+    larger = AutoTokenizer.from_pretrained(base)
+    larger.add_tokens(["<|new|>", "<|newer|>"])
+    model.resize_token_embeddings(size + 2)
+    adapted = make_adapter(model, 1, target_modules=ALL)
+    adapted.save_pretrained(root / "adapter", save_embedding_layers=True)
+    larger.save_pretrained(root / "adapter")
+    merged(merge, "--qlora_model", "adapter", "--base", "original", "--dtype", "fp32")
+    assert len(AutoTokenizer.from_pretrained(root / "merged")) == size + 2
+    assert (logits_of(plain(root / "merged")) - logits_of(adapted)).abs().max() < 1e-4
+
+
+def test_metas_llama_becomes_a_model(merge: ModuleType, root: Path) -> None:
+    import sentencepiece
+
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in make_weights().items()}
+    write(weights, root / "meta", 2)
+    text = root / "text.txt"
+    text.write_text((ROOT / "README.md").read_text(encoding="utf-8").encode("ascii", "ignore").decode())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(root / "meta/tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, character_coverage=0.98, hard_vocab_limit=False,
+    )  # fmt: skip
+    merged(merge, base="meta", save="model/llama")
+    model = plain(root / "model/llama")
+    expected = meta_logits({name: tensor.float() for name, tensor in weights.items()}, IDS[0])
+    assert (logits_of(model) - expected).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(root / "model/llama").encode("a")[0] == 1
+    # It is now a base like any other.
+    adapter_on(model, root / "adapter")
+    merged(merge, "--qlora_model", "adapter", base="model/llama")
+    # And so are Meta's files themselves.
+    merged(merge, "--qlora_model", "adapter", base="meta", save="direct")
+    one, two = (load_file(root / name / "model.safetensors") for name in ("merged", "direct"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_old_base_becomes_safetensors(merge: ModuleType, base: Path, root: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(weights, base / "pytorch_model.bin")
+    merged(merge)
+    written = load_file(root / "merged/model.safetensors")
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
+    assert not (root / "merged/pytorch_model.bin").exists()
+
+
+def test_user_errors(merge: ModuleType, base: Path, root: Path) -> None:
+    adapter_on(plain(base), root / "tool/adapter")
+
+    def message(*more: str, **names: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            merged(merge, *more, **names)
+        assert isinstance(stop.value.code, str) and not (root / "merged").exists()
+        return stop.value.code
+
+    adapter = ["--qlora_model", "tool/adapter"]
+    assert "There are: tool/adapter" in message("--qlora_model", ".")
+    assert "python download_pt.py" in message(*adapter, base="nowhere")
+    assert "got 2 for 1 adapters" in message(*adapter, "--weights", "1", "2")
+    assert "needs an adapter" in message("--base", "dequant4")
+    (root / "own").mkdir()
+    (root / "own/file").write_text("mine")
+    assert "is no earlier conversion" in message(*adapter, save="own")
+    (root / "tool/adapter/adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    assert "tool/adapter cannot be used" in message(*adapter)
+    adapter_on(plain(base), root / "tool/adapter", target_modules=["q_proj"], rank_pattern={"q_proj": 2})
+    config = root / "tool/adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"q_proj"', '"v_proj"'))
+    assert "cannot be used: the adapter" in message(*adapter)
+    wide = make_model("llama", 300, intermediate_size=192)
+    wide.save_pretrained(root / "wide")
+    shutil.copy(base / "tokenizer.json", root / "wide")
+    adapter_on(plain(base), root / "tool/adapter")
+    assert "wide cannot be used" in message(*adapter, base="wide")
+
+
+@pytest.mark.parametrize("free", [0, 10**5])
+def test_a_disk_without_room(
+    merge: ModuleType, base: Path, root: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    adapter_on(plain(base), root / "adapter")
+    usage = shutil.disk_usage(root)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SystemExit, match="Make room"):
+        merged(merge, "--qlora_model", "adapter", "--base", "original")
+    assert sorted(path.name for path in root.iterdir()) == ["adapter", "base"]
+
+
+def test_a_killed_run_leaves_no_model(base: Path, root: Path) -> None:
+    """And the same command makes one."""
+    adapter_on(plain(base), root / "adapter")
+    command = [sys.executable, str(ROOT / "merge_qlora.py"), "--base_model", str(base), "--base", "original"]
+    command += ["--qlora_model", str(root / "adapter"), "--save_path", str(root / "merged")]
+    # It dies in the middle of the weights, as by a power cut.
+    die = "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+    die += "import utils.merging as m; check = m.checked; seen = []\n"
+    die += "m.checked = lambda *a: os._exit(9) if len(seen) > 8 else seen.append(1) or check(*a)\n"
+    die += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    died = subprocess.run([command[0], "-c", die, *command[1:]], capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
+    assert not (root / "merged").exists() and (root / ".merged.partial/model.safetensors").stat().st_size > 1000
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in root.iterdir()) == ["adapter", "base", "merged"]
+    expected = logits_of(PeftModel.from_pretrained(plain(base), root / "adapter"))
+    assert (logits_of(plain(root / "merged")) - expected).abs().max() < 0.2
+
+
+def test_command_line_without_traceback() -> None:
+    command = [sys.executable, str(ROOT / "merge_qlora.py"), "--base_model", "no/model", "--save_path", "x"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "no model at no/model" in finished.stderr

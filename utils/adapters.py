@@ -1,0 +1,184 @@
+"""Adapters of any tool in PEFT's format: read, put beside a model's layers, and merged layer by layer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from utils.files import reason_of
+from utils.weights import load_pickle
+
+# What PEFT puts into the names of a model's parameters.
+PEFT_PARTS = (".base_layer", ".original_module", ".token_adapter", ".modules_to_save.default")
+# Ways to begin an adapter that leave the base as it is; others change it, and the saved adapter goes with that one.
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Adapter(NamedTuple):
+    """An adapter in memory.
+
+    Attributes:
+        config: PEFT's.
+        tensors: By PEFT's names.
+        weight: What it counts beside others.
+    """
+
+    config: Any
+    tensors: dict[str, torch.Tensor]
+    weight: float
+
+
+def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
+    """Reads a PEFT folder of any tool.
+
+    Args:
+        folder: With adapter_config.json.
+        weight: What it counts beside others.
+
+    Raises:
+        OSError: if files are missing.
+        ValueError: if it is none, or one that cannot be merged exactly.
+    """
+    from peft import LoraConfig, PeftConfig
+    from safetensors.torch import load_file
+
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError("it has no adapter_config.json.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # Whatever a file of another tool brings a library to.
+        raise ValueError(f"adapter_config.json cannot be read ({error}).") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"it is of the kind {config.peft_type}; only LoRA and its variants are merged.")
+    if config.init_lora_weights not in PLAIN_INITS:
+        raise ValueError(
+            f"it was begun with init_lora_weights={config.init_lora_weights!r}, which changes the base. Save it again "
+            "with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if config.alora_invocation_tokens or getattr(config, "target_parameters", None):
+        raise ValueError("it works in another way than by a sum with the base's layers (aLoRA, target_parameters).")
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not (safe.is_file() or pickled.is_file()):
+        raise FileNotFoundError("it has no adapter_model.safetensors or adapter_model.bin.")
+    tensors = load_file(safe) if safe.is_file() else load_pickle(pickled)
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError("it does not hold tensors by name.")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in KINDS or not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds numbers of the kind {tensor.dtype}, or such that are not finite.")
+    return Adapter(config, tensors, weight)
+
+
+def vocabulary_rows(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """How many tokens a model has of which the adapter brings the whole embedding; None if it brings none."""
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    rows = [len(tensor) for name, tensor in tensors.items() if name.endswith(ends) and tensor.ndim == 2]
+    return rows[0] if rows else None
+
+
+def check_sum(adapters: Sequence[Adapter]) -> None:
+    """Makes sure that adapters can be weighed and summed.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return
+    for config, tensors, weight in adapters:
+        others = [name for name in tensors if ".lora_" not in name]
+        if config.use_dora or config.bias != "none" or config.lora_bias or others or not math.isfinite(weight):
+            raise ValueError(
+                "adapters with weights, or several, are summed only if all are plain LoRA (no DoRA, biases, "
+                "modules_to_save or embeddings)."
+            )
+
+
+def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.nn.Module:
+    """Puts adapters beside the layers of a skeleton.
+
+    Args:
+        model: The skeleton.
+        adapters: From `read_adapter`.
+
+    Returns:
+        A PEFT model whose adapters have values.
+
+    Raises:
+        ValueError: if tensors and configuration do not go together or with the model, or adapters not with each other.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    check_sum(adapters)
+    names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
+    for name, (config, tensors, _) in zip(names, adapters, strict=True):
+        config.inference_mode = True
+        try:
+            if name == "default":
+                model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            else:
+                model.add_adapter(name, config, low_cpu_mem_usage=True)
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    # PEFT would move what it loads to where the base is, which is nowhere.
+                    layer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+            result = set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True)
+        except Exception as error:  # Names that are no patterns, ranks that are no numbers, and so on.
+            raise ValueError(f"the adapter does not go with this base: {reason_of(error)}") from error
+        if result.unexpected_keys:
+            raise ValueError(f"the adapter has {result.unexpected_keys[0]}, which has no place in this model.")
+        # Of tied layers the second one has the first one's values.
+        if missing := [
+            key for key in result.missing_keys if f".{name}." in f"{key}." and model.get_parameter(key).is_meta
+        ]:
+            raise ValueError(f"the adapter has no {missing[0]}.")
+    model.base_model.set_adapter(names)
+    for layer in model.modules():
+        for key, buffer in layer.named_buffers(recurse=False):
+            if buffer.is_meta:  # Rows of the base that PEFT keeps to take an adapter off again.
+                layer.register_buffer(key, torch.zeros_like(buffer, device="cpu"))
+        if isinstance(layer, BaseTunerLayer):
+            for name, (_, _, weight) in zip(names, adapters, strict=True):
+                if name in getattr(layer, "scaling", {}):
+                    layer.scaling[name] *= weight
+    return model.eval()
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter of a PEFT model has in the plain model."""
+    name = name.removeprefix("base_model.model.")
+    for part in PEFT_PARTS:
+        name = name.replace(part, "")
+    return name
+
+
+def adapted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Plain name of a layer -> PEFT's layer in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    named = model.named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named if isinstance(module, BaseTunerLayer)}
+
+
+def merge_into(layer: torch.nn.Module, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Merges a layer's adapters.
+
+    Args:
+        layer: PEFT's; adapters in fp32.
+        leaf: Which of its parameters is wanted, such as "weight".
+        weights: Its base's parameters by leaf, fp32; they are used up.
+    """
+    base = layer.get_base_layer()
+    kept = {name: base.get_parameter(name) for name in weights}
+    for name, tensor in weights.items():
+        setattr(base, name, torch.nn.Parameter(tensor, requires_grad=False))
+    try:
+        layer.merge()
+        return base.get_parameter(leaf).data
+    finally:
+        layer.merged_adapters.clear()
+        for name, parameter in kept.items():
+            setattr(base, name, parameter)

@@ -1,0 +1,89 @@
+"""A finished model's folder: written shard by shard, loaded anew layer by layer, held against what it shall be."""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from utils.data import Chat
+from utils.files import shown
+from utils.generate import end_ids
+from utils.merging import Trained, merged_weights
+from utils.model import DTYPES, GIB
+from utils.weights import write_weights
+
+
+def write_model(
+    trained: Trained, base: Path, chat: Chat, dtype: str, max_shard_size: str, device: str, folder: Path
+) -> None:
+    """Writes a model with all that is needed to use it; no more than a tensor or two of it is in memory.
+
+    Args:
+        trained: The model in parts.
+        base: Folder of its base, for settings of generation, code and licences.
+        chat: Its tokenizer and template.
+        dtype: Of the written weights.
+        max_shard_size: Of a file, such as "5GB".
+        device: Where adapters are merged.
+        folder: Where to; it is made.
+    """
+    tensors, model = merged_weights(trained, DTYPES[dtype], device), trained.plain
+    folder.mkdir()
+    write_weights(folder, tensors, max_shard_size)
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = DTYPES[dtype], [type(model).__name__]
+    if any(trained.files.get(name, name) in tensors for name in trained.ties):
+        config.tie_word_embeddings = False  # Training has parted them.
+    config.save_pretrained(folder)
+    generation = copy.deepcopy(model.generation_config)
+    # The run's template ends an answer with `stop_id`: who generates has to stop there, whatever the base's files say.
+    generation.eos_token_id = end_ids(generation, chat.stop_id)
+    generation.do_sample = generation.do_sample or any((generation.temperature, generation.top_p, generation.top_k))
+    generation.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    for file in base.glob("*"):
+        # Code that the configuration names, licences and the like; weights, tokenizer and configuration are written.
+        kept = file.suffix == ".py" or file.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS"))
+        if kept and file.is_file():
+            shutil.copy(file, folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # Some are written for their owner alone, but a server may be another user.
+
+
+def check_room(trained: Trained, dtype: str, target: Path) -> None:
+    """Makes sure that a disk has the room for a model.
+
+    Raises:
+        SystemExit: if it has not.
+    """
+    numbers = sum(torch.Size(stored.shape).numel() for stored in trained.weights.values())
+    place = next(folder for folder in target.parents if folder.is_dir())
+    needed, free = numbers * DTYPES[dtype].itemsize * 1.01, shutil.disk_usage(place).free
+    if free < needed:
+        raise SystemExit(
+            f"The model needs {needed / GIB:.2f} GiB, {shown(place)} has {free / GIB:.2f} GiB free. Make room."
+        )
+
+
+@contextmanager
+def streamed(folder: Path, device: str, trust_remote_code: bool) -> Iterator[torch.nn.Module]:
+    """Lets a finished model be called in fp32, as transformers loads it.
+
+    On the CPU one layer at a time is in memory; a card is filled first.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as scratch:
+        yield AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map={"": "disk"} if device == "cpu" else "auto",
+            max_memory=None if device == "cpu" else {0: int(0.8 * torch.cuda.mem_get_info()[0]), "cpu": 0},
+            offload_folder=scratch,
+            trust_remote_code=trust_remote_code,
+        ).eval()

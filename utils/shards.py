@@ -1,0 +1,120 @@
+"""Weights of full training in DeepSpeed's checkpoints: joined from their ZeRO shards a tensor at a time.
+
+DeepSpeed's own zero_to_fp32 joins the whole model in memory first (stages 1 and 2), or reads no shards (stage 0).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils.weights import Stored, load_pickle
+
+
+class Piece(NamedTuple):
+    """A part of a parameter: `start` to `end` in a group of a rank's shards."""
+
+    rank: int
+    group: int
+    start: int
+    end: int
+
+
+Place = tuple[str, torch.Size, list[Piece]]
+
+
+def open_shards(folder: Path, stage: int) -> dict[str, Stored]:
+    """Finds the trained parameters of a checkpoint in fp32.
+
+    Args:
+        folder: The tag's. Its files are unpickled, so they have to be known as the training run's.
+        stage: ZeRO's, with which it was saved.
+
+    Returns:
+        Name -> parameter.
+
+    Raises:
+        OSError: if the files of some ranks are missing.
+        ValueError: if the files do not go together.
+    """
+    if stage == 0:
+        path = folder / "mp_rank_00_model_states.pt"
+        module = load_pickle(path, trusted=True)["module"]
+        return {name: Stored(tuple(t.shape), t.dtype, partial(_read_module, path, name)) for name, t in module.items()}
+    prefix = "zero_pp_rank_0_" if stage == 3 else ""
+    states = load_pickle(folder / f"{prefix}mp_rank_00_model_states.pt", trusted=True)
+    files = sorted(folder.glob("*_optim_states.pt"), key=_rank_of)
+    ranks = load_pickle(files[0], trusted=True)["optimizer_state_dict"]["partition_count"] if files else 1
+    if len(files) != (max(ranks) if isinstance(ranks, list) else ranks):
+        raise FileNotFoundError(f"{folder.name} has not the optimizer states of all ranks (*_optim_states.pt).")
+    locate = _in_rank_parts if stage == 3 else _in_one_row
+    weights = {
+        name: Stored(tuple(shape), torch.float32, partial(_read_pieces, files, stage, pieces, shape))
+        for name, shape, pieces in locate(states["param_shapes"], files, stage)
+    }
+    # One parameter under several names is stored once.
+    return weights | {name: weights[other] for name, other in states["shared_params"].items() if other in weights}
+
+
+def _rank_of(path: Path) -> int:
+    return int(re.search(r"rank_(\d+)_mp", path.name)[1])
+
+
+def _flat_groups(path: Path, stage: int) -> list[torch.Tensor]:
+    """A rank's part of the fp32 parameters, a vector for each group of the optimizer."""
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    return load_pickle(path, trusted=True)["optimizer_state_dict"][key]
+
+
+def _in_one_row(shapes: list[dict[str, torch.Size]], files: list[Path], stage: int) -> Iterator[Place]:
+    """Stages 1 and 2: a group's parameters lie one after the other, cut into as many parts as there are ranks."""
+    sizes = [[group.numel() for group in _flat_groups(path, stage)] for path in files]
+    gaps = load_pickle(files[0], trusted=True)["optimizer_state_dict"].get("param_alignment_paddings")
+    for number, group in enumerate(shapes):
+        begins = [0, *accumulate(rank[number] for rank in sizes)]
+        place = 0
+        for index, (name, shape) in enumerate(group.items()):
+            end = place + shape.numel()
+            pieces = [
+                Piece(rank, number, max(place - begin, 0), min(end - begin, after - begin))
+                for rank, (begin, after) in enumerate(pairwise(begins))
+                if begin < end and place < after
+            ]
+            yield name, shape, pieces
+            place = end + (gaps[number][index] if gaps else 0)
+        # DeepSpeed rounds a group up to a multiple of twice the ranks.
+        if math.ceil(place / (2 * len(files))) != math.ceil(begins[-1] / (2 * len(files))):
+            raise ValueError(f"the shards hold {begins[-1]} numbers, the parameters are {place}.")
+
+
+def _in_rank_parts(shapes: list[dict[str, torch.Size]], files: list[Path], stage: int) -> Iterator[Place]:
+    """Stage 3: every parameter is cut into as many equal parts as there are ranks, the last one filled up."""
+    begins = [0, *accumulate(group.numel() for group in _flat_groups(files[0], stage))]
+    place = 0
+    for name, shape in (item for group in shapes for item in group.items()):
+        end = place + math.ceil(shape.numel() / len(files))
+        pieces = [
+            Piece(rank, number, max(place - begin, 0), min(end - begin, after - begin))
+            for rank in range(len(files))
+            for number, (begin, after) in enumerate(pairwise(begins))
+            if begin < end and place < after
+        ]
+        yield name, shape, pieces
+        place = end
+    if place != begins[-1]:
+        raise ValueError(f"the shards of a rank hold {begins[-1]} numbers, its parts of the parameters are {place}.")
+
+
+def _read_pieces(files: list[Path], stage: int, pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
+    # Files are mapped for one tensor at a time: pages of them that were read count as this process's memory.
+    parts = [_flat_groups(files[rank], stage)[group][start:end] for rank, group, start, end in pieces]
+    return torch.cat(parts)[: shape.numel()].view(shape)
+
+
+def _read_module(path: Path, name: str) -> torch.Tensor:
+    return load_pickle(path, trusted=True)["module"][name].clone()

@@ -1,0 +1,202 @@
+"""Weights in files: every layout that bases come in is read a tensor at a time, and written shard by shard.
+
+Whatever a model's size, no more than a tensor or two is in memory.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from utils.files import read_json, reason_of
+
+# The names that safetensors files use for dtypes.
+CODES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+}  # fmt: skip
+# So many rows from the middle of each tensor tell a base from another.
+DIGEST_ROWS = 4
+
+
+class Stored(NamedTuple):
+    """A tensor that is read when it is asked for, anew each time.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Gives it; those of `open_weights` give some rows of it if a slice is named.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[..., torch.Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on disk or in memory."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """Finds the tensors of a model folder: safetensors, pytorch_model.bin, or Meta's consolidated.*.pth.
+
+    Args:
+        folder: The model's; of several layouts the first of these counts, as in transformers.
+
+    Returns:
+        Name -> tensor, in the files' order; Meta's layout under the names that transformers uses.
+
+    Raises:
+        OSError: if files are missing or cannot be read.
+        ValueError: if they do not hold what their index says.
+        safetensors.SafetensorError: if one is cut off.
+    """
+    for name, open_file in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_pickle)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if index.is_file():
+            return _open_indexed(index, open_file)
+    if parts := sorted(folder.glob("consolidated.*.pth")):
+        from utils.llama_pth import open_llama
+
+        return open_llama(parts)
+    raise FileNotFoundError("it has no weights (model.safetensors, pytorch_model.bin or consolidated.00.pth).")
+
+
+def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    try:
+        weight_map = read_json(index)["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
+        outside = [name for name in names if not name or Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is no index of weights ({error!r}).") from error
+    if outside:
+        raise ValueError(f"{index.name} names a file outside of its folder: {outside[0]!r}.")
+    weights: dict[str, Stored] = {}
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{name}, which {index.name} names, is missing.")
+        found = open_file(index.parent / name)
+        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        if differing := sorted(listed ^ set(found)):
+            raise ValueError(f"{name} and {index.name} do not agree on {differing[0]!r}.")
+        weights |= found
+    return weights
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", backend="pread") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    if unknown := sorted({code for _, code in kinds.values()} - set(CODES)):
+        raise ValueError(f"{path.name} holds numbers of an unknown kind: {unknown[0]}.")
+    return {name: Stored(shape, CODES[code], partial(_read_safe, path, name)) for name, (shape, code) in kinds.items()}
+
+
+def _read_safe(path: Path, name: str, rows: slice | None = None) -> torch.Tensor:
+    from safetensors import safe_open
+
+    # A mapped file would count as memory of this process as far as it has been read; pread reads one tensor.
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+
+def load_pickle(path: Path, trusted: bool = False) -> Any:
+    """Reads what torch.save wrote, tensors only when they are touched.
+
+    Args:
+        path: The file.
+        trusted: Whether it may run code, as DeepSpeed's optimizer files do.
+
+    Raises:
+        ValueError: if it is no such file, or would run code.
+    """
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # Damaged pickles raise almost anything.
+        raise ValueError(f"{path.name} cannot be read ({reason_of(error)}).") from error
+
+
+def _open_pickle(path: Path) -> dict[str, Stored]:
+    loaded = load_pickle(path)
+    if not isinstance(loaded, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+        raise ValueError(f"{path.name} does not hold tensors by name.")
+    return {name: Stored(tuple(t.shape), t.dtype, partial(_read_pickle, path, name)) for name, t in loaded.items()}
+
+
+def _read_pickle(path: Path, name: str, rows: slice | None = None) -> torch.Tensor:
+    # The file is mapped for one tensor at a time: pages of it that were read count as this process's memory.
+    tensor = load_pickle(path)[name]
+    return (tensor if rows is None else tensor[rows]).detach().clone()
+
+
+def weights_digest(weights: Mapping[str, Stored]) -> str:
+    """Tells one base from another by some rows of every tensor; files and dtypes that hold the same do not matter.
+
+    It takes seconds for the largest models, but a few changed numbers may go unnoticed.
+    """
+    digest = sha256()
+    for name, stored in sorted(weights.items()):
+        middle = stored.shape[0] // 2 if stored.shape else None
+        part = stored.read(None if middle is None else slice(middle, middle + DIGEST_ROWS))
+        digest.update(f"{name} {stored.shape}".encode() + part.double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Stored], max_shard_size: str) -> None:
+    """Writes tensors as safetensors files and their index, one tensor at a time.
+
+    Args:
+        folder: Where to.
+        tensors: What to write; each is read once.
+        max_shard_size: Of a file, such as "5GB".
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from tqdm import tqdm
+
+    shells = {name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        shells, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    total = sum(stored.size_bytes for stored in tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing") as bar:
+        for file, names in split.filename_to_tensors.items():
+            _write_file(folder / file, {name: tensors[name] for name in names}, bar)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Mapping[str, Stored], bar: Any) -> None:
+    """Writes a safetensors file; the library itself wants all tensors of a file in memory."""
+    codes = {dtype: code for code, dtype in CODES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, stored in tensors.items():
+        end = place + stored.size_bytes
+        header[name] = {"dtype": codes[stored.dtype], "shape": stored.shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # So that the tensors begin at a multiple of 8 bytes.
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, stored in tensors.items():
+            tensor = stored.read()
+            if (tuple(tensor.shape), tensor.dtype) != stored[:2]:
+                raise ValueError(f"{name} became {tuple(tensor.shape)} {tensor.dtype}, expected {stored[:2]}.")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            bar.update(stored.size_bytes)
+        file.flush()
+        os.fsync(file.fileno())
