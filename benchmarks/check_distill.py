@@ -1,10 +1,11 @@
 """Does a student learn from a teacher behind an API? Held-out loss on its answers before and after, over seeds.
 
-    python benchmarks/check_distill.py --model model/HuggingFaceTB/SmolLM2-135M-Instruct-from-q4
+    python benchmarks/check_distill.py --teacher model/google/gemma-3-270m-from-q4 \\
+        --student model/HuggingFaceTB/SmolLM2-135M-Instruct-from-q4
 
-Serves the model over HTTP, as an OpenAI-compatible API does; collects its answers to the comments of examples/ with
-deepspeed_distill/prepare_data.py; and trains the first --layers layers of the same model on them with
-deepspeed_distill/train.py, once a seed. Prints a markdown table and a JSON line.
+Serves the teacher over HTTP, as an OpenAI-compatible API does; collects its answers to the comments of examples/ with
+deepspeed_distill/prepare_data.py; and trains the student on them with deepspeed_distill/train.py (LoRA), once a seed.
+Prints a markdown table and a JSON line.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from check_convergence import write_model  # noqa: E402
 
 from utils.files import from_root  # noqa: E402
 
@@ -32,10 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder of the teacher")
-    parser.add_argument("--work_dir", default="benchmarks/output/distill", help="for data, the student and the runs")
-    parser.add_argument("--layers", type=int, default=12, help="of the student")
+    parser.add_argument("--teacher", required=True, help="folder of the teacher")
+    parser.add_argument("--student", required=True, help="folder of the student")
+    parser.add_argument("--work_dir", default="benchmarks/output/distill", help="for data, answers and the runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-4)
     return parser
 
 
@@ -107,12 +108,12 @@ def run(script: str, flags: dict[str, Any]) -> None:
         raise SystemExit(f"{script} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}")
 
 
-def collect(model: Path, work: Path) -> float:
+def collect(teacher: Path, work: Path) -> float:
     """Collects the teacher's answers to all comments; seconds."""
     started = time.perf_counter()
-    server = Server(model)
+    server = Server(teacher)
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    (work / "teachers.yaml").write_text(json.dumps({"local": {"base_url": url, "model": model.name}}))
+    (work / "teachers.yaml").write_text(json.dumps({"local": {"base_url": url, "model": teacher.name}}))
     flags = {"model_name": "local", "data_dir": work, "output_dir": work, "teacher_config": work / "teachers.yaml"}
     flags["max_failures"] = 10**6  # A small model may have nothing to say.
     for split in ("train", "test"):
@@ -121,12 +122,13 @@ def collect(model: Path, work: Path) -> float:
     return time.perf_counter() - started
 
 
-def train(work: Path, seed: int) -> list[dict[str, float]]:
+def train(student: Path, work: Path, lr: float, seed: int) -> list[dict[str, float]]:
     """Trains with a seed; the run's metrics."""
     output = work / f"run-{seed}"
-    flags = {"student_model_name": "student", "teacher_model_name": "local", "answers_dir": work, "model_dir": work}
-    flags |= {"data_dir": work, "output_dir": output, "epochs": 2, "batch_size": 8, "grad_accum": 1, "lr": 1e-3}
-    flags |= {"eval_steps": 10, "eval_samples": -1, "save_steps": 1000, "max_new_tokens": 1, "seed": seed}
+    flags = {"student_model_name": student.name, "model_dir": student.parent, "teacher_model_name": "local"}
+    flags |= {"answers_dir": work, "data_dir": work, "output_dir": output, "epochs": 1, "batch_size": 8, "lr": lr}
+    flags |= {"grad_accum": 1, "eval_steps": 10**6, "eval_samples": -1, "save_steps": 10**6, "max_new_tokens": 1}
+    flags["seed"] = seed
     run("deepspeed_distill/train.py", flags)
     (metrics,) = output.rglob("metrics.jsonl")
     return [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -134,19 +136,19 @@ def train(work: Path, seed: int) -> list[dict[str, float]]:
 
 def main(args: argparse.Namespace) -> None:
     """Collects, trains and compares."""
-    work, model = from_root(args.work_dir), from_root(args.model)
+    work, teacher, student = from_root(args.work_dir), from_root(args.teacher), from_root(args.student)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     run("prepare_data.py", {"data_dir": ROOT / "examples", "output_dir": work, "test_size": 0.2})
-    seconds = collect(model, work)
+    seconds = collect(teacher, work)
     counts = [sum(1 for _ in (work / f"data_{split}_teacher_local.jsonl").open()) for split in ("train", "test")]
-    print(f"{model.name} gave {counts[0]} answers to learn, {counts[1]} held-out ones in {seconds:.0f} s.", flush=True)
-    write_model(model, args.layers, work / "student")
+    said = f"{teacher.name} gave {counts[0]} answers to learn and {counts[1]} held-out ones in {seconds:.0f} s."
+    print(said, flush=True)
     before, after = [], []
     for seed in range(1, args.seeds + 1):
-        losses = [line["eval/loss"] for line in train(work, seed) if "eval/loss" in line]
+        losses = [line["eval/loss"] for line in train(student, work, args.lr, seed) if "eval/loss" in line]
         before.append(losses[0])
-        after.append(min(losses))
+        after.append(losses[-1])
         print(f"seed {seed}: {losses}", flush=True)
     print("\n| held-out loss on its answers | before | after | nats less |\n|---|---|---|---|")
     for number, (one, two) in enumerate(zip(before, after, strict=True), start=1):

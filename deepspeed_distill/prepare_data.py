@@ -7,8 +7,8 @@
 Reads   data_<d_type>.json of prepare_data.py in --data_dir, and the teacher's entry in --teacher_config, which is made
         from teacher_config.example.yaml. The key comes from the environment variable that the entry names.
 Writes into --output_dir
-    data_<d_type>_teacher_<name>.jsonl           an answer a line: {"id", "video_id", "key", "conversations", "real",
-                                                 "reasoning", "teacher", "usage"}
+    data_<d_type>_teacher_<name>.jsonl           an answer a line: {"id", "video_id", "key", "setting", "conversations",
+                                                 "real", "reasoning", "teacher", "usage"}
     data_<d_type>_teacher_<name>_failures.jsonl  what this run got no answer to, and why
 
 Answers are appended and on the disk before they count, so that a run may be killed at any moment: the next one asks for
@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from utils.data import DataError, Message, find_split, read_records, to_messages
+from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
 from utils.files import answers_path, from_root, shown
 from utils.track import read_lines
 
@@ -47,10 +47,13 @@ INSTRUCTION = (
     "你是一名B站用户。请根据视频的标题、简介和父评论（如果有），模仿B站用户的语气写一条评论或回复，不超过50个字。只写评论本身，不要解释。"
 )
 THOUGHT = "</think>"
-ATTEMPTS = 8
+ATTEMPTS, PAID_ATTEMPTS = 8, 4
 LONGEST_BACKOFF_SEC = 60
 LONGEST_WAIT_SEC = 600  # The teacher may ask for more; then the run ends.
 FAILED_IN_A_ROW = 20  # So many failures with no answer between them: the teacher is not going to answer.
+FINISHED = {"stop", "eos", "end_turn", "", None}  # Why an answer ended, if it is whole.
+# What the openai client would send to any teacher, the last one even in place of the configured key.
+OPENAI_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
 KINDS = {
     "base_url": str,
     "model": str,
@@ -178,20 +181,35 @@ def read_teacher(path: Path, name: str) -> Teacher:
 def read_questions(path: Path, teacher: Teacher, instruction: str) -> list[Question]:
     """Reads prepared comments as questions to a teacher.
 
+    Returns:
+        The questions; first one of every video, then the second ones, and so on: what a teacher will not talk about
+        comes by the video, and a trial sees many.
+
     Raises:
-        SystemExit: if the file holds something else.
+        DataError: if the file holds something else.
     """
-    questions = []
-    for record in read_records(path):
+    questions, in_video, unusable = [], Counter(), Counter()
+    setting = json.dumps([teacher.model, teacher.options, instruction], ensure_ascii=False, sort_keys=True)
+    for number, record in enumerate(read_records(path)):
         if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
-            raise SystemExit(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
-        *prompt, answer = to_messages(record)
+            raise DataError(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
+        try:
+            *prompt, answer = to_messages(record)
+        except UnusableRecord as error:
+            unusable[str(error)] += 1
+            continue
+        except DataError as error:
+            raise DataError(f"{shown(path)}, record {number}: {error}") from error
         asked = [{"role": "system", "content": instruction}, *(turn for turn in prompt if turn["role"] != "system")]
         made_of = json.dumps([teacher.model, teacher.options, asked], ensure_ascii=False, sort_keys=True)
         key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
         line = {"id": str(record["id"]), "video_id": str(record["video_id"]), "key": key, "conversations": prompt}
-        questions.append(Question(line | {"real": answer["content"]}, asked))
-    return questions
+        line |= {"setting": hashlib.sha256(setting.encode()).hexdigest()[:8], "real": answer["content"]}
+        in_video[line["video_id"]] += 1
+        questions.append((in_video[line["video_id"]], Question(line, asked)))
+    for reason, times in unusable.items():
+        print(f"{times:,} records of {shown(path)} are left out: {reason}")
+    return [question for _, question in sorted(questions, key=lambda entry: entry[0])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,11 +247,13 @@ def cut_torn_line(path: Path) -> None:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Appends lines, and returns when they are on the disk."""
     is_new = not path.exists()
-    with path.open("ab") as file:
+    # A teacher may send half a character (a lone surrogate), which no file can hold.
+    data = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace"))
+    with path.open("ab", buffering=0) as file:  # A buffer would write what is left in it when the file is closed.
         whole = file.tell()
         try:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
+            while data:
+                data = data[file.write(data) :]
             os.fsync(file.fileno())
         except OSError:  # A full disk: the next line must not be written behind half a one.
             os.truncate(path, whole)
@@ -313,7 +333,10 @@ def to_answer(completion: Any) -> Answer:
     if choice.finish_reason == "content_filter":
         raise NoAnswer("content filter", again=False, usage=usage)
     if choice.finish_reason == "length":
-        raise NoAnswer("cut off: raise max_tokens in the teacher's options", again=False, usage=usage)
+        advice = "raise max_tokens in the teacher's options (another option asks all comments again)"
+        raise NoAnswer(f"cut off: {advice}", again=False, usage=usage)
+    if choice.finish_reason not in FINISHED:  # Such as a server that ran out of memory in the middle.
+        raise NoAnswer(f"ended by {choice.finish_reason!r}", again=True, usage=usage)
     text = (getattr(choice.message, "content", None) or "").strip()
     thoughts = [getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning")]
     reasoning = next(filter(None, thoughts), "")
@@ -364,7 +387,7 @@ async def ask(client: Any, teacher: Teacher, messages: list[Message], timeout_se
         busy = status == 429 or status >= 500
         again = busy or status in (408, 409)
         # The server's own words say which option it does not like, or what its filter did.
-        said = str(error.message).replace(client.api_key, "***")[:200]
+        said = re.sub(r"\bsk-\S+", "***", str(error.message).replace(client.api_key, "***"))[:200]
         raise NoAnswer(f"HTTP {status}: {said}", again, busy, retry_after(error.response.headers)) from None
     except openai.APIConnectionError as error:
         raise NoAnswer(f"connection: {type(error.__cause__ or error).__name__}", again=True) from None
@@ -377,6 +400,7 @@ class Collector:
 
     Attributes:
         usage: Tokens of all requests, those without an answer as well.
+        busy_sec: Time that answers took, summed.
         stop_reason: Why it ended before all questions were asked; "" if it did not.
     """
 
@@ -384,7 +408,10 @@ class Collector:
         self.client, self.teacher, self.args = client, teacher, args
         self.answers, self.failures = answers, failures
         self.usage: Counter[str] = Counter()
-        self.answered = self.failed = self.failed_in_a_row = 0
+        self.answered = self.failed = 0
+        self.busy_sec = 0.0
+        # Since the last answer: comments without one for reasons that may pass, and videos for others.
+        self.failing: dict[bool, set[str]] = {True: set(), False: set()}
         self.stop_reason = ""
 
     async def run(self, questions: list[Question]) -> None:
@@ -413,6 +440,7 @@ class Collector:
     async def work(self, questions: Iterator[Question]) -> None:
         """Takes one question after the other."""
         for question in questions:
+            started = time.monotonic()
             try:
                 answer = await self.answer(question)
             except Hopeless as error:
@@ -420,14 +448,17 @@ class Collector:
             except NoAnswer as error:
                 await self.write(self.failures, {"id": question.record["id"], "reason": str(error)})
                 self.failed += 1
-                self.failed_in_a_row += 1
-                if self.failed_in_a_row >= FAILED_IN_A_ROW:
-                    self.stop(f"{FAILED_IN_A_ROW} failures in a row, the last one: {error}")
+                self.failing[error.again].add(question.record["id" if error.again else "video_id"])
+                if len(self.failing[error.again]) >= FAILED_IN_A_ROW:
+                    what = "comments" if error.again else "videos"
+                    self.stop(f"failures for {FAILED_IN_A_ROW} {what} in a row, the last one: {error}")
             else:
                 if answer:
                     await self.write(self.answers, as_row(question, answer, self.teacher.model))
                     self.answered += 1
-                    self.failed_in_a_row = 0
+                    self.busy_sec += time.monotonic() - started
+                    for failing in self.failing.values():
+                        failing.clear()
                     self.bar.update()
             failed = f", {self.failed:,} failed" if self.failed else ""
             tokens, cost = sum(self.usage.values()), self.teacher.cost(self.usage)
@@ -457,7 +488,7 @@ class Collector:
                     self.usage += answer.usage
                     self.pace.answered()
                     return answer
-            if not failure.again or attempt == ATTEMPTS:
+            if not failure.again or attempt == (PAID_ATTEMPTS if failure.usage.total() else ATTEMPTS):
                 raise failure
             if (failure.wait_sec or 0) > LONGEST_WAIT_SEC:
                 self.stop(f"the teacher asks to wait {failure.wait_sec:,.0f} s")
@@ -524,19 +555,24 @@ def make_client(teacher: Teacher, name: str, timeout_sec: float) -> Any:
     if not key:
         variable = teacher.api_key_env
         raise SystemExit(f"{variable} is not set, which holds the key of {name}. Set it: export {variable}=...")
+    if not (key.isascii() and key.isprintable()):
+        odd = "characters that no key has, such as curly quotes or a line break"
+        raise SystemExit(f"{teacher.api_key_env} holds {odd}. Set it again: export {teacher.api_key_env}=...")
     import openai
 
+    for variable in OPENAI_VARIABLES:
+        os.environ.pop(variable, None)
     return openai.AsyncOpenAI(base_url=teacher.base_url, api_key=key, max_retries=0, timeout=timeout_sec)
 
 
-def projection(collector: Collector, left: int, seconds: float) -> str:
+def projection(collector: Collector, left: int) -> str:
     """Says what the questions that were not asked will take, judged by those that were."""
     each = 1 / collector.answered
     tokens = Counter({name: round(number * each * left) for name, number in collector.usage.items()})
+    minutes = collector.busy_sec * each * left / min(left, collector.args.concurrency) / 60
     return (
         f"The other {left:,} will take about {tokens['in']:,} tokens in and {tokens['out']:,} out, cost "
-        f"{collector.teacher.cost(tokens):.2f} in the currency of the prices, and last "
-        f"{seconds * each * left / 60:.0f} min at this pace."
+        f"{collector.teacher.cost(tokens):.2f} in the currency of the prices, and last {minutes:.0f} min at this pace."
     )
 
 
@@ -595,7 +631,7 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
     if collector.stop_reason:
         raise SystemExit(f"Stopped: {collector.stop_reason}. The same command goes on with what is missing.")
     if len(left) > len(asked) and collector.answered:
-        print(projection(collector, len(left) - len(asked), seconds))
+        print(projection(collector, len(left) - len(asked)))
     if failed > args.max_failures:
         most = args.max_failures
         raise SystemExit(f"{failed:,} failed, more than --max_failures {most}. The same command asks them again.")
@@ -614,9 +650,11 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"No data_{args.d_type}.json in {folder}. Make it with: python prepare_data.py --total 2000")
     try:
         questions = read_questions(data, teacher, args.instruction)
+        collect(args, teacher, questions)
     except DataError as error:
         raise SystemExit(str(error)) from error
-    collect(args, teacher, questions)
+    except OSError as error:
+        raise SystemExit(f"Answers cannot be written to {shown(from_root(args.output_dir))}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -154,10 +154,12 @@ def say(**message: Any) -> dict[str, Any]:
     [
         (say(content="半句", finish_reason="length"), "cut off", 1),
         (say(content="好", finish_reason="content_filter"), "content filter", 1),
-        (say(content=None), "an empty answer", 8),
-        (say(content="  \n"), "an empty answer", 8),
-        (say(content="<think>还在想"), "an empty answer", 8),
-        (say(content="<think>想</think>  "), "an empty answer", 8),
+        # What is paid for is tried four times, what is not eight times.
+        (say(content=None), "an empty answer", 4),
+        (say(content="  \n"), "an empty answer", 4),
+        (say(content="<think>还在想"), "an empty answer", 4),
+        (say(content="<think>想</think>  "), "an empty answer", 4),
+        (say(content="半句", finish_reason="insufficient_system_resource"), "ended by 'insufficient", 4),
         (400, "HTTP 400", 1),
         (403, "HTTP 403", 1),
         (500, "HTTP 500", 8),
@@ -219,12 +221,90 @@ def test_a_hopeless_teacher_ends_the_run(
     )
 
 
-def test_a_teacher_that_never_answers_is_given_up(prepare: ModuleType, build: Build, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("status", [400, 403, 500])
+def test_a_key_is_not_repeated(
+    prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any, capsys: Any, status: int
+) -> None:
+    """What the server says of a request is kept, without the key, whole or shortened."""
+    monkeypatch.setenv("KEY_OF_THE_TEST", "sk-secret-of-the-test")
     monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
-    with TeacherServer(reply=lambda _: 500) as server:
-        with pytest.raises(SystemExit, match="20 failures in a row, the last one: HTTP 500"):
+    for key in ("sk-secret-of-the-test", "another-key"):  # The server's words hold the first one.
+        monkeypatch.setenv("KEY_OF_THE_TEST", key)
+        with TeacherServer(reply=lambda _: status) as server, pytest.raises(SystemExit) as ended:
+            run(prepare, build(server, count=2, entry={"api_key_env": "KEY_OF_THE_TEST"}))
+        failures = (tmp_path / "out/data_train_teacher_kind_failures.jsonl").read_text(encoding="utf-8")
+        assert "wrong key ***" in failures
+        assert "secret" not in failures + "".join(capsys.readouterr()) + str(ended.value)
+
+
+def test_only_the_teachers_key_is_sent(prepare: ModuleType, build: Build, monkeypatch: Any) -> None:
+    """What the openai client takes from the environment is meant for another service."""
+    monkeypatch.setenv("KEY_OF_THE_TEST", "sk-own")
+    others = {"API_KEY": "sk-other", "ORG_ID": "org-other", "PROJECT_ID": "project-other"}
+    others["CUSTOM_HEADERS"] = "Authorization: Bearer sk-other\nX-Other: other"
+    for name, value in others.items():
+        monkeypatch.setenv(f"OPENAI_{name}", value)
+    with TeacherServer() as server:
+        run(prepare, build(server, entry={"api_key_env": "KEY_OF_THE_TEST"}))
+        assert server.headers[0]["authorization"] == "Bearer sk-own"
+        assert not [value for headers in server.headers for value in headers.values() if "other" in value]
+
+
+@pytest.mark.parametrize("key", ["“sk-own”", "sk-own\n"])
+def test_a_key_with_odd_characters(prepare: ModuleType, build: Build, monkeypatch: Any, key: str) -> None:
+    monkeypatch.setenv("KEY_OF_THE_TEST", key)
+    with TeacherServer() as server, pytest.raises(SystemExit, match="KEY_OF_THE_TEST holds characters") as ended:
+        run(prepare, build(server, entry={"api_key_env": "KEY_OF_THE_TEST"}))
+    assert "sk-own" not in str(ended.value) and not server.headers
+
+
+@pytest.mark.parametrize(("choice", "what"), [(500, "comments"), (400, "videos")])
+def test_a_teacher_that_never_answers_is_given_up(
+    prepare: ModuleType, build: Build, monkeypatch: Any, choice: int, what: str
+) -> None:
+    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
+    with TeacherServer(reply=lambda _: choice) as server:
+        with pytest.raises(SystemExit, match=f"failures for 20 {what} in a row, the last one: HTTP {choice}"):
             run(prepare, build(server, count=500))
         assert len(server.log) < 60
+
+
+def test_a_video_that_the_teacher_will_not_talk_about(prepare: ModuleType, build: Build, tmp_path: Path) -> None:
+    """Its comments fail, all others are answered, although they are most of the data."""
+
+    def reply(messages: list[dict[str, str]]) -> Any:
+        number = int(messages[-1]["content"].split("第")[1].split("个")[0])
+        return say(content="好", finish_reason="content_filter" if number >= 40 else "stop")
+
+    with TeacherServer(reply=reply) as server:
+        arguments = build(server, max_failures=60)
+        comments = records(100)
+        for record in comments[40:]:
+            record["video_id"] = "filtered"
+        (tmp_path / "data_train.json").write_text(json.dumps(comments), encoding="utf-8")
+        run(prepare, arguments)
+    assert len(rows(tmp_path)) == 40 and len(rows(tmp_path, kind="_failures")) == 60
+
+
+def test_records_that_cannot_be_asked(prepare: ModuleType, build: Build, tmp_path: Path, capsys: Any) -> None:
+    """Those without an answer are counted, those that cannot be read are named."""
+    with TeacherServer() as server:
+        arguments, comments = build(server), records(4)
+        comments[1]["conversations"][-1]["value"] = " "
+        (tmp_path / "data_train.json").write_text(json.dumps(comments), encoding="utf-8")
+        run(prepare, arguments)
+        assert "1 records of" in capsys.readouterr().out and len(rows(tmp_path)) == 3
+        comments[2]["conversations"] = "谁知道"
+        (tmp_path / "data_train.json").write_text(json.dumps(comments), encoding="utf-8")
+        with pytest.raises(SystemExit, match="record 2: "):
+            run(prepare, arguments)
+
+
+def test_half_a_character(prepare: ModuleType, build: Build, tmp_path: Path) -> None:
+    """JSON can hold half of a surrogate pair, files cannot."""
+    with TeacherServer(reply=lambda _: say(content="好\ud83d")) as server:
+        run(prepare, build(server))
+    assert {row["conversations"][-1]["value"] for row in rows(tmp_path)} == {"好?"}
 
 
 def test_a_request_without_an_end_is_given_up(
@@ -377,6 +457,28 @@ def test_a_full_disk_ends_the_run(prepare: ModuleType, build: Build, tmp_path: P
     with TeacherServer() as server, pytest.raises(SystemExit, match="cannot be written to .*No space left"):
         run(prepare, build(server, count=50, concurrency=2))
     assert len(rows(tmp_path)) > 0
+
+
+def test_a_disk_that_fills_up_inside_a_line(build: Build, tmp_path: Path) -> None:
+    """What had no room any more is not written later on, when there is room again."""
+    with TeacherServer() as server:
+        arguments = build(server, count=50, concurrency=1)
+        path = tmp_path / "out/data_train_teacher_kind.jsonl"
+        limited = f"ulimit -f 8 && exec '{sys.executable}' '{ROOT / SCRIPT}' {' '.join(map(repr, arguments))}"
+        stopped = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+        assert stopped.returncode == 1 and "cannot be written to" in stopped.stderr, stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        kept = path.read_bytes()
+        assert 7_000 < len(kept) <= 8_192 and kept.endswith(b"}\n")
+        known = len(rows(tmp_path))
+        subprocess.run([sys.executable, str(ROOT / SCRIPT), *arguments], capture_output=True, check=True)
+    assert len(rows(tmp_path)) == 50 > known > 10
+
+
+def test_a_place_that_cannot_be_written_to(prepare: ModuleType, build: Build, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with TeacherServer() as server, pytest.raises(SystemExit, match="Answers cannot be written to"):
+        run(prepare, build(server, output_dir=tmp_path / "file"))
 
 
 def test_a_torn_line_is_asked_again(prepare: ModuleType, build: Build, tmp_path: Path) -> None:

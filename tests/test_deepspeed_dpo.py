@@ -97,8 +97,6 @@ def assert_same_numbers(one: Path, two: Path, but: tuple[str, ...] = ()) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
 
-# Answers of 4 and 5 tokens. The policy holds the chosen one 2 nats likelier than the reference does and the rejected
-# one 1 nat less likely: m = 3. Means per token: -2 and -2, odds alike; for SimPO 2, 5 tokens count: -4 and -2.
 LOGPS = torch.tensor([[-8.0, -10.0]])
 REFERENCE = torch.tensor([[-10.0, -9.0]])
 TOKENS = torch.tensor([[4, 5]])
@@ -114,17 +112,28 @@ def log_sigmoid(x: float) -> float:
         ("sigmoid", 0.5, 0.0, 0, -log_sigmoid(1.5)),
         ("sigmoid", 0.5, 0.2, 0, -0.8 * log_sigmoid(1.5) - 0.2 * log_sigmoid(-1.5)),
         ("robust", 0.5, 0.2, 0, (-0.8 * log_sigmoid(1.5) + 0.2 * log_sigmoid(-1.5)) / 0.6),
-        ("hinge", 0.2, 0.0, 0, 0.4),  # 1 - 0.2 * 3
-        ("hinge", 0.5, 0.0, 0, 0.0),  # 1 - 1.5 < 0
-        ("ipo", 0.5, 0.0, 0, (2 / 4 + 1 / 5 - 1) ** 2),  # Per token +0.5 and -0.2; 1 / (2 beta) = 1.
-        ("simpo", 2.0, 0.0, 1.0, -log_sigmoid(-1.0)),  # The means are equal: only the margin is left.
-        ("simpo, unequal", 2.0, 0.0, 1.0, -log_sigmoid(-5.0)),  # 2 (-4 + 2) - 1
-        ("orpo", 0.1, 0.0, 0, 2 + 0.1 * math.log(2)),  # The chosen one's mean is -2; equal odds.
+        ("hinge", 0.2, 0.0, 0, 0.4),
+        ("hinge", 0.5, 0.0, 0, 0.0),
+        ("ipo", 0.5, 0.0, 0, (2 / 4 + 1 / 5 - 1) ** 2),
+        ("simpo", 2.0, 0.0, 1.0, -log_sigmoid(-1.0)),
+        ("simpo, unequal", 2.0, 0.0, 1.0, -log_sigmoid(-5.0)),
+        ("orpo", 0.1, 0.0, 0, 2 + 0.1 * math.log(2)),
     ],
 )
 def test_losses_by_hand(
     dpo: ModuleType, loss: str, beta: float, smoothing: float, gamma: float, expected: float
 ) -> None:
+    """Answers of 4 and 5 tokens; log-probabilities -8 and -10, of the reference -10 and -9.
+
+    The policy holds the chosen one 2 nats likelier than the reference does, the rejected one 1 nat less likely: m = 3.
+    sigmoid: -log s(0.5 * 3); with smoothing 0.2: -0.8 log s(1.5) - 0.2 log s(-1.5).
+    robust:  (-0.8 log s(1.5) + 0.2 log s(-1.5)) / (1 - 2 * 0.2).
+    hinge:   1 - 0.2 * 3 = 0.4; 1 - 0.5 * 3 < 0 is 0.
+    ipo:     per token 2 / 4 and -1 / 5, and 1 / (2 * 0.5) = 1: (0.5 + 0.2 - 1)^2.
+    simpo:   means -8 / 4 and -10 / 5 are equal, only the margin is left: -log s(0 - 1). With 2 and 5 tokens -4 and -2:
+             -log s(2 (-4 + 2) - 1).
+    orpo:    the chosen one's mean is -2, the odds are equal: 2 - 0.1 log s(0) = 2 + 0.1 log 2.
+    """
     tokens = torch.tensor([[2, 5]]) if "unequal" in loss else TOKENS
     (found,) = dpo.preference_loss(LOGPS, REFERENCE, tokens, loss.split(",")[0], beta, smoothing, gamma).tolist()
     assert found == pytest.approx(expected, rel=1e-6)
@@ -339,14 +348,17 @@ def test_equals_plain_pytorch(
         slow({"zero_stage": 0}),
         slow({"zero_stage": 1}),
         {"zero_stage": 3},
+        slow({"offload": "optimizer"}),
+        slow({"zero_stage": 3, "offload": "param"}),
         slow({"zero_stage": 3, "precompute_reference": True}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("base", [{}, slow({"train_bnb_enabled": True})], ids=["lora", "qlora"])
 def test_cutting_changes_nothing(
-    dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any], base: dict[str, Any]
+    dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any], base: dict[str, Any], monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("utils.engine.shutil.which", lambda name: None)  # Offloads to PyTorch's AdamW.
     run(dpo, dpo_args(output_dir=tmp_path / "one", **base))
     run(dpo, dpo_args(output_dir=tmp_path / "two", **base, **changes))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
