@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", required=True, help="folder of the student")
     parser.add_argument("--work_dir", default="benchmarks/output/distill", help="for data, answers and the runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     return parser
 
 
@@ -126,7 +126,7 @@ def train(student: Path, work: Path, lr: float, seed: int) -> list[dict[str, flo
     """Trains with a seed; the run's metrics."""
     output = work / f"run-{seed}"
     flags = {"student_model_name": student.name, "model_dir": student.parent, "teacher_model_name": "local"}
-    flags |= {"answers_dir": work, "data_dir": work, "output_dir": output, "epochs": 1, "batch_size": 8, "lr": lr}
+    flags |= {"answers_dir": work, "data_dir": work, "output_dir": output, "epochs": 2, "batch_size": 8, "lr": lr}
     flags |= {"grad_accum": 1, "eval_steps": 10**6, "eval_samples": -1, "save_steps": 10**6, "max_new_tokens": 1}
     flags["seed"] = seed
     run("deepspeed_distill/train.py", flags)

@@ -232,6 +232,7 @@ def test_a_disk_without_room(
     assert sorted(path.name for path in root.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_model(base: Path, root: Path) -> None:
     """And the same command makes one."""
     adapter_on(plain(base), root / "adapter")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.engine import fail, quant_bits
-from utils.files import ROOT, check_manifest, from_root, replacing, shown, write_manifest
+from utils.files import ROOT, check_manifest, from_root, reason_of, replacing, shown, write_manifest
 
 # What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
 # what it shows, not what an update is. Data is known by its contents.
@@ -54,15 +54,13 @@ def make_record(
         "settings" (what must be equal when the run is resumed), "arguments", "ds_config", "chat_template", "data" and
         "versions" (of what computes, and the repository's commit if there is one).
     """
-    from utils.weights import open_weights, weights_digest
-
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
         "quant_bits": quant_bits(args),
         "precision": precision,
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "ranks": world_size,
         "data": data["files"],
-        "base": weights_digest(open_weights(from_root(args.model_dir) / args.model_name)),
+        "base": digest_base(from_root(args.model_dir) / args.model_name, args.model_name),
         # Of files the content counts, not the name.
         "deepspeed_config": _digest(json.dumps(ds_config, sort_keys=True)),
         "chat_template": _digest(template),
@@ -77,6 +75,20 @@ def make_record(
         "data": data,
         "versions": {name: version(name) for name in packages} | {"commit": commit.stdout.strip()},
     }
+
+
+def digest_base(path: Path, name: str) -> str:
+    """What tells a base from others.
+
+    Raises:
+        SystemExit: if its weights are not whole.
+    """
+    from utils.weights import open_weights, weights_digest
+
+    try:
+        return weights_digest(open_weights(path))
+    except Exception as error:  # Whatever a damaged file brings a library to.
+        fail(f"No whole model in {shown(path)}: {reason_of(error)}\nFetch it: python download_pt.py --model {name}")
 
 
 def _digest(text: str) -> str:
