@@ -9,8 +9,10 @@ training are joined from their ZeRO shards. Success is proved in two links, on a
 1. The base with the adapter beside it (or the joined weights), in the precision of the run, has to say what the probe
    says that the training model said: the same numbers, or, where another device computed them in 16 bits, numbers as
    near as this precision's rounding is to exact arithmetic.
-2. The written folder, loaded anew, has to say what the merged model says, both computed in fp32: the same numbers, or,
-   with 16-bit weights, numbers as near as rounding the weights allows.
+2. The written folder, loaded anew, has to say what base and adapter (or the joined weights) say, both computed in
+   fp32: the same numbers, or, with 16-bit weights, numbers as near as rounding the weights allows.
+
+Tensors are read, merged and written one at a time, and models are checked layer by layer.
 
 Reads   <zero_model>/<t>/ (any train.py's output) and <org_model>/.
 Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
@@ -21,8 +23,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.engine import boolean
-from utils.files import check_target, explained, from_root, missing_model, replacing, shard_size, shown
+from utils.engine import add_write_arguments, boolean
+from utils.files import check_target, explained, from_root, missing_model, replacing, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,13 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "the base's own weights (not what was trained: its drift is printed)")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                         help="of the written weights; auto: what the run computed in")  # fmt: skip
-    parser.add_argument("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                        help="where adapters are merged and models checked; auto: a card if there is one")  # fmt: skip
     parser.add_argument("--trust_checkpoint", type=boolean, default=False,
                         help="True: read a checkpoint without manifest.json, which may run code")  # fmt: skip
-    parser.add_argument("--trust_remote_code", type=boolean, default=False,
-                        help="True: run Python code that comes with the model")  # fmt: skip
+    add_write_arguments(parser)
     return parser
 
 

@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.engine import boolean
-from utils.files import check_manifest, check_target, explained, from_root, replacing, shard_size, shown
+from utils.engine import add_write_arguments
+from utils.files import check_manifest, check_target, explained, from_root, replacing, shown
 
 # What an adapter of another tool is tried with.
 TEXTS = (
@@ -35,14 +35,12 @@ class Place(NamedTuple):
     """Where an adapter lies.
 
     Attributes:
-        folder: The adapter's.
-        tag: Its checkpoint's, if it is this project's.
-        record: The checkpoint's run.json.
+        folder: The adapter's; of a checkpoint of this project, a folder in the checkpoint's.
+        record: The checkpoint's run.json; None of adapters of other tools.
         weight: What it counts.
     """
 
     folder: Path
-    tag: Path | None
     record: dict[str, Any] | None
     weight: float
 
@@ -64,11 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "dequant4")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                         help="of the written weights; auto: that of the base")  # fmt: skip
-    parser.add_argument("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                        help="where adapters are merged and models checked; auto: a card if there is one")  # fmt: skip
-    parser.add_argument("--trust_remote_code", type=boolean, default=False,
-                        help="True: run Python code that comes with the model")  # fmt: skip
+    add_write_arguments(parser)
     return parser
 
 
@@ -83,11 +77,11 @@ def find_adapter(path: Path, weight: float) -> Place:
             continue
         tag = folder.parent
         if not any((tag / file).is_file() for file in ("manifest.json", "run.json", "probe.safetensors")):
-            return Place(folder, None, None, weight)
+            return Place(folder, None, weight)
         from utils.trained import read_record
 
         check_manifest(tag)
-        return Place(folder, tag, read_record(tag / "run.json"), weight)
+        return Place(folder, read_record(tag / "run.json"), weight)
     found = [file for depth in ("*", "*/*", "*/*/*") for file in path.glob(f"{depth}/adapter_config.json")]
     near = sorted({shown(file.parent) for file in found})
     there = f"There are: {', '.join(near)}." if near else "Weights of full training are joined by convert_model.py."
@@ -174,15 +168,13 @@ def trained_on(places: list[Place], asked: str | None) -> str:
     known = {bool(place.record["settings"]["quant_bits"]) for place in places if place.record}
     if len(known) > 1:
         raise SystemExit("The adapters were trained on a base in 4 bits and on one in 16: --base dequant4 or original?")
+    kind, other = ("original", "dequant4") if known == {False} else ("dequant4", "original")
     if not all(place.record for place in places):
-        if not known:
-            known = {True}
         print(
             "No record of its training comes with an adapter: it is taken for one that was trained on the base's "
-            f"{MEANING['dequant4' if True in known else 'original']} weights. If that is wrong: --base "
-            f"{'original' if True in known else 'dequant4'}"
+            f"{MEANING[kind]} weights. If that is wrong: --base {other}"
         )
-    return "dequant4" if True in known else "original"
+    return kind
 
 
 def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Merge:
@@ -216,10 +208,10 @@ def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Mer
             raise ValueError("its weights are not in bf16, fp16 or fp32.")
         precisions = {record["settings"]["precision"] for record in records}
         precision = precisions.pop() if len(precisions) == 1 else stored_in
-        # What was trained had the run's precision. Where that is not known nothing is rounded, but for 4 bits.
-        dtype = DTYPES[precision] if kind == "dequant4" or recorded(places) else None
-        if recorded(places) and kind == "original" and records[0]["settings"]["quant_bits"]:
-            dtype = None  # Not what was trained, as in convert_model.py.
+        # What was trained had the run's precision; a 4-bit run's base in 16 bits is not what was trained. Where nothing
+        # is known, nothing is rounded but for 4 bits.
+        as_trained = recorded(places) and not records[0]["settings"]["quant_bits"]
+        dtype = DTYPES[precision] if kind == "dequant4" or as_trained else None
         parts = assemble(base, dtype, 4 if kind == "dequant4" else None, adapters, args.trust_remote_code)
         if (base / "config.json").is_file():
             own = places and (places[0].folder / "tokenizer_config.json").is_file()
@@ -232,7 +224,7 @@ def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Mer
 
 def recorded(places: list[Place]) -> bool:
     """Whether a checkpoint's probe tells what the merged model has to say."""
-    return len(places) == 1 and places[0].tag is not None and places[0].weight == 1
+    return len(places) == 1 and places[0].record is not None and places[0].weight == 1
 
 
 def expected_logits(
@@ -256,7 +248,7 @@ def expected_logits(
         probe = make_probe(found.chat)
         with filled(found.parts, torch.float32, device) as model:
             return probe, replay(model, probe, device), []
-    probe, settings = read_probe(places[0].tag / "probe.safetensors"), places[0].record["settings"]
+    probe, settings = read_probe(places[0].folder.parent / "probe.safetensors"), places[0].record["settings"]
     if found.kind == "original" and settings["quant_bits"]:
         logits, link = check_original(found.parts, probe, device)
     else:

@@ -191,6 +191,15 @@ def ft() -> ModuleType:
 
 
 @pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes relative paths count from the test's folder, so that output_hf/ is there."""
+    import utils.files
+
+    monkeypatch.setattr(utils.files, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def train_args(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Builds a command line for a short run; keyword arguments are further flags."""
 

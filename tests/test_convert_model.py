@@ -57,15 +57,6 @@ def convert() -> ModuleType:
     return load_script("convert_model.py")
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes relative paths count from the test's folder, so that output_hf/ is there."""
-    import utils.files
-
-    monkeypatch.setattr(utils.files, "ROOT", tmp_path)
-    return tmp_path
-
-
 def converted(convert: ModuleType, run: Path, base: Path, name: str, *more: str) -> None:
     arguments = ["--zero_model", str(run), "--org_model", str(base), "--save_model", name, "--t", "1", *more]
     convert.main(convert.build_parser().parse_args(arguments))

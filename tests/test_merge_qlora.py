@@ -31,15 +31,6 @@ def merge() -> ModuleType:
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes relative paths count from the test's folder."""
-    import utils.files
-
-    monkeypatch.setattr(utils.files, "ROOT", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def base(root: Path, tokenizer: Any) -> Path:
     """A model in 16 bits, as they are published."""
     make_model("llama", len(tokenizer)).to(torch.bfloat16).save_pretrained(root / "base")

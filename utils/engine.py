@@ -21,6 +21,26 @@ def boolean(text: str) -> bool:
     return values[text]
 
 
+def shard_size(text: str) -> str:
+    """Parses the size of a file, such as 5GB.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 5GB or 500MB")
+    return text
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that the scripts share that write finished models."""
+    add = parser.add_argument
+    add("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
+    where = "where adapters are merged and models checked; auto: a card if there is one"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=where)
+    add("--trust_remote_code", type=boolean, default=False, help="True: run Python code that comes with the model")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, lora_lr: float, full_lr: float) -> None:
     """Adds the arguments that all training scripts share; the learning rates are a stage's own, for the help."""
     # fmt: off

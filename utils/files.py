@@ -1,6 +1,5 @@
 """Where files lie and how they are written: paths from the repository's root, results that appear whole or not."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -67,17 +66,6 @@ def check_target(flag: str, target: Path) -> None:
         raise SystemExit(
             f"{flag}: {shown(target)} is there and holds other things than a conversion: {others}. {way_out}"
         )
-
-
-def shard_size(text: str) -> str:
-    """Parses the size of a file, such as 5GB.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none.
-    """
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 5GB or 500MB")
-    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -166,14 +166,18 @@ def merged_weights(trained: Trained, dtype: torch.dtype, device: str) -> dict[st
 
 def parted_ties(trained: Trained, layers: Mapping[str, torch.nn.Module]) -> set[str]:
     """Of tied parameters those that are no longer what the other one is, since an adapter changes one of them."""
-    changed = {name for name in trained.brought} | {
+    changed = set(trained.brought) | {
         name for pair in trained.ties.items() for name in pair if name.rpartition(".")[0] in layers
     }
     return {target for target, source in trained.ties.items() if {target, source} & changed}
 
 
 def split_stored(name: str, merged: Stored, trained: Trained) -> dict[str, Stored]:
-    """The tensors of the files that a parameter is made of, of a merged parameter."""
+    """Takes a merged parameter apart into the tensors of the files that it was made of.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     @lru_cache(maxsize=1)
@@ -186,26 +190,14 @@ def split_stored(name: str, merged: Stored, trained: Trained) -> dict[str, Store
             parts.cache_clear()
         return tensor
 
-    shapes = {source: tuple(part.shape) for source, part in split_shells(name, merged, trained).items()}
-    return {
-        source: Stored(shapes[source], merged.dtype, partial(read, source, source == trained.fused[name].sources[-1]))
-        for source in trained.fused[name].sources
-    }
-
-
-def split_shells(name: str, merged: Stored, trained: Trained) -> dict[str, torch.Tensor]:
-    """The shapes of the tensors of the files that a parameter is made of.
-
-    Raises:
-        ValueError: if it cannot be taken apart into them.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    shell = torch.empty(merged.shape, dtype=merged.dtype, device="meta")
+    shell, sources = torch.empty(merged.shape, dtype=merged.dtype, device="meta"), trained.fused[name].sources
     shells = revert_weight_conversion(trained.plain, {name: shell})
-    if set(shells) != set(trained.fused[name].sources):
+    if set(shells) != set(sources):
         raise ValueError(f"{name} cannot be written as the tensors that it was made of.")
-    return shells
+    return {
+        source: Stored(tuple(shells[source].shape), merged.dtype, partial(read, source, source == sources[-1]))
+        for source in sources
+    }
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -210,7 +210,7 @@ def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
         name = record["settings"]["model_name"]
         raise SystemExit(
             f"{shown(base)} cannot be used as the base: {reason_of(error)}\nThe run was trained on {name}. Name the "
-            f"folder of that model (--org_model DIR), or fetch it again: python download_pt.py --model {name}"
+            f"folder of that model, or fetch it again: python download_pt.py --model {name}"
         ) from error
 
 

@@ -96,20 +96,18 @@ def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, Stored]]) -
 def _open_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt", backend="pread") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    # A mapped file would count as memory of this process as far as it has been read; pread reads one tensor. The file
+    # stays open as long as its tensors are known: its header is read once.
+    file = safe_open(path, framework="pt", backend="pread")
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     if unknown := sorted({code for _, code in kinds.values()} - set(CODES)):
         raise ValueError(f"{path.name} holds numbers of an unknown kind: {unknown[0]}.")
-    return {name: Stored(shape, CODES[code], partial(_read_safe, path, name)) for name, (shape, code) in kinds.items()}
+    return {name: Stored(shape, CODES[code], partial(_read_safe, file, name)) for name, (shape, code) in kinds.items()}
 
 
-def _read_safe(path: Path, name: str, rows: slice | None = None) -> torch.Tensor:
-    from safetensors import safe_open
-
-    # A mapped file would count as memory of this process as far as it has been read; pread reads one tensor.
-    with safe_open(path, framework="pt", backend="pread") as file:
-        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+def _read_safe(file: Any, name: str, rows: slice | None = None) -> torch.Tensor:
+    return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
 def load_pickle(path: Path, trusted: bool = False) -> Any:
