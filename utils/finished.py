@@ -1,6 +1,7 @@
 """A finished model's folder: written shard by shard, loaded anew layer by layer, held against what it shall be."""
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def streamed(folder: Path, device: str, trust_remote_code: bool) -> Iterator[tor
     """
     from transformers import AutoModelForCausalLM
 
+    # It would say that parameters are on the disk, which is what is asked for here.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         yield AutoModelForCausalLM.from_pretrained(
             folder,
