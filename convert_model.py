@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
 
     from utils.data import DataError, make_chat
     from utils.fidelity import check_original, check_rebuilt, check_written
-    from utils.finished import check_room, write_model
+    from utils.finished import check_room, write_for_llama_cpp, write_model
     from utils.model import choose_device, load_tokenizer
     from utils.trained import as_trained, base_in_use, read_probe
 
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
         size, trained_size = trained.model.config.get_text_config().vocab_size, probe["logits_0"].shape[1]
         if size != trained_size:
             raise ValueError(f"its vocabulary has {size} tokens, the trained model's has {trained_size}.")
-    check_room(trained, dtype, target)
+    check_room(trained, dtype, args.gguf, target)
     with explained("Not written"):
         if args.base == "original" and settings["quant_bits"]:
             logits, rebuilt = check_original(trained, probe, device)
@@ -163,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
             (folder / "run.json").write_text(json.dumps(public, ensure_ascii=False, indent=1), encoding="utf-8")
             written = check_written(folder, probe, logits, dtype, device, args.trust_remote_code)
             (folder / "README.md").write_text(model_card(args, record, [rebuilt, written], card), encoding="utf-8")
+            if args.gguf:
+                write_for_llama_cpp(folder, chat, args.gguf, target.name, record["data"]["system_prompt"])
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
 
 

@@ -271,12 +271,12 @@ def main(args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard
 
     from utils.fidelity import check_written
-    from utils.finished import check_room, write_model
+    from utils.finished import check_room, write_for_llama_cpp, write_model
     from utils.model import choose_device
 
     device, found = choose_device(args.device), read_parts(args, base, places)
     dtype = found.stored_in if args.dtype == "auto" else args.dtype
-    check_room(found.parts, dtype, target)
+    check_room(found.parts, dtype, args.gguf, target)
     print(f"Merging {', '.join(shown(place.folder) for place in places) or 'nothing'} into {shown(base)} ...")
     with explained("Not written"):
         card = ModelCard.load(base / "README.md").data.to_dict() if (base / "README.md").is_file() else {}
@@ -292,6 +292,9 @@ def main(args: argparse.Namespace) -> None:
             (folder / "run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
             links.append(check_written(folder, probe, logits, dtype, device, args.trust_remote_code))
             (folder / "README.md").write_text(merge_card(args, record, links, card), encoding="utf-8")
+            if args.gguf:
+                prompt = record["data"]["system_prompt"] if "data" in record else ""
+                write_for_llama_cpp(folder, found.chat, args.gguf, target.name, prompt)
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
 
 

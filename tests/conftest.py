@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -262,3 +264,27 @@ def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
     assert one.keys() == two.keys()
     squares = {name: ((one[name] - two[name]).norm() ** 2, two[name].norm() ** 2) for name in one}
     return (sum(d for d, _ in squares.values()) / sum(n for _, n in squares.values())).sqrt().item()
+
+
+@contextmanager
+def llama_cpp(path: Path) -> Iterator[Callable[..., Any]]:
+    """llama.cpp's own server with a GGUF file; yields what asks it: a route and what goes there as JSON."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is there for Linux on x86-64 only")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 0  # The model's own.
+    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup = False
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+    address = server.listening_address
+
+    def ask(route: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    yield ask
+    del server

@@ -171,6 +171,14 @@ def merge_into(layer: torch.nn.Module, leaf: str, weights: Mapping[str, torch.Te
         leaf: Which of its parameters is wanted, such as "weight".
         weights: Its base's parameters by leaf, fp32; they are used up.
     """
+    from peft.tuners.lora.layer import Linear
+
+    names = [name for name in getattr(layer, "lora_A", {}) if name in layer.active_adapters]
+    if leaf == "weight" and isinstance(layer, Linear) and not layer.fan_in_fan_out and not layer.lora_variant:
+        # What PEFT does with plain LoRA, without three more matrices of this size.
+        for name in names:
+            weights[leaf].addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+        return weights[leaf]
     base = layer.get_base_layer()
     kept = {name: base.get_parameter(name) for name in weights}
     for name, tensor in weights.items():

@@ -194,7 +194,7 @@ class Chat:
     stop_id: int  # The token that ends an answer.
     writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
 
-    def _render(self, messages: list[Message], **options: Any) -> list[int]:
+    def _render(self, messages: list[Message], **options: Any) -> Any:
         if self.folds_system and messages[0]["role"] == "system":
             system, user, *rest = messages
             messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
@@ -206,7 +206,11 @@ class Chat:
         Control tokens that users typed are encoded as the plain text they are.
         """
         stripped = [{**message, "content": message["content"].strip()} for message in messages]
-        return self._render(stripped, add_generation_prompt=True)
+        return self._render(stripped, add_generation_prompt=True)["input_ids"]
+
+    def prompt_text(self, messages: list[Message]) -> str:
+        """The same as text."""
+        return self._render(messages, add_generation_prompt=True, tokenize=False)
 
     def answer_ids(self, messages: list[Message], prompt: list[int]) -> list[int]:
         """Renders a conversation that ends with an answer; returns the answer's tokens, the stop token the last.
@@ -215,7 +219,7 @@ class Chat:
             UnusableRecord: if the tokens are not those of the prompt and more (an answer that melts into the prompt's
                 last token, or that the template rewrites).
         """
-        whole = self._render(messages)
+        whole = self._render(messages)["input_ids"]
         if whole[: len(prompt)] != prompt:
             raise UnusableRecord("an answer that the chat template changes")
         ids = whole[len(prompt) :]
@@ -295,15 +299,16 @@ class Chat:
         return ids
 
 
-def _apply_template(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
+def _apply_template(tokenizer: Any, messages: list[Message], tokenize: bool = True, **options: Any) -> Any:
     # `enable_thinking` is read by templates of reasoning models: a comment is written without an inner monologue.
     return tokenizer.apply_chat_template(
         messages,
-        add_generation_prompt=add_generation_prompt,
-        sanitize_control_tokens=True,
+        tokenize=tokenize,
+        sanitize_control_tokens=tokenize,
         enable_thinking=False,
         add_bos_token=tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id],
-    )["input_ids"]
+        **options,
+    )
 
 
 def _sample(id: str, ids: list[int], supervised: list[bool]) -> Sample:
@@ -321,11 +326,11 @@ def make_chat(tokenizer: Any) -> Chat:
     question = [{"role": "user", "content": "question"}]
     system = {"role": "system", "content": "briefing"}
     try:
-        folds_system = "briefing" not in tokenizer.decode(_apply_template(tokenizer, [system, *question]))
+        folds_system = "briefing" not in _apply_template(tokenizer, [system, *question], tokenize=False)
     except TemplateError:
         folds_system = True
-    prompt = _apply_template(tokenizer, question, add_generation_prompt=True)
-    whole = _apply_template(tokenizer, [*question, {"role": "assistant", "content": "answer"}])
+    prompt = _apply_template(tokenizer, question, add_generation_prompt=True)["input_ids"]
+    whole = _apply_template(tokenizer, [*question, {"role": "assistant", "content": "answer"}])["input_ids"]
     if whole[: len(prompt)] != prompt or "answer" not in tokenizer.decode(whole[len(prompt) :]):
         raise DataError(
             "the chat template writes an answer after another text than the one it asks the model to go on from: "

@@ -36,6 +36,8 @@ def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that the scripts share that write finished models."""
     add = parser.add_argument
     add("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
+    gguf = "also write a GGUF file for llama.cpp, and the Modelfile with which Ollama takes it"
+    add("--gguf", choices=["f16", "bf16", "q8_0"], help=gguf)
     where = "where adapters are merged and models checked; auto: a card if there is one"
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=where)
     add("--trust_remote_code", type=boolean, default=False, help="True: run Python code that comes with the model")

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from utils.files import shown
-from utils.finished import streamed
-from utils.merging import Trained, filled
+from utils.merging import Trained, assemble, filled
 from utils.model import DTYPES
 from utils.trained import compare_logits, recorded, replay
 
@@ -107,7 +106,7 @@ def check_written(
     Raises:
         SystemExit: if the folder does not hold that model.
     """
-    with streamed(folder, device, trust_remote_code) as model:
+    with filled(assemble(folder, None, None, [], trust_remote_code), torch.float32, device) as model:
         written = replay(model, probe, device)
     drift = compare_logits(logits, written, DTYPES[dtype])
     found = f"the written {dtype} weights, loaded anew, against base and adapter, both computed in fp32: {drift}"

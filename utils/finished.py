@@ -1,11 +1,7 @@
-"""A finished model's folder: written shard by shard, loaded anew layer by layer, held against what it shall be."""
+"""A finished model's folder: weights shard by shard, and all that is needed to use them."""
 
 import copy
-import logging
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,7 +52,31 @@ def write_model(
             file.chmod(0o644)  # Some are written for their owner alone, but a server may be another user.
 
 
-def check_room(trained: Trained, dtype: str, target: Path) -> None:
+def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_prompt: str) -> None:
+    """Adds a GGUF file and Ollama's Modelfile to a finished model's folder.
+
+    Args:
+        folder: The model's.
+        chat: Its tokenizer and template.
+        kind: As of `utils.gguf_file.write_gguf`.
+        name: The model's.
+        system_prompt: What it was trained with, if anything.
+
+    Raises:
+        ValueError: if llama.cpp or Ollama cannot use this model as transformers does.
+    """
+    from transformers import GenerationConfig
+
+    from utils.gguf_file import write_gguf
+    from utils.gguf_tokenizer import modelfile
+
+    file = f"{name}-{kind}.gguf"
+    text = modelfile(chat, file, system_prompt, GenerationConfig.from_pretrained(folder))
+    write_gguf(folder, chat, kind, name, folder / file)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> None:
     """Makes sure that a disk has the room for a model.
 
     Raises:
@@ -64,29 +84,9 @@ def check_room(trained: Trained, dtype: str, target: Path) -> None:
     """
     numbers = sum(torch.Size(stored.shape).numel() for stored in trained.weights.values())
     place = next(folder for folder in target.parents if folder.is_dir())
-    needed, free = numbers * DTYPES[dtype].itemsize * 1.01, shutil.disk_usage(place).free
+    size_bytes = DTYPES[dtype].itemsize + (2 if gguf else 0)
+    needed, free = numbers * size_bytes * 1.01, shutil.disk_usage(place).free
     if free < needed:
         raise SystemExit(
             f"The model needs {needed / GIB:.2f} GiB, {shown(place)} has {free / GIB:.2f} GiB free. Make room."
         )
-
-
-@contextmanager
-def streamed(folder: Path, device: str, trust_remote_code: bool) -> Iterator[torch.nn.Module]:
-    """Lets a finished model be called in fp32, as transformers loads it.
-
-    On the CPU one layer at a time is in memory; a card is filled first.
-    """
-    from transformers import AutoModelForCausalLM
-
-    # It would say that parameters are on the disk, which is what is asked for here.
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as scratch:
-        yield AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map={"": "disk"} if device == "cpu" else "auto",
-            max_memory=None if device == "cpu" else {0: int(0.8 * torch.cuda.mem_get_info()[0]), "cpu": 0},
-            offload_folder=scratch,
-            trust_remote_code=trust_remote_code,
-        ).eval()

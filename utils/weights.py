@@ -3,10 +3,13 @@
 Whatever a model's size, no more than a tensor or two is in memory.
 """
 
+import ctypes
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +27,7 @@ CODES = {
 }  # fmt: skip
 # So many rows from the middle of each tensor tell a base from another.
 DIGEST_ROWS = 4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # As in malloc.h.
 
 
 class Stored(NamedTuple):
@@ -140,6 +144,20 @@ def _read_pickle(path: Path, name: str, rows: slice | None = None) -> torch.Tens
     return (tensor if rows is None else tensor[rows]).detach().clone()
 
 
+def read_ahead(weights: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Lets a thread read the tensor that follows while the one that was asked for is worked on."""
+    reader, ahead, names = ThreadPoolExecutor(max_workers=1), {}, list(weights)
+
+    def read(place: int) -> torch.Tensor:
+        asked = ahead.pop(place, None) or reader.submit(weights[names[place]].read)
+        ahead.clear()
+        if place + 1 < len(names):
+            ahead[place + 1] = reader.submit(weights[names[place + 1]].read)
+        return asked.result()
+
+    return {name: Stored(*weights[name][:2], partial(read, place)) for place, name in enumerate(names)}
+
+
 def weights_digest(weights: Mapping[str, Stored]) -> str:
     """Tells one base from another by some rows of every tensor; files and dtypes that hold the same do not matter.
 
@@ -169,12 +187,29 @@ def write_weights(folder: Path, tensors: Mapping[str, Stored], max_shard_size: s
         shells, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     total = sum(stored.size_bytes for stored in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing") as bar, _memory_kept():
         for file, names in split.filename_to_tensors.items():
             _write_file(folder / file, {name: tensors[name] for name in names}, bar)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Lets glibc keep what one tensor took for the next: fresh pages take longer than the work on them."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # Another C library.
+        yield
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 1 << 16)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 17)
+        libc.malloc_trim(0)
 
 
 def _write_file(path: Path, tensors: Mapping[str, Stored], bar: Any) -> None:
@@ -188,13 +223,17 @@ def _write_file(path: Path, tensors: Mapping[str, Stored], bar: Any) -> None:
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # So that the tensors begin at a multiple of 8 bytes.
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
         file.write(len(text).to_bytes(8, "little") + text)
+        written: Future[Any] = Future()
+        written.set_result(None)
         for name, stored in tensors.items():
-            tensor = stored.read()
+            tensor = stored.read()  # While the one before goes to the disk.
             if (tuple(tensor.shape), tensor.dtype) != stored[:2]:
                 raise ValueError(f"{name} became {tuple(tensor.shape)} {tensor.dtype}, expected {stored[:2]}.")
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            written.result()
+            written = writer.submit(file.write, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             bar.update(stored.size_bytes)
+        written.result()
         file.flush()
         os.fsync(file.fileno())
