@@ -14,17 +14,19 @@ training are joined from their ZeRO shards. Success is proved in two links, on a
 
 Tensors are read, merged and written one at a time, and models are checked layer by layer.
 
-Reads   <zero_model>/<t>/ (any train.py's output) and <org_model>/.
+Reads   <zero_model>/<t>/ (any train.py's output), <zero_model>/samples.jsonl for the card, and <org_model>/.
 Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
 """
 
 import argparse
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.engine import add_write_arguments, boolean
-from utils.files import check_target, explained, from_root, missing_model, replacing, shown
+from utils.files import check_target, explained, from_root, missing_model, read_json, replacing, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +60,46 @@ def missing_base(org_model: Path) -> str:
         f"No model at {shown(org_model)} (expected a folder with config.json and weights, such as "
         f"model/Qwen/Qwen2.5-0.5B).{there}\nFetch one with: python download_pt.py --model ORG/NAME"
     )
+
+
+def sample_replies(run: Path, record: dict[str, Any]) -> list[str]:
+    """Picks replies for the model card from those that the run wrote at the checkpoint's step.
+
+    Nothing that people commented is published: not the real comment, nor a comment that was to be answered, nor a
+    reply that repeats the real one. Of a prompt the card shows the line with the video's title. Prompts without one
+    are data of one's own, of which nobody knows here whether it may be shown.
+
+    Returns:
+        Title and reply, four at most.
+    """
+    from utils.track import read_lines
+
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # A card does without what is damaged.
+        if read_json(run / "run.json")["settings"] != record["settings"]:
+            return []  # Another run's, started in the same folder since then.
+        found = {}  # In order, and once: held-out comments on one video ask for the same.
+        for line in read_lines(run / "samples.jsonl"):
+            prompt, reply, real = line["prompt"], line["reply"].strip(), line["real"].strip()
+            title = re.search(r"^视频标题：.*", prompt, re.MULTILINE)
+            own_words = title and "父评论：" not in prompt and not (real and real in reply)
+            if line["step"] == record["progress"]["step"] and own_words:
+                found[f"{title[0]}\n{reply}"] = None
+        return list(found)[:4]
+    return []
+
+
+def sample_section(samples: list[str]) -> str:
+    """Writes sample replies so that nothing in them is taken for Markdown."""
+    if not samples:
+        return ""
+    longest = max(len(ticks) for sample in samples for ticks in re.findall("`*", sample))
+    fence = "`" * max(3, longest + 1)
+    blocks = "\n\n".join(f"{fence}text\n{sample}\n{fence}" for sample in samples)
+    return f"""
+Replies at this step to held-out videos. The model saw the description as well, where there is one; it is left out here.
+
+{blocks}
+"""
 
 
 def model_card(args: argparse.Namespace, record: dict[str, Any], links: list[str], base_card: dict[str, Any]) -> str:
@@ -107,7 +149,7 @@ Fidelity to the training model, on the last places of a few prompts:
 2. {links[1]}.
 
 System prompt of the training data: {data["system_prompt"] or "none"}
-"""
+{sample_section(sample_replies(from_root(args.zero_model), record))}"""
 
 
 def main(args: argparse.Namespace) -> None:
