@@ -14,6 +14,11 @@ training are joined from their ZeRO shards. Success is proved in two links, on a
 
 Tensors are read, merged and written one at a time, and models are checked layer by layer.
 
+    python convert_model.py --save_model BiliComments --publish_dir ../BiliComments    # a git clone of its repository
+    python convert_model.py --save_model BiliComments --push ORG/BiliComments          # no git
+
+Either publishes what is in output_hf/<save_model>/ already; with the arguments above it converts first.
+
 Reads   <zero_model>/<t>/ (any train.py's output), <zero_model>/samples.jsonl for the card, and <org_model>/.
 Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
 """
@@ -21,6 +26,7 @@ Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generati
 import argparse
 import json
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,10 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a training checkpoint to a plain model folder, and prove that it is the trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--zero_model", required=True, help="run folder, such as deepspeed_ft/output/DS-<model_name>")
-    parser.add_argument("--org_model", required=True, help="folder of the base model, such as model/<model_name>")
+    parser.add_argument("--zero_model", help="run folder, such as deepspeed_ft/output/DS-<model_name>")
+    parser.add_argument("--org_model", help="folder of the base model, such as model/<model_name>")
     parser.add_argument("--save_model", required=True, help="name of the new model; it goes to output_hf/<save_model>")
-    parser.add_argument("--t", required=True, help="checkpoint id: <ckpt_id> is the best, <ckpt_id>-last the newest")
+    parser.add_argument("--t", help="checkpoint id: <ckpt_id> is the best, <ckpt_id>-last the newest")
     parser.add_argument("--base", choices=["dequant4", "original"], default="dequant4",
                         help="of a 4-bit run: merge into the 4-bit weights that were trained on, dequantised, or into "
                         "the base's own weights (not what was trained: its drift is printed)")  # fmt: skip
@@ -47,7 +53,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust_checkpoint", type=boolean, default=False,
                         help="True: read a checkpoint without manifest.json, which may run code")  # fmt: skip
     add_write_arguments(parser)
+    publishing = parser.add_argument_group("publishing, also of a model that is in output_hf/ already")
+    where = publishing.add_mutually_exclusive_group()
+    where.add_argument("--publish_dir", metavar="DIR",
+                       help="git clone of the model's repository: lay the files out, print the commands")  # fmt: skip
+    where.add_argument("--push", metavar="ORG/NAME",
+                       help="upload to this repository; the token is HF_TOKEN or MODELSCOPE_API_TOKEN")  # fmt: skip
+    publishing.add_argument("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="of --push")
+    publishing.add_argument("--public", type=boolean, default=False,
+                            help="of --push; True: everybody may see a repository that is new")  # fmt: skip
     return parser
+
+
+def check_arguments(args: argparse.Namespace, target: Path) -> None:
+    """Makes sure that arguments go together: a whole conversion, or a model to publish, or both.
+
+    Raises:
+        SystemExit: naming what is missing.
+    """
+    needed = {"--zero_model": args.zero_model, "--org_model": args.org_model, "--t": args.t}
+    missing = [flag for flag, value in needed.items() if value is None]
+    if 0 < len(missing) < len(needed):
+        given = " and ".join(flag for flag in needed if flag not in missing)
+        raise SystemExit(f"To convert, {given} needs {' and '.join(missing)} too.")
+    if missing and not (args.publish_dir or args.push):
+        raise SystemExit(
+            "Nothing to do: to convert, name --zero_model, --org_model and --t; to publish what is converted, "
+            "--publish_dir DIR or --push ORG/NAME."
+        )
+    if not args.push and (args.public or args.hub != "huggingface"):
+        raise SystemExit("--hub and --public are of --push ORG/NAME; a git clone knows where it came from.")
+    if missing and not all((target / file).is_file() for file in ("run.json", "config.json")):
+        near = sorted({shown(path.parent) for path in target.parent.glob("*/run.json")})
+        there = f" There are: {', '.join(near)}." if near else ""
+        raise SystemExit(
+            f"--save_model: no model at {shown(target)} (expected a folder that convert_model.py or merge_qlora.py "
+            f"wrote).{there}\nConvert one with: --zero_model, --org_model and --t"
+        )
 
 
 def missing_base(org_model: Path) -> str:
@@ -152,15 +194,11 @@ System prompt of the training data: {data["system_prompt"] or "none"}
 {sample_section(sample_replies(from_root(args.zero_model), record))}"""
 
 
-def main(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace, target: Path) -> None:
     """Converts, replays the probe on what was written, and only then puts it in its place."""
     run, org_model = from_root(args.zero_model), from_root(args.org_model)
     if not (org_model / "config.json").is_file():
         raise SystemExit(f"--org_model: {missing_base(org_model)}")
-    name = Path(args.save_model)
-    if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
-    target = from_root("output_hf") / name
     check_target("--save_model", target)
     from utils.trained import check_tag
 
@@ -206,6 +244,32 @@ def main(args: argparse.Namespace) -> None:
             written = check_written(folder, probe, logits, dtype, device, args.trust_remote_code)
             (folder / "README.md").write_text(model_card(args, record, [rebuilt, written], card), encoding="utf-8")
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Converts and publishes, or one of the two. What publishing needs is looked at before the long conversion."""
+    from utils.publish import check_clone, check_upload, git_commands, lay_out, push
+
+    name = Path(args.save_model)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
+    target = from_root("output_hf") / name
+    check_arguments(args, target)
+    if args.publish_dir:
+        check_clone(from_root(args.publish_dir))
+    if args.push:
+        check_upload(args.push, args.hub)
+    if args.zero_model is not None:
+        convert(args, target)
+    if args.publish_dir:
+        with explained(f"Not laid out in {shown(args.publish_dir)}"):
+            lay_out(target, from_root(args.publish_dir))
+        print(f"Look through README.md there. Then:\n\n{git_commands(target, from_root(args.publish_dir))}")
+    elif args.push:
+        push(target, args.push, args.hub, args.public)
+    else:
+        command = f"python convert_model.py --save_model {shlex.quote(args.save_model)}"
+        print(f"To publish it: {command} --publish_dir CLONE, or --push ORG/NAME")
 
 
 if __name__ == "__main__":
