@@ -275,6 +275,17 @@ def test_what_is_no_clone(
     assert "apt-get install git git-lfs" in refusal(convert, "--publish_dir", "clone")
 
 
+def test_a_file_that_git_would_leave_out(
+    convert: ModuleType, model: Path, root: Path, environment: dict[str, str], capsys: Any
+) -> None:
+    new_clone(environment, root, HUBS_FIRST_COMMIT | {".gitignore": "*.safetensors\n"})
+    message = refusal(convert, "--publish_dir", "clone")
+    assert "git would leave out model-00001" in message and "git add" not in capsys.readouterr().out
+    command = message.partition("To see which: ")[2]
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert ".gitignore:1:*.safetensors" in said
+
+
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path

@@ -97,7 +97,7 @@ def lay_out(model: Path, clone: Path) -> None:
         clone: The git clone; see `check_clone`.
 
     Raises:
-        SystemExit: if the disk has not the room.
+        SystemExit: if the disk has not the room, or git would leave out a file.
     """
     for left in [*clone.glob(".*.partial"), *clone.glob("additional_chat_templates/.*.partial")]:
         left.unlink()  # A kill's.
@@ -117,6 +117,12 @@ def lay_out(model: Path, clone: Path) -> None:
     for name, path in changed.items():
         with replacing(clone / name) as temporary:
             shutil.copyfile(path, temporary)
+    command = ["git", "-C", str(clone), "check-ignore", *files]
+    if ignored := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[:-1]:
+        raise SystemExit(
+            f"--publish_dir: git would leave out {', '.join(ignored)}, because of a .gitignore of the clone or of your "
+            f"own. To see which: git -C {shlex.quote(str(clone))} check-ignore -v {shlex.quote(ignored[0])}"
+        )
     print(f"Laid out in {shown(clone)}: {len(files)} files, of which {len(changed)} are new or changed.")
 
 
