@@ -14,17 +14,25 @@ training are joined from their ZeRO shards. Success is proved in two links, on a
 
 Tensors are read, merged and written one at a time, and models are checked layer by layer.
 
-Reads   <zero_model>/<t>/ (any train.py's output) and <org_model>/.
+    python convert_model.py --save_model BiliComments --publish_dir ../BiliComments    # a git clone of its repository
+    python convert_model.py --save_model BiliComments --push ORG/BiliComments          # no git
+
+Either publishes what is in output_hf/<save_model>/ already; with the arguments above it converts first.
+
+Reads   <zero_model>/<t>/ (any train.py's output), <zero_model>/samples.jsonl for the card, and <org_model>/.
 Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
 """
 
 import argparse
 import json
+import re
+import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.engine import add_write_arguments, boolean
-from utils.files import check_target, explained, from_root, missing_model, replacing, shown
+from utils.files import check_target, explained, from_root, missing_model, read_json, replacing, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,10 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a training checkpoint to a plain model folder, and prove that it is the trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--zero_model", required=True, help="run folder, such as deepspeed_ft/output/DS-<model_name>")
-    parser.add_argument("--org_model", required=True, help="folder of the base model, such as model/<model_name>")
+    parser.add_argument("--zero_model", help="run folder, such as deepspeed_ft/output/DS-<model_name>")
+    parser.add_argument("--org_model", help="folder of the base model, such as model/<model_name>")
     parser.add_argument("--save_model", required=True, help="name of the new model; it goes to output_hf/<save_model>")
-    parser.add_argument("--t", required=True, help="checkpoint id: <ckpt_id> is the best, <ckpt_id>-last the newest")
+    parser.add_argument("--t", help="checkpoint id: <ckpt_id> is the best, <ckpt_id>-last the newest")
     parser.add_argument("--base", choices=["dequant4", "original"], default="dequant4",
                         help="of a 4-bit run: merge into the 4-bit weights that were trained on, dequantised, or into "
                         "the base's own weights (not what was trained: its drift is printed)")  # fmt: skip
@@ -45,7 +53,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust_checkpoint", type=boolean, default=False,
                         help="True: read a checkpoint without manifest.json, which may run code")  # fmt: skip
     add_write_arguments(parser)
+    publishing = parser.add_argument_group("publishing, also of a model that is in output_hf/ already")
+    where = publishing.add_mutually_exclusive_group()
+    where.add_argument("--publish_dir", metavar="DIR",
+                       help="git clone of the model's repository: lay the files out, print the commands")  # fmt: skip
+    where.add_argument("--push", metavar="ORG/NAME",
+                       help="upload to this repository; the token is HF_TOKEN or MODELSCOPE_API_TOKEN")  # fmt: skip
+    publishing.add_argument("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="of --push")
+    publishing.add_argument("--public", type=boolean, default=False,
+                            help="of --push; True: everybody may see a repository that is new")  # fmt: skip
     return parser
+
+
+def check_arguments(args: argparse.Namespace, target: Path) -> None:
+    """Makes sure that arguments go together: a whole conversion, or a model to publish, or both.
+
+    Raises:
+        SystemExit: naming what is missing.
+    """
+    needed = {"--zero_model": args.zero_model, "--org_model": args.org_model, "--t": args.t}
+    missing = [flag for flag, value in needed.items() if value is None]
+    if 0 < len(missing) < len(needed):
+        given = " and ".join(flag for flag in needed if flag not in missing)
+        raise SystemExit(f"To convert, {given} needs {' and '.join(missing)} too.")
+    if missing and not (args.publish_dir or args.push):
+        raise SystemExit(
+            "Nothing to do: to convert, name --zero_model, --org_model and --t; to publish what is converted, "
+            "--publish_dir DIR or --push ORG/NAME."
+        )
+    if not args.push and (args.public or args.hub != "huggingface"):
+        raise SystemExit("--hub and --public are of --push ORG/NAME; a git clone knows where it came from.")
+    if missing and not all((target / file).is_file() for file in ("run.json", "config.json")):
+        near = sorted({shown(path.parent) for path in target.parent.glob("*/run.json")})
+        there = f" There are: {', '.join(near)}." if near else ""
+        raise SystemExit(
+            f"--save_model: no model at {shown(target)} (expected a folder that convert_model.py or merge_qlora.py "
+            f"wrote).{there}\nConvert one with: --zero_model, --org_model and --t"
+        )
 
 
 def missing_base(org_model: Path) -> str:
@@ -58,6 +102,46 @@ def missing_base(org_model: Path) -> str:
         f"No model at {shown(org_model)} (expected a folder with config.json and weights, such as "
         f"model/Qwen/Qwen2.5-0.5B).{there}\nFetch one with: python download_pt.py --model ORG/NAME"
     )
+
+
+def sample_replies(run: Path, record: dict[str, Any]) -> list[str]:
+    """Picks replies for the model card from those that the run wrote at the checkpoint's step.
+
+    Nothing that people commented is published: not the real comment, nor a comment that was to be answered, nor a
+    reply that repeats the real one. Of a prompt the card shows the line with the video's title. Prompts without one
+    are data of one's own, of which nobody knows here whether it may be shown.
+
+    Returns:
+        Title and reply, four at most.
+    """
+    from utils.track import read_lines
+
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # A card does without what is damaged.
+        if read_json(run / "run.json")["settings"] != record["settings"]:
+            return []  # Another run's, started in the same folder since then.
+        found = {}  # In order, and once: held-out comments on one video ask for the same.
+        for line in read_lines(run / "samples.jsonl"):
+            prompt, reply, real = line["prompt"], line["reply"].strip(), line["real"].strip()
+            title = re.search(r"^视频标题：.*", prompt, re.MULTILINE)
+            own_words = title and "父评论：" not in prompt and not (real and real in reply)
+            if line["step"] == record["progress"]["step"] and own_words:
+                found[f"{title[0]}\n{reply}"] = None
+        return list(found)[:4]
+    return []
+
+
+def sample_section(samples: list[str]) -> str:
+    """Writes sample replies so that nothing in them is taken for Markdown."""
+    if not samples:
+        return ""
+    longest = max(len(ticks) for sample in samples for ticks in re.findall("`*", sample))
+    fence = "`" * max(3, longest + 1)
+    blocks = "\n\n".join(f"{fence}text\n{sample}\n{fence}" for sample in samples)
+    return f"""
+Replies at this step to held-out videos. The model saw the description as well, where there is one; it is left out here.
+
+{blocks}
+"""
 
 
 def model_card(args: argparse.Namespace, record: dict[str, Any], links: list[str], base_card: dict[str, Any]) -> str:
@@ -107,18 +191,14 @@ Fidelity to the training model, on the last places of a few prompts:
 2. {links[1]}.
 
 System prompt of the training data: {data["system_prompt"] or "none"}
-"""
+{sample_section(sample_replies(from_root(args.zero_model), record))}"""
 
 
-def main(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace, target: Path) -> None:
     """Converts, replays the probe on what was written, and only then puts it in its place."""
     run, org_model = from_root(args.zero_model), from_root(args.org_model)
     if not (org_model / "config.json").is_file():
         raise SystemExit(f"--org_model: {missing_base(org_model)}")
-    name = Path(args.save_model)
-    if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
-    target = from_root("output_hf") / name
     check_target("--save_model", target)
     from utils.trained import check_tag
 
@@ -166,6 +246,32 @@ def main(args: argparse.Namespace) -> None:
             if args.gguf:
                 write_for_llama_cpp(folder, chat, args.gguf, target.name, record["data"]["system_prompt"])
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Converts and publishes, or one of the two. What publishing needs is looked at before the long conversion."""
+    from utils.publish import check_clone, check_upload, git_commands, lay_out, push
+
+    name = Path(args.save_model)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
+    target = from_root("output_hf") / name
+    check_arguments(args, target)
+    if args.publish_dir:
+        check_clone(from_root(args.publish_dir))
+    if args.push:
+        check_upload(args.push, args.hub)
+    if args.zero_model is not None:
+        convert(args, target)
+    if args.publish_dir:
+        with explained(f"Not laid out in {shown(args.publish_dir)}"):
+            lay_out(target, from_root(args.publish_dir))
+        print(f"Look through README.md there. Then:\n\n{git_commands(target, from_root(args.publish_dir))}")
+    elif args.push:
+        push(target, args.push, args.hub, args.public)
+    else:
+        command = f"python convert_model.py --save_model {shlex.quote(args.save_model)}"
+        print(f"To publish it: {command} --publish_dir CLONE, or --push ORG/NAME")
 
 
 if __name__ == "__main__":

@@ -113,8 +113,11 @@ def merge_card(args: argparse.Namespace, record: dict[str, Any], links: list[str
     import yaml
 
     facts = {name: base_card[name] for name in ("license", "license_name", "license_link") if name in base_card}
-    head = facts | {"base_model": record["base_model"], "library_name": "transformers"}
-    head |= {"pipeline_tag": "text-generation", "tags": ["merge", "llm-train-playground"]}
+    base = Path(record["base_model"]).parts
+    # Hubs refuse a card whose base is no ORG/NAME, which is what a folder is called that download_pt.py made.
+    head = facts | ({"base_model": "/".join(base[1:])} if len(base) == 3 and base[0] == "model" else {})
+    head |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head |= {"tags": ["merge", "llm-train-playground"]}
     merged = "\n".join(f"- {name}, weight {weight:g}" for name, weight in record["adapters"].items()) or "- nothing"
     fidelity = "\n".join(f"{number}. {link};" for number, link in enumerate(links, start=1))
     return f"""---
