@@ -20,18 +20,20 @@ Tensors are read, merged and written one at a time, and models are checked layer
 Either publishes what is in output_hf/<save_model>/ already; with the arguments above it converts first.
 
 Reads   <zero_model>/<t>/ (any train.py's output), <zero_model>/samples.jsonl for the card, and <org_model>/.
-Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
+Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generation config, run.json, model card; with
+        --gguf a GGUF file and a Modelfile.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.engine import add_write_arguments, boolean
+from utils.engine import LARGE_PAGES, add_write_arguments, boolean
 from utils.files import check_target, explained, from_root, missing_model, read_json, replacing, shown
 
 
@@ -209,7 +211,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 
     from utils.data import DataError, make_chat
     from utils.fidelity import check_original, check_rebuilt, check_written
-    from utils.finished import check_room, write_for_llama_cpp, write_model
+    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model
     from utils.model import choose_device, load_tokenizer
     from utils.trained import as_trained, base_in_use, read_probe
 
@@ -231,6 +233,9 @@ def convert(args: argparse.Namespace, target: Path) -> None:
         size, trained_size = trained.model.config.get_text_config().vocab_size, probe["logits_0"].shape[1]
         if size != trained_size:
             raise ValueError(f"its vocabulary has {size} tokens, the trained model's has {trained_size}.")
+    if args.gguf:
+        with explained(f"--gguf {args.gguf}"):
+            check_for_llama_cpp(trained, chat, args.gguf)
     check_room(trained, dtype, args.gguf, target)
     with explained("Not written"):
         if args.base == "original" and settings["quant_bits"]:
@@ -250,6 +255,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Converts and publishes, or one of the two. What publishing needs is looked at before the long conversion."""
+    os.environ.setdefault(*LARGE_PAGES)
     from utils.publish import check_clone, check_upload, git_commands, lay_out, push
 
     name = Path(args.save_model)

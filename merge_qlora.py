@@ -9,15 +9,17 @@ that was trained on 16-bit weights needs `--base original`. What is written is l
 adapter side by side. Without --qlora_model the base alone is written as safetensors, such as Meta's own files of Llama.
 
 Reads   <base_model>/ (safetensors, pytorch_model.bin or Meta's consolidated.*.pth) and <qlora_model>/.
-Writes  <save_path>/: safetensors, tokenizer, chat template, generation config, run.json, model card.
+Writes  <save_path>/: safetensors, tokenizer, chat template, generation config, run.json, model card; with --gguf a GGUF
+        file and a Modelfile.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.engine import add_write_arguments
+from utils.engine import LARGE_PAGES, add_write_arguments
 from utils.files import check_manifest, check_target, explained, from_root, replacing, shown
 
 # What an adapter of another tool is tried with.
@@ -266,6 +268,7 @@ def public_name(path: Path) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Merges, holds what was written against base and adapters, and only then puts it in its place."""
+    os.environ.setdefault(*LARGE_PAGES)
     base, target = from_root(args.base_model), from_root(args.save_path)
     check_arguments(args, base, target)
     weights = args.weights or [1.0] * len(args.qlora_model)
@@ -274,11 +277,14 @@ def main(args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard
 
     from utils.fidelity import check_written
-    from utils.finished import check_room, write_for_llama_cpp, write_model
+    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model
     from utils.model import choose_device
 
     device, found = choose_device(args.device), read_parts(args, base, places)
     dtype = found.stored_in if args.dtype == "auto" else args.dtype
+    if args.gguf:
+        with explained(f"--gguf {args.gguf}"):
+            check_for_llama_cpp(found.parts, found.chat, args.gguf)
     check_room(found.parts, dtype, args.gguf, target)
     print(f"Merging {', '.join(shown(place.folder) for place in places) or 'nothing'} into {shown(base)} ...")
     with explained("Not written"):

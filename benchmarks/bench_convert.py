@@ -42,8 +42,10 @@ def peak():
 """
 # Runs a script's own command and says what it took.
 MEASURED = """
-import runpy, sys, time
-import utils.finished, utils.weights
+import os, runpy, sys, time
+from utils.engine import LARGE_PAGES
+os.environ.setdefault(*LARGE_PAGES)  # As the script does, before torch is there.
+import utils.finished
 times, write = {}, utils.finished.write_weights
 def timed(*arguments):
     started = time.perf_counter()

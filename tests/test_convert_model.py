@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, load_script, make_model
+from conftest import ROOT, launch, llama_cpp, load_script, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from utils.data import SYSTEM_PROMPT
 from utils.files import write_manifest
 from utils.merging import whole
 from utils.trained import as_trained, check_tag, compare_logits, record_probe, recorded, replay
@@ -36,20 +37,18 @@ for folder, probe, out in json.loads(sys.argv[1]):
         save_file({name: model(input_ids=value[None]).logits[0].contiguous() for name, value in ids.items()}, out)
 """
 
+MODELS = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
+TUNERS = {"lora": {}, "qlora": {"train_bnb_enabled": True}, "full": {"tuner": "full"}}
+# All pairs of model, tuner and ZeRO stage, on one rank; and on two all models, tuners and stages.
 CASES = {
-    "lora-tied": ("tiny/qwen2", {"zero_stage": 2}),
-    "lora-stage0": ("tiny/llama", {"zero_stage": 0}),
-    "lora-stage1": ("tiny/gemma3", {"zero_stage": 1}),
-    "lora-stage3": ("tiny/qwen2", {"zero_stage": 3}),
-    "lora-some-layers": ("tiny/mistral", {"lora_target": "q_proj,v_proj", "lora_r": 4}),
-    "qlora": ("tiny/qwen2", {"train_bnb_enabled": True}),
-    "qlora-stage0": ("tiny/llama", {"train_bnb_enabled": True, "zero_stage": 0}),
-    "qlora-stage3": ("tiny/qwen2", {"train_bnb_enabled": True, "zero_stage": 3}),
-    "full-stage0": ("tiny/qwen2", {"tuner": "full", "zero_stage": 0}),
-    "full-stage1": ("tiny/llama", {"tuner": "full", "zero_stage": 1}),
-    "full-stage2": ("tiny/gemma3", {"tuner": "full", "zero_stage": 2}),
-    "full-stage3": ("tiny/qwen2", {"tuner": "full", "zero_stage": 3}),
+    (model, tuner, stage): {"model_name": f"tiny/{model}", "zero_stage": stage} | TUNERS[tuner]
+    for row, model in enumerate(MODELS)
+    for stage in range(4)
+    for tuner in [list(TUNERS)[(row + stage) % 3]]
 }
+TWO_RANKS = [
+    ("llama", "full", 2), ("qwen2", "qlora", 3), ("qwen3", "full", 3), ("mistral", "lora", 0), ("gemma3", "full", 1),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +68,46 @@ def train(ft: ModuleType, arguments: list[str], output: Path) -> Path:
     return record.parent
 
 
-@pytest.mark.parametrize("kinds", [list(CASES)[:6], list(CASES)[6:]], ids=["first", "second"])
-def test_a_new_process_gets_the_training_models_logits(
-    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kinds: list[str]
-) -> None:
-    """The probes were recorded by the training engine; nothing of this project takes part in reading the result."""
-    jobs = []
-    for kind in kinds:
-        name, flags = CASES[kind]
-        run = train(ft, train_args(model_name=name, output_dir=root / kind, **flags), root / kind)
-        converted(convert, run, model_dir / name, kind)
-        jobs.append((str(root / "output_hf" / kind), str(run / "1/probe.safetensors"), str(root / f"{kind}.logits")))
-    subprocess.run([sys.executable, "-c", PLAIN_USER, json.dumps(jobs)], check=True)
-    for folder, probe_file, logits_file in jobs:
+def check_as_a_plain_user(jobs: list[tuple[Path, Path]], model_names: list[str]) -> None:
+    """Holds folders, loaded by transformers in a new process, against what training engines recorded.
+
+    Args:
+        jobs: A written folder and the run's probe.
+        model_names: Of their bases.
+    """
+    work = [(str(folder), str(probe), f"{folder}.logits") for folder, probe in jobs]
+    subprocess.run([sys.executable, "-c", PLAIN_USER, json.dumps(work)], check=True)
+    for (folder, probe_file, logits_file), model_name in zip(work, model_names, strict=True):
         probe, logits = load_file(probe_file), load_file(logits_file)
         for name, trained in probe.items():
             if name.startswith("logits"):
                 plain = logits[name.replace("logits", "input_ids")][-len(trained) :]
-                assert (plain - trained).abs().max() < 1e-3, folder
+                assert (plain - trained).abs().max() < 1e-5 * trained.abs().max().clamp(min=1), folder
         # Training changed the model: the probe would notice if the base had been written.
-        base = make_model(CASES[Path(folder).name][0].split("/")[1], plain.shape[1]).eval()
+        base = make_model(model_name, plain.shape[1]).eval()
         with torch.no_grad():
             untrained = base(input_ids=probe["input_ids_0"][None]).logits[0, -len(probe["logits_0"]) :]
         assert (untrained - probe["logits_0"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("model", [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2")) for name in MODELS])
+def test_a_new_process_gets_the_training_models_logits(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, model: str
+) -> None:
+    """The probes were recorded by the training engine; nothing of this project takes part in reading the result."""
+    jobs = []
+    for case in (case for case in CASES if case[0] == model):
+        name = "-".join(map(str, case))
+        run = train(ft, train_args(output_dir=root / name, **CASES[case]), root / name)
+        converted(convert, run, model_dir / "tiny" / model, name)
+        jobs.append((root / "output_hf" / name, run / "1/probe.safetensors"))
+    check_as_a_plain_user(jobs, [model] * len(jobs))
+
+
+def test_some_layers(convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path) -> None:
+    run = train(ft, train_args(lora_target="q_proj,v_proj", lora_r=4), root / "output")
+    converted(convert, run, model_dir / "tiny/qwen2", "some")
+    check_as_a_plain_user([(root / "output_hf/some", run / "1/probe.safetensors")], ["qwen2"])
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +208,15 @@ def test_another_model_of_a_bf16_run_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [{"tuner": "full", "zero_stage": 3}, {"tuner": "full", "zero_stage": 2}, {"zero_stage": 3}], ids=str
-)
-def test_two_ranks(convert: ModuleType, train_args: Any, model_dir: Path, root: Path, flags: dict[str, Any]) -> None:
-    finished = launch("deepspeed_ft/train.py", train_args(output_dir=root / "output", **flags), ranks=2)
+@pytest.mark.parametrize("case", TWO_RANKS, ids=lambda case: "-".join(map(str, case)))
+def test_two_ranks(
+    convert: ModuleType, train_args: Any, model_dir: Path, root: Path, case: tuple[str, str, int]
+) -> None:
+    finished = launch("deepspeed_ft/train.py", train_args(output_dir=root / "output", **CASES[case]), ranks=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     (record,) = root.glob("output/*/*/run.json")
-    converted(convert, record.parent, model_dir / "tiny/qwen2", "two-ranks")
-    assert (root / "output_hf/two-ranks/model.safetensors").is_file()
+    converted(convert, record.parent, model_dir / "tiny" / case[0], "two-ranks")
+    check_as_a_plain_user([(root / "output_hf/two-ranks", record.parent / "1/probe.safetensors")], [case[0]])
 
 
 @pytest.fixture
@@ -227,6 +243,36 @@ def test_what_goes_along(convert: ModuleType, lora_run: Path, model_dir: Path, r
         part in card for part in ("base_model: tiny/qwen2", "data_train.json", "48", "step 3", "你是一名B站用户")
     )
     assert json.loads((folder / "run.json").read_text())["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_llama_cpp_answers_as_the_model_does(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kind: str
+) -> None:
+    """Its server renders the conversation itself, by the template and the tokenizer in the GGUF file."""
+    from utils.generate import load_finished, replies
+
+    run = train(ft, train_args(lr=2e-2, epochs=6), root / "output")
+    converted(convert, run, model_dir / "tiny/qwen2", "org/Bili", "--gguf", kind)
+    folder = root / "output_hf/org/Bili"
+    lines = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"FROM ./Bili-{kind}.gguf" and f'SYSTEM """{SYSTEM_PROMPT}"""' in lines
+    model, chat = load_finished(folder)
+    texts = ["视频标题：第3个视频\n视频简介：简介简介", "视频标题：第40个视频", "视频标题：第5个视频\n父评论：前排"]
+    talks = [[{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}] for text in texts]
+    expected = replies(model, chat, [chat.prompt_ids(talk) for talk in talks], 12)
+    assert all(expected) and len(set(expected)) > 1
+    with llama_cpp(folder / f"Bili-{kind}.gguf") as ask:
+        found = [ask("/v1/chat/completions", messages=talk, max_tokens=12, temperature=0) for talk in talks]
+    assert [one["choices"][0]["message"]["content"] for one in found] == expected
+
+
+def test_a_model_that_llama_cpp_cannot_compute_is_refused_first(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path
+) -> None:
+    run = train(ft, train_args(model_name="tiny/gemma2"), root / "output")
+    said = refusal(convert, run, model_dir / "tiny/gemma2", "x", "--gguf", "f16")
+    assert said.startswith("--gguf f16: GGUF files are written of Llama") and not (root / "output_hf").exists()
 
 
 def test_a_wrong_base_is_refused(

@@ -4,9 +4,11 @@ python -m pytest tests/test_merge_qlora.py
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, load_script, make_model, run
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_convert_model import PLAIN_USER, damage
 from test_utils_llama_pth import make_weights, meta_logits, write
 from test_utils_merging import ALL, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +79,42 @@ def test_a_lora_of_another_tool(merge: ModuleType, base: Path, root: Path, capsy
     assert (logits_of(plain(root / "small")) - expected).abs().max() < 0.2
 
 
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("llama", {"use_dora": True}),
+    "dora, tied": ("qwen2", {"use_dora": True}),
+    "saved": ("qwen3", {"modules_to_save": ["lm_head", "norm"]}),
+    "saved, tied": ("gemma3", {"modules_to_save": ["embed_tokens"]}),
+    "rslora, saved": ("mistral", {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "larger": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "larger, tied": ("qwen2", {"target_modules": [*ALL, "embed_tokens"]}),
+}
+
+
+def test_a_new_process_gets_what_peft_says(merge: ModuleType, root: Path, tokenizer: Any, model_dir: Path) -> None:
+    """DoRA, whole modules and larger vocabularies on all kinds of models; nothing of this project reads the result."""
+    jobs, expected = [], {}
+    for name, (kind, settings) in FOREIGN.items():
+        model, words = plain(model_dir / "tiny" / kind), tokenizer
+        if "larger" in name:
+            words = AutoTokenizer.from_pretrained(model_dir / "tiny" / kind)
+            words.add_tokens(["[笑哭]", "[doge]"])
+            model.resize_token_embeddings(len(words), mean_resizing=False)
+        expected[name] = logits_of(adapter_on(model, root / name, **settings))
+        words.save_pretrained(root / name)
+        # In four files at least, which a new process has to put together.
+        merged(
+            merge, "--qlora_model", name, "--base", "original", "--max_shard_size", "50KB",
+            base=str(model_dir / "tiny" / kind), save=f"merged/{name}",
+        )  # fmt: skip
+        assert len(list((root / "merged" / name).glob("model-*.safetensors"))) > 3
+        save_file({"input_ids_0": IDS[0]}, root / f"{name}.probe")
+        jobs.append((str(root / "merged" / name), str(root / f"{name}.probe"), str(root / f"{name}.logits")))
+    subprocess.run([sys.executable, "-c", PLAIN_USER, json.dumps(jobs)], check=True)
+    for name, logits in expected.items():
+        assert (load_file(root / f"{name}.logits")["input_ids_0"] - logits).abs().max() < 1e-3, name
+        assert logits.shape[1] == len(tokenizer) + 2 * ("larger" in name)
+
+
 def test_a_qlora_of_another_tool(merge: ModuleType, base: Path, root: Path, capsys: Any) -> None:
     """PEFT beside bitsandbytes' own 4-bit layers says what the merged model says."""
     adapter_on(plain(base), root / "adapter")
@@ -88,6 +127,34 @@ def test_a_qlora_of_another_tool(merge: ModuleType, base: Path, root: Path, caps
     merged(merge, "--qlora_model", "adapter", "--dtype", "fp32", "--base", "original", save="other")
     assert (logits_of(plain(root / "other")) - expected).abs().max() > 0.01
     assert "No record" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rslora, saved", "dora, tied", "saved"])
+def test_a_damaged_adapter_is_refused_or_what_peft_makes_of_it(
+    merge: ModuleType, root: Path, model_dir: Path, name: str
+) -> None:
+    """Fifty damages of each. No record says what the adapter was: what is merged is what PEFT reads in its files."""
+    kind, settings = FOREIGN[name]
+    base, written, refused = model_dir / "tiny" / kind, 0, Counter()
+    adapter_on(plain(base), root / "kept", **settings)
+    (root / "kept/README.md").unlink()
+    for seed in range(50):
+        shutil.rmtree(root / "adapter", ignore_errors=True)
+        shutil.copytree(root / "kept", root / "adapter")
+        what = damage(root / "adapter", random.Random(f"{name} {seed}"))
+        try:
+            merged(merge, "--qlora_model", "adapter", "--base", "original", base=str(base))
+        except SystemExit as stop:
+            assert isinstance(stop.code, str) and 10 < len(stop.code) < 1200, (seed, what)
+            assert not (root / "merged").exists() and not (root / ".merged.partial").exists(), (seed, what)
+            refused[stop.code[:60]] += 1
+        else:
+            written += 1
+            expected = logits_of(PeftModel.from_pretrained(plain(base), root / "adapter"))
+            assert (logits_of(plain(root / "merged")) - expected).abs().max() < 1e-3, (seed, what)
+            shutil.rmtree(root / "merged")
+    assert written > 3 and refused.total() > 10 and len(refused) > 3, (written, refused)
 
 
 def test_several_adapters(merge: ModuleType, base: Path, root: Path) -> None:

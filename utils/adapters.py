@@ -69,12 +69,27 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS or not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds numbers of the kind {tensor.dtype}, or such that are not finite.")
-    return Adapter(config, tensors, weight)
+    return Adapter(config, named_once(tensors), weight)
+
+
+def named_once(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leaves one name to each tensor: PEFT writes the whole layers of larger vocabularies twice, and the base's too.
+
+    Raises:
+        ValueError: if the two differ.
+    """
+    once = {name: tensor for name, tensor in tensors.items() if ".modules_to_save." not in name}
+    for name in tensors.keys() - once.keys():
+        plain = name.replace(".modules_to_save.", ".")
+        if not torch.equal(once.setdefault(plain, tensors[name]), tensors[name]):
+            raise ValueError(f"{name} and {plain} differ.")
+        once.pop(name.replace(".modules_to_save.", ".original_module."), None)
+    return once
 
 
 def vocabulary_rows(tensors: Mapping[str, torch.Tensor]) -> int | None:
     """How many tokens a model has of which the adapter brings the whole embedding; None if it brings none."""
-    ends = ("embed_tokens.weight", "lm_head.weight")
+    ends = tuple(f"{layer}.{kind}weight" for layer in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
     rows = [len(tensor) for name, tensor in tensors.items() if name.endswith(ends) and tensor.ndim == 2]
     return rows[0] if rows else None
 

@@ -32,6 +32,10 @@ def shard_size(text: str) -> str:
     return text
 
 
+# To be set before torch is imported: it takes memory in large pages then, and gives it back at once.
+LARGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that the scripts share that write finished models."""
     add = parser.add_argument

@@ -76,6 +76,19 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
     (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
+def check_for_llama_cpp(trained: Trained, chat: Chat, kind: str) -> None:
+    """Makes sure, before anything that takes long, that a GGUF file and a Modelfile can be written of a model.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    from utils.gguf_file import gguf_head
+    from utils.gguf_tokenizer import go_template
+
+    gguf_head(trained.plain, chat, kind, "")
+    go_template(chat)
+
+
 def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> None:
     """Makes sure that a disk has the room for a model.
 

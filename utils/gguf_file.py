@@ -89,20 +89,15 @@ def write_gguf(folder: Path, chat: Chat, kind: str, name: str, path: Path) -> No
     Raises:
         ValueError: if llama.cpp cannot compute this model, or not as transformers does.
     """
-    from gguf import GGUFWriter
     from tqdm import tqdm
 
     model = assemble(folder, None, None, [], trust_remote_code=False)
-    config = model.plain.config.get_text_config()
-    arch = check_model(type(model.plain).__name__, config)
-    parts = dict(gguf_parts(model.weights, config, arch, kind))
-    writer = GGUFWriter(path, arch)
+    writer = gguf_head(model.plain, chat, kind, name)
+    parts = dict(gguf_parts(model.weights, model.plain.config.get_text_config(), writer.arch, kind))
+    for part_name, part in parts.items():
+        writer.add_tensor_info(part_name, part.shape, np.dtype(np.float32), part.size_bytes, raw_dtype=part.kind)
     try:
-        add_settings(writer, config, kind, name)
-        add_tokenizer(writer, chat, config.vocab_size)
-        for part_name, part in parts.items():
-            writer.add_tensor_info(part_name, part.shape, np.dtype(np.float32), part.size_bytes, raw_dtype=part.kind)
-        writer.write_header_to_file()
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         total = sum(part.size_bytes for part in parts.values())
@@ -112,6 +107,30 @@ def write_gguf(folder: Path, chat: Chat, kind: str, name: str, path: Path) -> No
                 bar.update(part.size_bytes)
     finally:
         writer.close()
+
+
+def gguf_head(model: torch.nn.Module, chat: Chat, kind: str, name: str) -> Any:
+    """Describes a model in all but its tensors.
+
+    Args:
+        model: Its modules, with or without values.
+        chat: Its tokenizer and template.
+        kind: As of `write_gguf`.
+        name: The model's, for people.
+
+    Returns:
+        A GGUFWriter that has no file yet.
+
+    Raises:
+        ValueError: if llama.cpp cannot compute this model, or not as transformers does.
+    """
+    from gguf import GGUFWriter
+
+    config = model.config.get_text_config()
+    writer = GGUFWriter(None, check_model(type(model).__name__, config))
+    add_settings(writer, config, kind, name)
+    add_tokenizer(writer, chat, config.vocab_size)
+    return writer
 
 
 def check_model(name: str, config: Any) -> str:

@@ -168,9 +168,11 @@ def modelfile(chat: Chat, gguf: str, system_prompt: str, generation: Any) -> str
         generation: Its settings of generation.
 
     Raises:
-        ValueError: if Ollama cannot write the chat template.
+        ValueError: if Ollama cannot write the chat template, or the system text.
     """
     tokenizer = chat.tokenizer
+    if '"""' in system_prompt:
+        raise ValueError('a Modelfile cannot hold a system text with three " in a row.')
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{go_template(chat)}"""']
     lines += [f'SYSTEM """{system_prompt}"""'] if system_prompt else []
     lines += [f"PARAMETER stop {json.dumps(tokenizer.decode([id]))}" for id in end_ids(generation, chat.stop_id)]

@@ -101,8 +101,7 @@ def assemble(
                     brought[plain] = parameter  # Beside the base's, to which another one may be tied.
                 else:
                     # In its place, such as the embedding of a larger vocabulary, or a bias.
-                    read = partial(getattr, parameter, "data")
-                    weights[plain] = Stored(tuple(parameter.shape), parameter.dtype, read)
+                    weights[plain] = Stored(tuple(parameter.shape), parameter.dtype, partial(_copy_of, parameter))
     # A base's tensor that is not used may have another shape.
     unused = brought.keys() - {source for target, source in ties.items() if target not in brought}
     check_shapes(shells, {name: one for name, one in weights.items() if name not in unused})
@@ -110,6 +109,10 @@ def assemble(
         if plain_name(name) in weights:
             buffer.copy_(weights[plain_name(name)].read())
     return Trained(model, weights, brought, ties, files, fused)
+
+
+def _copy_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.data.clone()  # As from a file: who reads it may change it.
 
 
 def join_stored(name: str, parts: Fused, stored: Mapping[str, Stored], model: torch.nn.Module) -> Stored:

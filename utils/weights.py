@@ -27,7 +27,7 @@ CODES = {
 }  # fmt: skip
 # So many rows from the middle of each tensor tell a base from another.
 DIGEST_ROWS = 4
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # As in malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # As in malloc.h.
 
 
 class Stored(NamedTuple):
@@ -202,6 +202,7 @@ def _memory_kept() -> Iterator[None]:
     if not hasattr(libc, "mallopt"):  # Another C library.
         yield
         return
+    libc.mallopt(M_ARENA_MAX, 1)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
