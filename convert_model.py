@@ -25,7 +25,6 @@ Writes  output_hf/<save_model>/: safetensors, tokenizer, chat template, generati
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -153,8 +152,10 @@ def model_card(args: argparse.Namespace, record: dict[str, Any], links: list[str
     settings, data = record["settings"], record["data"]
     kind = "full" if settings["tuner"] == "full" else "QLoRA (NF4)" if settings["quant_bits"] else "LoRA"
     facts = {name: base_card[name] for name in ("license", "license_name", "license_link") if name in base_card}
-    head = facts | {
-        "base_model": settings["model_name"],
+    # Hubs refuse a card whose base is no ORG/NAME.
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", settings["model_name"], re.ASCII)
+    head = facts | ({"base_model": settings["model_name"]} if is_id else {})
+    head |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["bilibili", "llm-train-playground"],
@@ -211,7 +212,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 
     from utils.data import DataError, make_chat
     from utils.fidelity import check_original, check_rebuilt, check_written
-    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model
+    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model, write_record
     from utils.model import choose_device, load_tokenizer
     from utils.trained import as_trained, base_in_use, read_probe
 
@@ -245,11 +246,11 @@ def convert(args: argparse.Namespace, target: Path) -> None:
             logits, rebuilt = check_rebuilt(trained, probe, precision, device, org_model, name)
         with replacing(target) as folder:
             write_model(trained, org_model, chat, dtype, args.max_shard_size, device, folder)
-            (folder / "run.json").write_text(json.dumps(public, ensure_ascii=False, indent=1), encoding="utf-8")
             written = check_written(folder, probe, logits, dtype, device, args.trust_remote_code)
             (folder / "README.md").write_text(model_card(args, record, [rebuilt, written], card), encoding="utf-8")
             if args.gguf:
                 write_for_llama_cpp(folder, chat, args.gguf, target.name, record["data"]["system_prompt"])
+            write_record(folder, public)
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
 
 
@@ -281,4 +282,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    try:
+        main(build_parser().parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped; what was not finished is not there.") from None

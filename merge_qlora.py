@@ -14,7 +14,7 @@ Writes  <save_path>/: safetensors, tokenizer, chat template, generation config, 
 """
 
 import argparse
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +105,8 @@ def check_arguments(args: argparse.Namespace, base: Path, target: Path) -> None:
         raise SystemExit(
             f"--weights: got {len(args.weights)} for {len(args.qlora_model)} adapters, expected one for each."
         )
+    if not all(math.isfinite(weight) for weight in args.weights):
+        raise SystemExit(f"--weights: got {args.weights}, expected numbers.")
     if args.base == "dequant4" and not args.qlora_model:
         raise SystemExit("--base dequant4 needs an adapter: --qlora_model DIR")
     check_target("--save_path", target)
@@ -222,6 +224,12 @@ def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Mer
             own = places and (places[0].folder / "tokenizer_config.json").is_file()
             template = records[0]["chat_template"] if records else ""
             tokenizer = load_tokenizer(places[0].folder if own else base, template, args.trust_remote_code)
+            rows = parts.plain.config.get_text_config().vocab_size
+            if own and max(tokenizer.get_vocab().values()) >= rows:
+                raise ValueError(
+                    f"the tokenizer in {shown(places[0].folder)} has more tokens than the model's {rows}, and the "
+                    "adapter brings no larger embedding. Remove the tokenizer's files there, or save the embedding too"
+                )
         else:
             tokenizer = load_llama_tokenizer(base)
         return Merge(parts, make_chat(tokenizer), kind, precision, stored_in)
@@ -277,7 +285,7 @@ def main(args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard
 
     from utils.fidelity import check_written
-    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model
+    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model, write_record
     from utils.model import choose_device
 
     device, found = choose_device(args.device), read_parts(args, base, places)
@@ -298,14 +306,17 @@ def main(args: argparse.Namespace) -> None:
         }
         with replacing(target) as folder:
             write_model(found.parts, base, found.chat, dtype, args.max_shard_size, device, folder)
-            (folder / "run.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
             links.append(check_written(folder, probe, logits, dtype, device, args.trust_remote_code))
             (folder / "README.md").write_text(merge_card(args, record, links, card), encoding="utf-8")
             if args.gguf:
                 prompt = record["data"]["system_prompt"] if "data" in record else ""
                 write_for_llama_cpp(folder, found.chat, args.gguf, target.name, prompt)
+            write_record(folder, record)
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    try:
+        main(build_parser().parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped; nothing was written.") from None

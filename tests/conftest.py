@@ -266,18 +266,29 @@ def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
     return (sum(d for d, _ in squares.values()) / sum(n for _, n in squares.values())).sqrt().item()
 
 
+# A process of its own, as the tests' own threads and llama.cpp's have nothing to do with one another.
+LLAMA_CPP = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx = 0  # The model's own.
+params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.warmup = False
+params.verbosity = 0
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
 @contextmanager
 def llama_cpp(path: Path) -> Iterator[Callable[..., Any]]:
     """llama.cpp's own server with a GGUF file; yields what asks it: a route and what goes there as JSON."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is there for Linux on x86-64 only")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = 0  # The model's own.
-    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup = False
-    params.verbosity = 0
-    server = xllamacpp.Server(params)
-    address = server.listening_address
+    pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is there for Linux on x86-64 only")
+    command = [sys.executable, "-c", LLAMA_CPP, str(path)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    address = server.stdout.readline().strip()
+    assert address.startswith("http://127.0.0.1:"), "llama.cpp does not take the file; what it says stands above"
 
     def ask(route: str, **body: Any) -> Any:
         request = urllib.request.Request(
@@ -286,5 +297,8 @@ def llama_cpp(path: Path) -> Iterator[Callable[..., Any]]:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
-    yield ask
-    del server
+    try:
+        yield ask
+    finally:
+        server.kill()
+        server.communicate()

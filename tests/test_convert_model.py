@@ -412,6 +412,16 @@ def test_only_an_earlier_conversion_is_replaced(
     converted(convert, lora_run, base, "a/b/c")
     assert "other things than a conversion: c." in refusal(convert, lora_run, base, "a/b")
     assert (output / "a/b/c/model.safetensors").is_file()
+    converted(convert, lora_run, base, "mine")
+    (output / "mine/model-q4_k_m.gguf").write_text("quantised")
+    assert "other things than a conversion: model-q4_k_m.gguf." in refusal(convert, lora_run, base, "mine")
+    (output / "mine/model-q4_k_m.gguf").unlink()
+    with (output / "mine/README.md").open("a", encoding="utf-8") as card:
+        card.write("What it is good for.")
+    assert "output_hf/mine/README.md was changed after it was written" in refusal(convert, lora_run, base, "mine")
+    for damage in ("[]", "{"):
+        (output / "mine/run.json").write_text(damage)
+        assert "run.json cannot be read" in refusal(convert, lora_run, base, "mine")
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])

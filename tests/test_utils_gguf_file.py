@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import llama_cpp, make_model
+from conftest import llama_cpp, make_model, make_tokenizer
 from gguf import GGUFReader, dequantize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from utils import gguf_file
 from utils.data import Chat, make_chat
@@ -174,6 +174,21 @@ def test_a_context_is_no_longer_than_a_window(tmp_path: Path, tokenizer: Any, ch
     assert GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"].contents() == 16
 
 
+def test_gemma_3_with_eyes(tmp_path: Path, tokenizer: Any) -> None:
+    """Of the larger ones the text's part is written. Their tokenizer has a token for pictures and no row for it."""
+    text = make_model("gemma3", len(tokenizer), **GEMMA).config
+    eyes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = Gemma3Config(text_config=text, vision_config=eyes | {"patch_size": 14})
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    words = make_tokenizer()
+    words.add_tokens(["<image_soft_token>"], special_tokens=True)
+    assert words.convert_tokens_to_ids("<image_soft_token>") == len(tokenizer)
+    write_gguf(tmp_path / "model", make_chat(words), "bf16", "test", tmp_path / "model.gguf")
+    assert max(distances(model, tmp_path / "model.gguf", tokenizer)) < 0.1
+
+
 def test_larger_embeddings_than_tokenizers(tmp_path: Path, tokenizer: Any, chat: Chat) -> None:
     """Rows without a token, as Qwen's models have, get names that no text has; too few rows are refused."""
     model = make_model("qwen2", len(tokenizer) + 40)
@@ -181,7 +196,7 @@ def test_larger_embeddings_than_tokenizers(tmp_path: Path, tokenizer: Any, chat:
     write_gguf(tmp_path / "model", chat, "bf16", "test", tmp_path / "model.gguf")
     with llama_cpp(tmp_path / "model.gguf") as ask:
         assert ask("/tokenize", content="今天[PAD805]")["tokens"] == tokenizer.encode("今天[PAD805]")
-    make_model("qwen2", len(tokenizer) - 1).save_pretrained(tmp_path / "small")
+    make_model("qwen2", len(tokenizer) - 1).save_pretrained(tmp_path / "small")  # The last is a piece of text.
     with pytest.raises(ValueError, match="more tokens than the embedding"):
         write_gguf(tmp_path / "small", chat, "bf16", "test", tmp_path / "small.gguf")
 

@@ -30,6 +30,15 @@ LLAMA2 = (
 )
 
 
+# Its system text goes to the last question, wherever that stands.
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST] {% if loop.last and system %}{{ system + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
 def byte_tokenizer(*before: Any, digits: bool = False, whole: bool = False, normalizer: Any = None) -> Any:
     """A byte-level BPE tokenizer with other steps before the bytes."""
     backend = Tokenizer(models.BPE(ignore_merges=whole))
@@ -78,6 +87,12 @@ def words(digits: str) -> Any:
     return pre_tokenizers.Split(Regex(WORDS % digits), "isolated")
 
 
+def with_added(tokenizer: Any) -> Any:
+    """A tokenizer with words that are found before anything is merged."""
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("[doge]", "一个", "▁▁")])
+    return tokenizer
+
+
 SPACES = normalizers.Replace(" ", "▁")
 
 
@@ -88,6 +103,8 @@ TOKENIZERS = {
     "dbrx": lambda: byte_tokenizer(words("{1,3}")),
     "smollm": lambda: byte_tokenizer(pre_tokenizers.Digits(individual_digits=True)),
     "gemma": lambda: piece_tokenizer(SPACES, pre_tokenizers.Split(" ", "merged_with_previous")),
+    "added": lambda: with_added(piece_tokenizer(SPACES)),
+    "added bytes": lambda: with_added(byte_tokenizer()),
     "llama 2": lambda: piece_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), SPACES])),
     "mistral": lambda: piece_tokenizer(None, pre_tokenizers.Metaspace("▁", "first", split=False)),
     "always": lambda: piece_tokenizer(None, pre_tokenizers.Metaspace("▁", "always", split=False)),
@@ -133,6 +150,11 @@ def test_other_tokenizers_are_refused(tokenizer: Any, tmp_path: Path) -> None:
         "order in which": piece_tokenizer(SPACES, all_pairs=False),
         "spaces around '<x>'": stripped,
     }
+    normalized = piece_tokenizer(SPACES)
+    normalized.add_tokens(["<td>"])
+    always = piece_tokenizer(None, pre_tokenizers.Metaspace("▁", "always", split=False))
+    always.add_tokens([AddedToken("<td>", normalized=False)])
+    refused |= {"looks for '<td>' before": normalized, "a space after '<td>'": always}
     make_model("llama", 1000).save_pretrained(tmp_path / "model")
     for reason, other in refused.items():
         other.chat_template = PLAIN_TEMPLATE
@@ -169,6 +191,8 @@ TEMPLATES = {
     "ChatML": CHATML,
     "plain": PLAIN_TEMPLATE,
     "Llama 2": LLAMA2,
+    "of all": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "a system text of its own": OWN_SYSTEM + CHATML,
     "no system": CHATML.replace("in messages %}", "in messages if message.role != 'system' %}"),
     "quotes": QUOTES,
@@ -193,6 +217,8 @@ def test_modelfile(tokenizer: Any) -> None:
     chat = make_chat(tokenizer)
     settings = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.1, eos_token_id=[0, 2])
     text = modelfile(chat, "a-q8_0.gguf", "你是B站用户。", settings)
+    with pytest.raises(ValueError, match="three"):
+        modelfile(chat, "a-q8_0.gguf", 'a """', settings)
     assert text.splitlines() == [
         "FROM ./a-q8_0.gguf",
         f'TEMPLATE """{go_template(chat)}"""',
@@ -211,6 +237,7 @@ def test_templates_that_depend_on_more_are_refused(tokenizer: Any) -> None:
         CHATML.replace("for message in messages", "for message in messages[-1:]"),
         CHATML.replace("message['content'] +", "message['content'] * 2 +"),
         CHATML + "{{ messages | length }}",
+        MISTRAL,
     ):
         tokenizer = make_tokenizer()
         tokenizer.chat_template = template

@@ -218,7 +218,7 @@ def test_adapters_that_cannot_be_merged(base: Path) -> None:
     assert "only LoRA" in spoilt(base, configure(peft_type="LOHA"))
     assert "of the kind torch.int32" in spoilt(base, rewrite(lambda t: t.update({KEY: t[KEY].int()})))
     assert "does not go with" in spoilt(base, configure(target_modules="("))
-    assert "another way" in spoilt(base, configure(alora_invocation_tokens=[1, 2]))
+    assert "that is not merged: alora_invocation_tokens" in spoilt(base, configure(alora_invocation_tokens=[1, 2]))
     assert "cannot be read" in spoilt(base, lambda folder: (folder / "adapter_config.json").write_text("{"))
     assert "no adapter_config.json" in spoilt(base, lambda folder: (folder / "adapter_config.json").unlink())
     assert "adapter_model.bin" in spoilt(base, lambda folder: (folder / "adapter_model.safetensors").unlink())

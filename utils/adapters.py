@@ -14,6 +14,14 @@ from utils.weights import load_pickle
 PEFT_PARTS = (".base_layer", ".original_module", ".token_adapter", ".modules_to_save.default")
 # Ways to begin an adapter that leave the base as it is; others change it, and the saved adapter goes with that one.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# What an adapter may say without being another kind of it; settings of training alone among it.
+KNOWN = set(
+    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out "
+    "inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout "
+    "modules_to_save peft_type peft_version r rank_pattern revision runtime_config target_modules task_type "
+    "trainable_token_indices use_dora use_rslora".split()
+)
+MAX_DIFFERENCE = 1e-3  # Between a layer with and without merging, of its largest number.
 KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,8 +66,10 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
             f"it was begun with init_lora_weights={config.init_lora_weights!r}, which changes the base. Save it again "
             "with PEFT's path_initial_model_for_weight_conversion"
         )
-    if config.alora_invocation_tokens or getattr(config, "target_parameters", None):
-        raise ValueError("it works in another way than by a sum with the base's layers (aLoRA, target_parameters).")
+    plain = LoraConfig().to_dict()
+    said = {name: value for name, value in config.to_dict().items() if value or plain.get(name)}
+    if others := [name for name, value in said.items() if value != plain.get(name) and name not in KNOWN]:
+        raise ValueError(f"it is a variant of LoRA that is not merged: {', '.join(others)}.")
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not (safe.is_file() or pickled.is_file()):
         raise FileNotFoundError("it has no adapter_model.safetensors or adapter_model.bin.")
@@ -156,6 +166,8 @@ def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.n
             if buffer.is_meta:  # Rows of the base that PEFT keeps to take an adapter off again.
                 layer.register_buffer(key, torch.zeros_like(buffer, device="cpu"))
         if isinstance(layer, BaseTunerLayer):
+            if any(getattr(layer, "lora_bias", {}).values()) and getattr(layer.get_base_layer(), "bias", None) is None:
+                raise ValueError("the adapter brings biases (lora_bias) to layers that have none.")
             for name, (_, _, weight) in zip(names, adapters, strict=True):
                 if name in getattr(layer, "scaling", {}):
                     layer.scaling[name] *= weight
@@ -178,30 +190,49 @@ def adapted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {plain_name(name): module for name, module in named if isinstance(module, BaseTunerLayer)}
 
 
+@torch.no_grad()
 def merge_into(layer: torch.nn.Module, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Merges a layer's adapters.
+    """Merges a layer's adapters, and tries the result out.
 
     Args:
         layer: PEFT's; adapters in fp32.
         leaf: Which of its parameters is wanted, such as "weight".
         weights: Its base's parameters by leaf, fp32; they are used up.
+
+    Raises:
+        ValueError: if the merged layer does not say what base and adapters say side by side.
     """
     from peft.tuners.lora.layer import Linear
 
-    names = [name for name in getattr(layer, "lora_A", {}) if name in layer.active_adapters]
-    if leaf == "weight" and isinstance(layer, Linear) and not layer.fan_in_fan_out and not layer.lora_variant:
-        # What PEFT does with plain LoRA, without three more matrices of this size.
-        for name in names:
-            weights[leaf].addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
-        return weights[leaf]
     base = layer.get_base_layer()
     kept = {name: base.get_parameter(name) for name in weights}
     for name, tensor in weights.items():
         setattr(base, name, torch.nn.Parameter(tensor, requires_grad=False))
     try:
-        layer.merge()
-        return base.get_parameter(leaf).data
+        tried = _some_input(base)
+        expected = layer(tried)
+        if leaf == "weight" and isinstance(layer, Linear) and not (
+            layer.fan_in_fan_out or layer.lora_variant or any(layer.lora_bias.values())
+        ):
+            # What PEFT does with plain LoRA, without three more matrices of this size.
+            for name in (name for name in layer.lora_A if name in layer.active_adapters):
+                base.weight.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+        else:
+            layer.merge()
+        merged = base.get_parameter(leaf).data
+        if leaf == "weight" and (base(tried) - expected).abs().max() > MAX_DIFFERENCE * expected.abs().max():
+            raise ValueError("merged, a layer says something else than base and adapter side by side.")
+        return merged
     finally:
         layer.merged_adapters.clear()
         for name, parameter in kept.items():
             setattr(base, name, parameter)
+
+
+def _some_input(layer: torch.nn.Module) -> torch.Tensor:
+    """What a layer can be tried with: some tokens, or (4, in) numbers."""
+    device, generator = layer.weight.device, torch.Generator().manual_seed(0)
+    if isinstance(layer, torch.nn.Embedding):
+        return torch.randint(len(layer.weight), (4,), generator=generator).to(device)
+    size = layer.in_features if isinstance(layer, torch.nn.Linear) else layer.weight.shape[0]
+    return torch.randn(4, size, generator=generator).to(device)

@@ -60,12 +60,17 @@ def check_target(flag: str, target: Path) -> None:
     way_out = f"Move it away, or give the new model another name: {flag} NAME"
     if target.is_symlink() or not all((target / file).is_file() for file in ("run.json", "config.json")):
         raise SystemExit(f"{flag}: {shown(target)} is there and is no earlier conversion. {way_out}")
-    written = {"additional_chat_templates"}  # transformers'.
-    if folders := sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in written):
-        others = ", ".join(folders)
+    with explained(f"{flag}: {shown(target / 'run.json')} cannot be read. {way_out}"):
+        sizes = read_json(target / "run.json").get("files")  # Earlier versions did not list them.
+    there = {path.name: path.stat().st_size for path in target.iterdir() if path.is_file()}
+    # The first is a folder of transformers.
+    written = {"additional_chat_templates", "run.json", *(there if sizes is None else sizes)}
+    if others := sorted(path.name for path in target.iterdir() if path.name not in written):
         raise SystemExit(
-            f"{flag}: {shown(target)} is there and holds other things than a conversion: {others}. {way_out}"
+            f"{flag}: {shown(target)} is there and holds other things than a conversion: {', '.join(others)}. {way_out}"
         )
+    if changed := sorted(name for name, size in (sizes or {}).items() if there.get(name, size) != size):
+        raise SystemExit(f"{flag}: {shown(target / changed[0])} was changed after it was written. {way_out}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

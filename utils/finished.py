@@ -1,15 +1,18 @@
 """A finished model's folder: weights shard by shard, and all that is needed to use them."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from utils.adapters import adapted
 from utils.data import Chat
 from utils.files import shown
 from utils.generate import end_ids
-from utils.merging import Trained, merged_weights
+from utils.merging import Trained, merged_weights, parted_ties
 from utils.model import DTYPES, GIB
 from utils.weights import write_weights
 
@@ -52,6 +55,13 @@ def write_model(
             file.chmod(0o644)  # Some are written for their owner alone, but a server may be another user.
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes run.json, the last of a finished model's files: what it came from, and the other files' sizes in bytes."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    text = json.dumps(record | {"files": sizes}, ensure_ascii=False, indent=1)
+    (folder / "run.json").write_text(text, encoding="utf-8")
+
+
 def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_prompt: str) -> None:
     """Adds a GGUF file and Ollama's Modelfile to a finished model's folder.
 
@@ -63,7 +73,8 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
         system_prompt: What it was trained with, if anything.
 
     Raises:
-        ValueError: if llama.cpp or Ollama cannot use this model as transformers does.
+        ValueError: if llama.cpp cannot use this model as transformers does. Where Ollama cannot, no Modelfile is
+            written.
     """
     from transformers import GenerationConfig
 
@@ -71,22 +82,23 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
     from utils.gguf_tokenizer import modelfile
 
     file = f"{name}-{kind}.gguf"
-    text = modelfile(chat, file, system_prompt, GenerationConfig.from_pretrained(folder))
     write_gguf(folder, chat, kind, name, folder / file)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    try:
+        text = modelfile(chat, file, system_prompt, GenerationConfig.from_pretrained(folder))
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    except ValueError as error:
+        print(f"No Modelfile for Ollama: {error} llama.cpp itself uses the template in the GGUF file.")
 
 
 def check_for_llama_cpp(trained: Trained, chat: Chat, kind: str) -> None:
-    """Makes sure, before anything that takes long, that a GGUF file and a Modelfile can be written of a model.
+    """Makes sure, before anything that takes long, that a GGUF file can be written of a model.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if it cannot.
     """
     from utils.gguf_file import gguf_head
-    from utils.gguf_tokenizer import go_template
 
     gguf_head(trained.plain, chat, kind, "")
-    go_template(chat)
 
 
 def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> None:
@@ -95,7 +107,8 @@ def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> 
     Raises:
         SystemExit: if it has not.
     """
-    numbers = sum(torch.Size(stored.shape).numel() for stored in trained.weights.values())
+    parted = [trained.find(name) for name in parted_ties(trained, adapted(trained.model))]
+    numbers = sum(torch.Size(stored.shape).numel() for stored in [*trained.weights.values(), *parted])
     place = next(folder for folder in target.parents if folder.is_dir())
     size_bytes = DTYPES[dtype].itemsize + (2 if gguf else 0)
     needed, free = numbers * size_bytes * 1.01, shutil.disk_usage(place).free

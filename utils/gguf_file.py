@@ -24,7 +24,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": ("qwen2", "silu"),
     "Qwen3ForCausalLM": ("qwen3", "silu"),
     "Gemma3ForCausalLM": ("gemma3", "gelu_pytorch_tanh"),
+    "Gemma3ForConditionalGeneration": ("gemma3", "gelu_pytorch_tanh"),  # Without what looks at pictures.
 }
+PICTURES = ("model.vision_tower.", "model.multi_modal_projector.")
 GEMMA_PATTERN = 6  # Of Gemma 3's layers each sixth sees all.
 GEMMA_27B_LAYERS = 62  # By its depth llama.cpp knows the one whose scores are divided by another number.
 ROWS = 1024  # Of a matrix, changed at once.
@@ -239,6 +241,9 @@ def gguf_parts(weights: Mapping[str, Stored], config: Any, arch: str, kind: str)
     wanted = GGMLQuantizationType[kind.upper()]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, stored in weights.items():
+        if name.startswith(PICTURES):
+            continue
+        name = name.replace("model.language_model.", "model.")
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"llama.cpp has no place for {name} in a model of this kind.")

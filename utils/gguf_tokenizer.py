@@ -46,7 +46,9 @@ def add_tokenizer(writer: Any, chat: Chat, rows: int) -> None:
 
     tokenizer = chat.tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, vocabulary = state["model"], tokenizer.get_vocab()
+    model, added = state["model"], tokenizer.added_tokens_decoder
+    # Gemma 3 has a token for pictures behind the last row.
+    vocabulary = {token: id for token, id in tokenizer.get_vocab().items() if id < rows or id not in added}
     if model["type"] != "BPE" or max(vocabulary.values()) >= rows:
         raise ValueError(f"its tokenizer is none of the kind BPE, or has more tokens than the embedding ({rows}).")
     pieces = bool(model["byte_fallback"])  # As sentencepiece makes them; else bytes, as GPT-2.
@@ -55,9 +57,11 @@ def add_tokenizer(writer: Any, chat: Chat, rows: int) -> None:
     if pieces:
         is_byte = {f"<0x{byte:02X}>" for byte in range(256)}
         tokens |= {id: (token, TokenType.BYTE) for id, (token, _) in tokens.items() if token in is_byte}
-    for id, token in tokenizer.added_tokens_decoder.items():
+    for id, token in added.items():
         if token.lstrip or token.rstrip or token.single_word:
             raise ValueError(f"llama.cpp does not take the spaces around {token.content!r} away as the tokenizer does.")
+        if pieces and token.normalized and not token.special:
+            raise ValueError(f"llama.cpp looks for {token.content!r} before spaces are replaced, the tokenizer after.")
         tokens[id] = (token.content, TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
     if pieces and model["unk_token"] is not None:
         tokens[vocabulary[model["unk_token"]]] = (model["unk_token"], TokenType.UNKNOWN)
@@ -68,7 +72,8 @@ def add_tokenizer(writer: Any, chat: Chat, rows: int) -> None:
     if pieces:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores(piece_scores([token for token, _ in listed], merges))
+        own_order = {token.content for token in added.values()}
+        writer.add_token_scores(piece_scores([token for token, _ in listed], merges, own_order))
         writer.add_add_space_prefix(adds_space(state, adds_bos))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -137,23 +142,31 @@ def adds_space(state: dict[str, Any], adds_bos: bool) -> bool:
         if before is None or (before["type"], before.get("pattern")) == ("Split", {"String": " "}):
             return bool(put)
     elif changes == [{}] and before and before["type"] == "Metaspace" and not before["split"]:
-        # Before text that begins with a space it puts none, which llama.cpp does; chats have no such text.
-        return before["prepend_scheme"] == "always" or (before["prepend_scheme"] == "first" and not adds_bos)
+        scheme, others = before["prepend_scheme"], [token for token in state["added_tokens"] if not token["special"]]
+        if scheme == "always" and others:
+            # It puts none before text that begins with a space, such as what follows such a token. llama.cpp does.
+            raise ValueError(f"llama.cpp treats a space after {others[0]['content']!r} in another way.")
+        return scheme == "always" or (scheme == "first" and not adds_bos)
     raise ValueError(f"llama.cpp does not split text as this tokenizer does: {before}, {normalizer}.")
 
 
-def piece_scores(tokens: list[str], merges: list[str]) -> list[float]:
+def piece_scores(tokens: list[str], merges: list[str], own_order: set[str]) -> list[float]:
     """Scores with which llama.cpp merges pieces in the order of a list of merges: the sooner, the higher.
+
+    Args:
+        tokens: All, by id.
+        merges: Two pieces with a space between them.
+        own_order: Tokens that sentencepiece gives no rank, such as Gemma's rows of spaces; they are not looked at.
 
     Raises:
         ValueError: if the list is not one of sentencepiece: any two pieces that make a third, third by third.
     """
     made = [merge.replace(" ", "") for merge in merges]
     ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(made))}
-    known, listed = set(tokens), set(merges)
-    pairs = ((piece[:cut], piece[cut:]) for piece in ranks for cut in range(1, len(piece)))
+    known, listed, ranked = set(tokens), set(merges), [piece for piece in ranks if piece not in own_order]
+    pairs = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))
     whole = all(f"{left} {right}" in listed for left, right in pairs if left in known and right in known)
-    if not whole or [piece for piece, _ in groupby(made)] != list(ranks):
+    if not whole or [piece for piece, _ in groupby(made) if piece not in own_order] != ranked:
         raise ValueError("llama.cpp does not merge pieces in the order in which this tokenizer does.")
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
@@ -175,7 +188,10 @@ def modelfile(chat: Chat, gguf: str, system_prompt: str, generation: Any) -> str
         raise ValueError('a Modelfile cannot hold a system text with three " in a row.')
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{go_template(chat)}"""']
     lines += [f'SYSTEM """{system_prompt}"""'] if system_prompt else []
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.decode([id]))}" for id in end_ids(generation, chat.stop_id)]
+    stops = [tokenizer.decode([id]) for id in end_ids(generation, chat.stop_id)]
+    if unusable := next((stop for stop in stops if '"' in stop or "\n" in stop), None):
+        raise ValueError(f"a Modelfile cannot hold the stop text {unusable!r}.")
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repeat_penalty": "repetition_penalty"}
     for theirs, ours in names.items():
         if (value := getattr(generation, ours, None)) is not None:
@@ -195,9 +211,11 @@ def go_template(chat: Chat) -> str:
     other_head, answer, question, other_tail = _around(chat, roles, marks[:3])
     if chat.folds_system:
         system, briefed = head, "\n\n"
+        whole = [system, briefed, answer, question, tail]
     else:
         system, briefed, _ = _around(chat, roles, [marks[3], marks[0]])
-    if (head, tail) != (other_head, other_tail):
+        whole = _around(chat, roles, [marks[3], *marks[:3]])
+    if (head, tail) != (other_head, other_tail) or whole != [system, briefed, answer, question, tail]:
         raise ValueError("its chat template writes earlier turns otherwise than the last one.")
     if writes_bos(chat):  # llama.cpp puts it there.
         head, system = (text.removeprefix(chat.tokenizer.bos_token) for text in (head, system))

@@ -43,8 +43,8 @@ def llama_config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
         shapes: Of the whole tensors, by transformers' names.
     """
     vocab_size, width = shapes["model.embed_tokens.weight"]
-    # Neither says how long texts may be; Llama 1 has the smaller epsilon.
-    positions = 2048 if params["norm_eps"] < 5e-6 else 4096
+    # None says how long texts may be; Code Llama turns positions slower, Llama 1 has the smaller epsilon.
+    positions = 16384 if params.get("rope_theta") == 1e6 else 2048 if params["norm_eps"] < 5e-6 else 4096
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

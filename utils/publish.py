@@ -19,10 +19,16 @@ from typing import Any
 
 from utils.files import from_root, reason_of, replacing, shown
 
-TAG = "llm-train-playground"  # In the head of every model card of this project.
+STUB = "当前模型的贡献者未提供更加详细的模型介绍"  # ModelScope's words in the card of a new repository.
 
-# Left by an earlier publication they would be loaded, or downloaded for nothing.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Left by an earlier model they would be loaded in place of the new one's files, beside them, or for nothing: weights,
+# an adapter, the tokenizers of other versions.
+LEFT = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "adapter_config.json", "adapter_model.*", "generation_config.json", "chat_template.*", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "Modelfile", "*-f16.gguf", "*-bf16.gguf", "*-q8_0.gguf",
+)  # fmt: skip
 
 # What is large in some model at least: hubs refuse files of 10 MB and more that git holds without git-lfs.
 LARGE = ("*.safetensors", "*.gguf", "*.bin", "*.model", "tokenizer.json")
@@ -43,20 +49,21 @@ def model_files(model: Path) -> dict[str, Path]:
 
 
 def outdated(there: Iterable[str], files: dict[str, Path]) -> list[str]:
-    """Names the weights in a repository that an earlier publication left and this one has not."""
+    """Names what an earlier model left in a repository and this one would be disturbed by."""
     return sorted(
         name
         for name in there
-        if "/" not in name and name not in files and any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
+        if "/" not in name and name not in files and any(fnmatchcase(name, pattern) for pattern in LEFT)
     )
 
 
 def somebodys_card(card: Path, new: Path) -> bool:
-    """Whether a model card is one of ours that somebody may have completed: it differs from the new one."""
+    """Whether somebody may have written or completed a model card: it has text, another one than the new card's."""
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8", errors="replace")
-    return TAG in text and text != new.read_text(encoding="utf-8", errors="replace")
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    return bool(body) and STUB not in body and text != new.read_text(encoding="utf-8", errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def check_clone(clone: Path) -> None:
 
 
 def lay_out(model: Path, clone: Path) -> None:
-    """Brings a git clone to the state of a model: its files, no weights of an earlier one, git-lfs for what is large.
+    """Brings a git clone to the state of a model: its files, none of an earlier one, git-lfs for what is large.
 
     Files appear whole or not at all, and what is there already is not written again. Nothing is committed.
 
@@ -113,7 +120,7 @@ def lay_out(model: Path, clone: Path) -> None:
     _write_attributes(clone / ".gitattributes", files)
     for name in outdated([path.name for path in clone.iterdir() if not path.is_dir()], files):
         (clone / name).unlink()
-        print(f"Removed {shown(clone / name)}: weights of an earlier model.")
+        print(f"Removed {shown(clone / name)}, which an earlier model left.")
     for name, path in changed.items():
         with replacing(clone / name) as temporary:
             shutil.copyfile(path, temporary)
@@ -244,14 +251,14 @@ def _push_hf(model: Path, repo_id: str, endpoint: str, token: str, public: bool,
         repo_id=repo_id,
         folder_path=model,
         allow_patterns=[glob.escape(name) for name in files],
-        delete_patterns=[glob.escape(name) for name in outdated(there, files)] or None,
+        delete_patterns=[glob.escape(name) for name in _removed(there, files)] or None,
         commit_message=f"Publish {model.name}",
     )
     return is_new
 
 
 def _push_modelscope(model: Path, repo_id: str, endpoint: str, token: str, public: bool, scratch: Path) -> bool:
-    """Uploads, then deletes weights of an earlier model; returns whether the repository is new."""
+    """Uploads, then deletes what an earlier model left; returns whether the repository is new."""
     from modelscope_hub import HubApi
 
     logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
@@ -274,9 +281,16 @@ def _push_modelscope(model: Path, repo_id: str, endpoint: str, token: str, publi
             commit_message=f"Publish {model.name}",
             use_cache=False,  # It would lie among the model's files; the hub knows itself what it has.
         )
-    if old := outdated(there, files):
-        api.delete_files(repo_id, "model", old, commit_message="Remove weights of an earlier model")
+    if old := _removed(there, files):
+        api.delete_files(repo_id, "model", old, commit_message="Remove what an earlier model left")
     return is_new
+
+
+def _removed(there: Iterable[str], files: dict[str, Path]) -> list[str]:
+    old = outdated(there, files)
+    if old:
+        print(f"To be removed there, which an earlier model left: {', '.join(old)}.", flush=True)
+    return old
 
 
 @contextmanager

@@ -91,6 +91,8 @@ def model_names(model: torch.nn.Module, stored: Mapping[str, Stored]) -> tuple[d
         found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shells)
         if pattern and found in shells:
             groups.setdefault(found, []).append((name, pattern))
+        elif found in names:
+            raise ValueError(f"its weights have {names[found]} and {name}, which are one tensor.")
         elif found in shells:
             names[found] = name
         elif not unused.search(name):
