@@ -219,9 +219,38 @@ def test_adapters_that_cannot_be_merged(base: Path) -> None:
     assert "of the kind torch.int32" in spoilt(base, rewrite(lambda t: t.update({KEY: t[KEY].int()})))
     assert "does not go with" in spoilt(base, configure(target_modules="("))
     assert "that is not merged: alora_invocation_tokens" in spoilt(base, configure(alora_invocation_tokens=[1, 2]))
+    # For layers without a bias; PEFT's own merge says no as well.
+    biased = make_adapter(make_model("llama", VOCAB), 1, target_modules=["q_proj"], lora_bias=True)
+    assert "biases (lora_bias)" in spoilt(base, lambda folder: biased.save_pretrained(folder))
+    assert "that is not merged: layer_replication" in spoilt(base, configure(layer_replication=[[0, 2], [1, 2]]))
     assert "cannot be read" in spoilt(base, lambda folder: (folder / "adapter_config.json").write_text("{"))
     assert "no adapter_config.json" in spoilt(base, lambda folder: (folder / "adapter_config.json").unlink())
     assert "adapter_model.bin" in spoilt(base, lambda folder: (folder / "adapter_model.safetensors").unlink())
+
+
+def test_a_layer_that_merges_to_something_else_is_noticed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever PEFT's layers learn to do beside a sum, 16-bit weights would hide it."""
+    from peft.tuners.lora.layer import Linear
+
+    make_adapter(make_model("llama", VOCAB), 1, target_modules=["v_proj"]).save_pretrained(tmp_path / "adapter")
+    parts = assemble(base, torch.bfloat16, None, [read_adapter(tmp_path / "adapter")], False)
+    right = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: right(self, x) * 1.01)
+    with pytest.raises(ValueError, match="merged, a layer says something else"):
+        [stored.read() for stored in merged_weights(parts, torch.bfloat16, "cpu").values()]
+
+
+def test_two_names_for_one_tensor(tmp_path: Path) -> None:
+    """Which of them a library takes is its own affair."""
+    make_model("llama", VOCAB).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name.removeprefix("model."): tensors[name] * 2}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="which are one tensor"):
+        assemble(tmp_path / "base", torch.float32, None, [], False)
 
 
 def test_adapters_that_cannot_be_summed(base: Path, tmp_path: Path) -> None:

@@ -189,6 +189,31 @@ def test_what_is_cloned_is_what_was_laid_out(
     assert git(environment, "-C", root / "hub.git", "rev-list", "--count", "main") == b"3\n"
 
 
+def test_what_an_earlier_model_left_is_not_published(
+    convert: ModuleType, model: Path, root: Path, environment: dict[str, str], capsys: Any
+) -> None:
+    """An adapter's settings would be followed to a base that is not there, other tokenizers' files would be read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    mine = {"notes.txt": "mine", "model-Q4_K_M.gguf": "mine"}
+    left = {
+        "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "gone/away"}',
+        "special_tokens_map.json": '{"eos_token": "<|im_start|>"}',
+        "added_tokens.json": '{"[extra]": 800}',
+        "old-q8_0.gguf": "old",
+        "Modelfile": "FROM ./old-q8_0.gguf",
+    }
+    new_clone(environment, root, HUBS_FIRST_COMMIT | mine | left)
+    publishes(convert, "--publish_dir", "clone")
+    printed = capsys.readouterr().out
+    assert all(f"Removed clone/{name}, which an earlier model left." in printed for name in left)
+    run_printed(environment, printed.partition("Then:\n\n")[2])
+    reader = read_anew(environment, root, "anew")
+    assert contents(reader) == contents(model) | {name: text.encode() for name, text in mine.items()}
+    assert AutoModelForCausalLM.from_pretrained(reader).num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(reader).eos_token == AutoTokenizer.from_pretrained(model).eos_token
+
+
 def test_an_empty_repository_at_a_path_with_spaces(
     convert: ModuleType, model: Path, root: Path, environment: dict[str, str], capsys: Any
 ) -> None:
@@ -241,6 +266,10 @@ def test_a_completed_card_stays(
     publishes(convert, "--publish_dir", "clone")
     assert (clone / "README.md").read_text() == CARD, "the hub's own first one is replaced"
     assert "Kept" not in capsys.readouterr().out
+    for text in ("---\nlicense: mit\n---\n# My model\n", "My model\n"):
+        (clone / "README.md").write_text(text)
+        publishes(convert, "--publish_dir", "clone")
+        assert (clone / "README.md").read_text() == text, "nothing of ours, but somebody's words"
     (clone / "README.md").write_text(CARD + "Written by hand.\n")
     publishes(convert, "--publish_dir", "clone")
     assert (clone / "README.md").read_text() == CARD + "Written by hand.\n"
@@ -570,9 +599,12 @@ def test_what_the_hub_has_is_the_folder(
     replace_model(models / "small", model)
     hub.repos["me/tiny"]["picture.png"] = b"mine"
     hub.repos["me/tiny"]["onnx/other.safetensors"] = b"mine"
+    hub.repos["me/tiny"]["adapter_config.json"] = b"{}"
     publishes(convert, "--push", "me/tiny", "--hub", which, "--public", "True")
     assert stored(hub) == contents(model) | {"picture.png": b"mine", "onnx/other.safetensors": b"mine"}
-    assert len(hub.made) == 1 and "who may see it has not changed" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert len(hub.made) == 1 and "who may see it has not changed" in printed
+    assert "which an earlier model left: adapter_config.json, " in printed
 
     hub.repos["me/tiny"]["README.md"] = (CARD + "Written by hand.\n").encode()
     publishes(convert, "--push", "me/tiny", "--hub", which)
