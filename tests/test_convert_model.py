@@ -119,6 +119,7 @@ def test_a_new_process_gets_the_training_models_logits(
     check_as_a_plain_user(jobs, [model] * len(jobs))
 
 
+@pytest.mark.slow
 def test_some_layers(convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path) -> None:
     run = train(ft, train_args(lora_target="q_proj,v_proj", lora_r=4), root / "output")
     converted(convert, run, model_dir / "tiny/qwen2", "some")
@@ -148,7 +149,9 @@ def bf16_run(ft: ModuleType, train_args: Any, loud: str, root: Path) -> Callable
     return run
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "qlora")) for kind in SIXTEEN_BITS]
+)
 def test_a_bf16_run_is_the_trained_model(
     convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, capsys: Any, kind: str
 ) -> None:
