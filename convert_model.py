@@ -212,7 +212,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 
     from utils.data import DataError, make_chat
     from utils.fidelity import check_original, check_rebuilt, check_written
-    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model, write_record
+    from utils.finished import check_room, write_for_llama_cpp, write_model, write_record
     from utils.model import choose_device, load_tokenizer
     from utils.trained import as_trained, base_in_use, read_probe
 
@@ -235,8 +235,10 @@ def convert(args: argparse.Namespace, target: Path) -> None:
         if size != trained_size:
             raise ValueError(f"its vocabulary has {size} tokens, the trained model's has {trained_size}.")
     if args.gguf:
-        with explained(f"--gguf {args.gguf}"):
-            check_for_llama_cpp(trained, chat, args.gguf)
+        from utils.gguf_file import gguf_head
+
+        with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
+            gguf_head(trained.plain, chat, args.gguf, target.name)
     check_room(trained, dtype, args.gguf, target)
     with explained("Not written"):
         if args.base == "original" and settings["quant_bits"]:

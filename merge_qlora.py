@@ -285,14 +285,16 @@ def main(args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard
 
     from utils.fidelity import check_written
-    from utils.finished import check_for_llama_cpp, check_room, write_for_llama_cpp, write_model, write_record
+    from utils.finished import check_room, write_for_llama_cpp, write_model, write_record
     from utils.model import choose_device
 
     device, found = choose_device(args.device), read_parts(args, base, places)
     dtype = found.stored_in if args.dtype == "auto" else args.dtype
     if args.gguf:
-        with explained(f"--gguf {args.gguf}"):
-            check_for_llama_cpp(found.parts, found.chat, args.gguf)
+        from utils.gguf_file import gguf_head
+
+        with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
+            gguf_head(found.parts.plain, found.chat, args.gguf, target.name)
     check_room(found.parts, dtype, args.gguf, target)
     print(f"Merging {', '.join(shown(place.folder) for place in places) or 'nothing'} into {shown(base)} ...")
     with explained("Not written"):

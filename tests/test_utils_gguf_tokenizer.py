@@ -196,6 +196,7 @@ TEMPLATES = {
     "a system text of its own": OWN_SYSTEM + CHATML,
     "no system": CHATML.replace("in messages %}", "in messages if message.role != 'system' %}"),
     "quotes": QUOTES,
+    "names": CHATML.replace("<|im_start|>' + ", "<TAIL><ANSWER>' + ").replace("<|im_start|>a", "<TAIL><ANSWER>a"),
 }
 
 

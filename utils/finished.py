@@ -90,17 +90,6 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
         print(f"No Modelfile for Ollama: {error} llama.cpp itself uses the template in the GGUF file.")
 
 
-def check_for_llama_cpp(trained: Trained, chat: Chat, kind: str) -> None:
-    """Makes sure, before anything that takes long, that a GGUF file can be written of a model.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    from utils.gguf_file import gguf_head
-
-    gguf_head(trained.plain, chat, kind, "")
-
-
 def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> None:
     """Makes sure that a disk has the room for a model.
 

@@ -221,10 +221,10 @@ def go_template(chat: Chat) -> str:
         head, system = (text.removeprefix(chat.tokenizer.bos_token) for text in (head, system))
 
     parts = {"SYSTEM": system, "ANSWER": answer, "FIRST": head, "BRIEFED": briefed, "NEXT": question, "TAIL": tail}
-    template = GO_TEMPLATE.replace("\n", "")
-    for name, part in parts.items():
-        template = template.replace(f"<{name}>", f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" if part else "")
-    return template
+    written = {name: json.dumps(text, ensure_ascii=False) for name, text in parts.items() if text}
+    literals = {name: f"{{{{ {written[name]} }}}}" if name in written else "" for name in parts}
+    # At once: what stands around texts may look like one of these names.
+    return re.sub("<([A-Z]+)>", lambda found: literals[found[1]], GO_TEMPLATE.replace("\n", ""))
 
 
 def _around(chat: Chat, roles: dict[str, str], marks: list[str]) -> list[str]:
