@@ -6,15 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter, namedtuple
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from conftest import LocalServer
 
 import download_pt
 from utils.files import ROOT
@@ -43,7 +43,7 @@ CUT = 2_500_000  # where a connection breaks: two pieces of 1 MiB have been writ
 KEPT = {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """A server that answers as both hubs do.
 
     Attributes:
@@ -57,10 +57,8 @@ class Hub(ThreadingHTTPServer):
         sizes: The list of files says how large they are.
     """
 
-    daemon_threads = True
-
     def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(Answer)
         self.files = files
         self.requests: list[tuple[str, str, str | None, str | None]] = []
         self.sent: Counter[str] = Counter()
@@ -70,11 +68,6 @@ class Hub(ThreadingHTTPServer):
         self.damaged = 0
         self.ignore_range = False
         self.sizes = True
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Answer(BaseHTTPRequestHandler):

@@ -11,15 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from conftest import ROOT, load_script, make_model
+from conftest import ROOT, LocalServer, load_script, make_model
 
 from utils import publish
 
@@ -389,7 +388,7 @@ def test_large_files_and_a_full_disk(model: Path, root: Path, monkeypatch: Any, 
 # Without git
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """Keeps what it is sent, as both hubs do.
 
     Attributes:
@@ -401,21 +400,14 @@ class Hub(ThreadingHTTPServer):
         errors: What is wrong with every model card.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(Answer)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.made: list[dict[str, Any]] = []
         self.blobs: dict[str, bytes] = {}
         self.asked: list[tuple[str, str, bool]] = []
         self.refuse = 0
         self.errors: list[dict[str, str]] = []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Answer(BaseHTTPRequestHandler):
