@@ -54,25 +54,36 @@ def load_model(
             `HfDeepSpeedConfig` of ZeRO stage 3 is alive) until DeepSpeed moves them.
         trust_remote_code: Whether the model's own Python code may run.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
     if quant_bits == 4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = nf4_config(dtype)
         options["device_map"] = {"": device}
     # Attention is SDPA where the model's code has it: transformers' own choice.
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    keep_packing(model)
+    return model
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """4-bit NormalFloat weights with double quantisation (arXiv 2305.14314); arithmetic in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in place at the first evaluation, as it does on some CPUs.
+
+    ZeRO stage 3 brings the old ones back, which are then read wrongly; and other kernels give other numbers than
+    training saw.
+    """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # Some CPUs would repack 4-bit weights in place at the first evaluation. ZeRO stage 3 brings the old ones
-            # back, which are then read wrongly; and other kernels give other numbers than training saw.
             layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:
