@@ -6,12 +6,10 @@ Both engines share it. An engine is an object with `name`, `models` and the meth
 import asyncio
 import hmac
 import json
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fastapi import APIRouter, FastAPI, Request
@@ -20,7 +18,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from utils.data import Message, comment_prompt
-from utils.files import from_root, shown
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -129,42 +126,6 @@ class Limits:
     max_requests: int = 256
     timeout_sec: float = 600
     body_timeout_sec: float = 30
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """Takes an address before a model is loaded; nobody can connect yet.
-
-    Raises:
-        SystemExit: if it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as error:
-        raise SystemExit(f"--host {host} --port {port} cannot be used: {error}. Name others.") from error
-    return bound
-
-
-def read_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """Reads what `--adapter NAME=PATH` names.
-
-    Raises:
-        SystemExit: if that is no adapter, or a name comes twice.
-    """
-    adapters: dict[str, Path] = {}
-    for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise SystemExit(f"--adapter: got {text}, expected NAME=PATH.")
-        if name in adapters:
-            raise SystemExit(f"--adapter: {name} is given twice.")
-        folder = from_root(path)
-        if not any((place / "adapter_config.json").is_file() for place in (folder, folder / "adapter")):
-            raise SystemExit(f"--adapter {name}: no adapter at {shown(folder)} (expected adapter_config.json there).")
-        adapters[name] = folder
-    return adapters
 
 
 def problem_json(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -37,6 +37,7 @@ from utils.serving import (
     add_error_handlers,
     bound_socket,
     own_routes,
+    problem_json,
     read_adapters,
 )  # fmt: skip
 
@@ -48,7 +49,7 @@ SMALL_CARD_BYTES = 12.5 * GIB
 CPU_CACHE_BYTES = 2 * GIB
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # What vLLM has kernels for.
 # Paths of vLLM's app that manage the server, or answer as /v1 does under another name.
-CLOSED_PATHS = ("/health", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/invocations", "/generative_scoring")
+CLOSED_PATHS = ("/health", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/kv_event_sources", "/invocations")
 # vLLM's ways to start that are not this server's: other programs, or several processes that count requests on their
 # own.
 OTHER_PROGRAMS = {
@@ -63,6 +64,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_MAX_N_SEQUENCES": str(MAX_CHOICES),
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Characters that no text has, around control tokens that users typed; those that transformers 5.23 puts there.
 MARKS = ("\U000f0000", "\U000f0001")
 
@@ -122,7 +124,7 @@ class VllmEngine:
         return self._pieces(input_ids, params, self._adapters.get(model))
 
     async def _pieces(self, input_ids: list[int], params: Any, adapter: Any) -> AsyncIterator[Piece]:
-        from vllm.exceptions import VLLMClientError, VLLMError
+        from vllm.exceptions import VLLMError
         from vllm.inputs.engine import tokens_input
 
         answers = self._client.generate(tokens_input(input_ids), params, uuid4().hex, lora_request=adapter)
@@ -133,10 +135,15 @@ class VllmEngine:
                         if part.finish_reason not in (None, "stop", "length"):
                             raise Refused(503, f"The answer could not be finished ({part.finish_reason}). Try again.")
                         yield Piece(part.index, part.text, len(part.token_ids), part.finish_reason)
-        except VLLMClientError as error:
-            raise Refused(400, str(error)) from error
         except VLLMError as error:
-            raise Refused(503, self.problem() or reason_of(error)) from error
+            raise Refused(*self.refusal(error)) from error
+
+    def refusal(self, error: Exception) -> tuple[int, str]:
+        """Finds the status and the reason of what vLLM could not answer: the request's fault while its engine works."""
+        if problem := self.problem():
+            return 503, problem
+        reason = reason_of(error.__cause__ or error).encode("utf-8", "backslashreplace").decode()
+        return 400, f"vLLM cannot answer this request: {reason}"
 
     def problem(self) -> str | None:
         """Why it cannot answer, if it cannot."""
@@ -169,8 +176,7 @@ def run(args: argparse.Namespace, unknown: Sequence[str], limits: Limits) -> Non
                 f"vLLM cannot be used: {reason_of(error)}\nInstall it in an environment of its own: "
                 "pip install -r requirements_vllm.txt, or use --engine transformers"
             ) from error
-        # Until the server listens to them itself: loading is many seconds without a look at the event loop.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, _interrupt)
         cli_env_setup()
         settings, tunings = vllm_settings(args, unknown, adapters)
@@ -181,6 +187,34 @@ def run(args: argparse.Namespace, unknown: Sequence[str], limits: Limits) -> Non
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Lets processes that are started here ignore the signals that end this one.
+
+    A terminal's Ctrl-C and the end of a system's service go to all of them, and vLLM's workers would end at once,
+    amid answers. This process ends them when it has answered.
+    """
+    loaded, main = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not loaded.is_set():
+            # Blocked signals wait; another one interrupts the long waits of loading.
+            if signal.sigtimedwait(SIGNALS, 0.1) is not None:
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    signal.signal(signal.SIGUSR1, _interrupt)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        loaded.set()
+        watcher.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def vllm_settings(
@@ -412,7 +446,7 @@ async def _serve(
     heard: deque[str] = deque(maxlen=2000)
     async with AsyncExitStack() as stack:
         try:
-            with overheard(heard):
+            with shielded(), overheard(heard):
                 guard, engine = await _load(stack, settings, tunings, limits)
         except Exception as error:
             return startup_problem(error, heard, settings)
@@ -459,9 +493,19 @@ def add_own(app: Any, engine: VllmEngine, limits: Limits) -> Guard:
     Returns:
         The app behind its limits, as vLLM's `serve_http` takes it.
     """
+    from vllm.exceptions import GenerationError
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in CLOSED_PATHS]
     app.include_router(own_routes(engine))
     add_error_handlers(app)
+
+    @app.exception_handler(EngineGenerateError)
+    @app.exception_handler(GenerationError)
+    async def impossible(_: Any, error: Exception) -> Any:
+        return problem_json(*engine.refusal(error))
+
+    app.middleware_stack = app.build_middleware_stack()  # It has been built without these handlers.
     guard = Guard(app, limits)
     guard.routes, guard.state = app.routes, app.state
     return guard
@@ -499,7 +543,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
     def stop() -> None:
         server.force_exit, server.should_exit = server.should_exit, True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop)
     await (await serving)
     return server.force_exit
