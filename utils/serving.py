@@ -22,6 +22,7 @@ from utils.data import Message, comment_prompt
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_CHOICES = 16
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # The second is read by nginx.
 
 
 class Refused(Exception):
@@ -380,7 +381,7 @@ def stream_response(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
                 yield sse({"error": {"message": str(refusal), "code": refusal.status}})
         yield sse("[DONE]")
 
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return StreamingResponse(body(), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 def own_routes(engine: Engine) -> APIRouter:
