@@ -223,7 +223,6 @@ def serve_in_background(arguments: list[str]) -> str:
         main_thread().join()
         server.should_exit = True
         worker.join()
-        engine.close()
 
     Thread(target=end_with_main).start()
     return f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -2,9 +2,11 @@
 
 import asyncio
 import copy
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock, Thread, main_thread
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from utils.serving import Answers, Piece, Refused, Sampling, Served, collect
 
 DEFAULT_LEN = 4096
 GIB = 1024**3
+PATIENCE_SEC = 5
 PAGE_TOKENS = 32  # Prompts that begin alike share whole pages of keys and values.
 
 
@@ -244,6 +247,7 @@ class TransformersEngine:
         """Renders a conversation as in training; a long one does not keep others waiting."""
         from jinja2 import TemplateError
 
+        messages = [{**one, "content": one["content"].encode(errors="replace").decode()} for one in messages]
         try:
             return await asyncio.get_running_loop().run_in_executor(self._renderer, self._chat.prompt_ids, messages)
         except (TemplateError, ValueError) as error:
@@ -264,7 +268,8 @@ class TransformersEngine:
 
     async def encode(self, text: str) -> list[int]:
         """The tokens of plain text."""
-        return await asyncio.get_running_loop().run_in_executor(self._renderer, self._chat.tokenizer.encode, text)
+        whole = text.encode(errors="replace").decode()  # JSON can carry half a character.
+        return await asyncio.get_running_loop().run_in_executor(self._renderer, self._chat.tokenizer.encode, whole)
 
     def choice(self, sampling: Sampling) -> Choice:
         """What is not given is the model's own setting, as vLLM has it; the names are the same in both."""
@@ -304,7 +309,7 @@ class TransformersEngine:
         try:
             ask(waiting.pop(0))
             while open_ids:
-                output = await reader.outputs.get()
+                output = await _next_output(reader, manager)
                 if output.request_id not in open_ids:
                     continue
                 if output.error is not None:
@@ -340,9 +345,12 @@ class TransformersEngine:
         """Finds a name's manager; the first request to it, or the first after an error that ended it, starts one."""
         if self._closing:
             raise Refused(503, "The server is about to end.")
-        manager = self._managers.get(name)
-        if manager is not None and manager.is_running() and manager.background_thread_status.fatal_error is None:
-            return manager
+        if manager := self._managers.get(name):
+            if manager.is_running() and manager.background_thread_status.can_accept_new_requests() is None:
+                return manager
+            # An error is ending it. Its cache is gone before the next one is made.
+            manager.join(time.perf_counter())
+            manager.batch_processor = None
         room = self._room
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -371,8 +379,19 @@ class TransformersEngine:
         """Ends all work."""
         self._closing = True
         for manager in self._managers.values():
-            manager.stop(hard_stop=True, timeout=30)
+            if manager.is_running():
+                manager.stop(hard_stop=True)
         self._renderer.shutdown()
+
+
+async def _next_output(reader: Reader, manager: ContinuousBatchingManager) -> GenerationOutput:
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_SEC):
+                return await reader.outputs.get()
+        # A request that came in the moment when an error ended the engine has nobody who would fail it.
+        if not manager.is_running() and reader.outputs.empty():
+            raise Refused(503, "The engine has stopped. Try again.")
 
 
 def _stop_with_main(manager: ContinuousBatchingManager) -> None:

@@ -61,34 +61,34 @@ def penalised(logits: torch.Tensor, choice: Choice, prompt: Sequence[int], answe
     return logits
 
 
-def draw(logits: torch.Tensor, choice: Choice, generator: torch.Generator | None) -> torch.Tensor:
-    """Draws a token; `top_k` is applied before `top_p`, both after the temperature, as in transformers and vLLM.
+def kept(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Finds the tokens to draw from; `top_k` is applied before `top_p`, both after the temperature, as in transformers
+    and vLLM.
 
     Args:
         logits: (V,) fp32.
         choice: With a temperature above 0.
-        generator: None: PyTorch's own.
 
     Returns:
-        () int64.
+        (K,) probabilities that need not sum up to 1, and the K tokens that have them; None: all tokens.
     """
-    logits = (logits / choice.temperature).clamp(min=torch.finfo(logits.dtype).min)
-    vocabulary = len(logits)
+    # Near 0 the quotients are infinite, whose differences are no numbers.
+    logits = (logits - logits.max()) / max(choice.temperature, 1e-4)
+    ids = None
     if choice.top_k:
-        values, ids = logits.topk(min(choice.top_k, vocabulary))
+        values, ids = logits.topk(min(choice.top_k, len(logits)))
         probs = values.softmax(-1)
     elif choice.top_p < 1:
-        values, ids = logits.topk(min(LIKELIEST, vocabulary))
+        values, ids = logits.topk(min(LIKELIEST, len(logits)))
         probs = (values - logits.logsumexp(-1)).exp()
         if probs.sum() < choice.top_p:
             probs, ids = logits.softmax(-1).sort(descending=True)
     else:
-        probs, ids = logits.softmax(-1), None
+        probs = logits.softmax(-1)
     if choice.top_p < 1:
-        before = probs.cumsum(-1) - probs
-        probs = probs * (before < choice.top_p)
-    place = torch.multinomial(probs, 1, generator=generator)[0]
-    return place if ids is None else ids[place]
+        # The first token always stays, so that there is one.
+        probs = probs * (probs.cumsum(-1) - probs < choice.top_p)
+    return probs, ids
 
 
 def choose(
@@ -113,5 +113,10 @@ def choose(
         if not choice.penalises and choice.temperature == 0:
             continue
         own = penalised(logits[row], choice, prompt, answer) if choice.penalises else logits[row]
-        tokens[row] = own.argmax() if choice.temperature == 0 else draw(own, choice, generator)
+        if choice.temperature == 0:
+            tokens[row] = own.argmax()
+            continue
+        probs, ids = kept(own, choice)
+        place = torch.multinomial(probs, 1, generator=generator)[0]
+        tokens[row] = place if ids is None else ids[place]
     return tokens
