@@ -16,12 +16,14 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from utils.data import Message, comment_prompt
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_CHOICES = 16
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # The second is read by nginx.
 
 
 class Refused(Exception):
@@ -160,7 +162,7 @@ class Guard:
             return
         self.at_work += 1
         try:
-            self._check_key(scope)
+            self._check_headers(scope)
             body = await self._read_body(scope, receive)
             await self._answer(scope, body, receive, send)
         except Refused as refusal:
@@ -171,12 +173,15 @@ class Guard:
         finally:
             self.at_work -= 1
 
-    def _check_key(self, scope: MutableMapping[str, Any]) -> None:
-        if self.limits.key is None:
-            return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self.limits.key.encode()):
-            raise Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
+    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
+        headers, key = dict(scope["headers"]), self.limits.key
+        if key is not None:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+                raise Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
+        # Other kinds can be sent by any page that is open in a browser on this machine.
+        if scope["method"] == "POST" and b"json" not in headers.get(b"content-type", b""):
+            raise Refused(415, "Send the header `Content-Type: application/json`.")
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
         most = self.limits.max_body_bytes
@@ -380,7 +385,7 @@ def stream_response(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
                 yield sse({"error": {"message": str(refusal), "code": refusal.status}})
         yield sse("[DONE]")
 
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return StreamingResponse(body(), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 def own_routes(engine: Engine) -> APIRouter:
@@ -425,6 +430,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return problem_json(error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: Request, error: HTTPException) -> JSONResponse:
+        return problem_json(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

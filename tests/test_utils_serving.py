@@ -1,0 +1,378 @@
+"""utils/serving.py: who may ask, how much, how long; and what happens to those who go.
+
+python -m pytest tests/test_utils_serving.py
+"""
+
+import asyncio
+import http.client
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from utils.data import comment_prompt
+from utils.serving import (
+    Guard,
+    Limits,
+    Piece,
+    Question,
+    Refused,
+    Sampling,
+    Served,
+    add_error_handlers,
+    check_lengths,
+    own_routes,
+    to_conversation,
+)
+
+ROUTE = "/ai/llm/generation_stream"
+JSON = {"Content-Type": "application/json"}
+
+
+class Parrot:
+    """An engine that says "a", "b", "c"… with a rest after each, as many as are asked for."""
+
+    name = "parrot"
+    models = [Served("first", "训练时的设定"), Served("second", None)]
+    max_model_len = 100
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+        self.sampling: list[Sampling] = []
+        self.at_work = self.ended = 0
+        self.rest_sec = 0.0
+        self.broken: str | None = None
+
+    async def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        self.asked.append(messages)
+        return [*range(sum(len(message["content"]) for message in messages))]
+
+    async def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Piece]:
+        self.sampling.append(sampling)
+        self.at_work += 1
+        try:
+            for number in range(sampling.max_tokens):
+                await asyncio.sleep(self.rest_sec)
+                for index in range(sampling.n):
+                    last = number == sampling.max_tokens - 1
+                    yield Piece(index, chr(97 + number), 1, "length" if last else None)
+            self.ended += 1
+        finally:
+            self.at_work -= 1
+
+    def problem(self) -> str | None:
+        return self.broken
+
+
+@contextmanager
+def serving(limits: Limits) -> Iterator[tuple[Parrot, int]]:
+    """The routes on a real server in a thread; yields the engine and the port."""
+    engine, app = Parrot(), FastAPI()
+    add_error_handlers(app)
+    app.include_router(own_routes(engine))
+    server = uvicorn.Server(uvicorn.Config(Guard(app, limits), log_level="warning", timeout_graceful_shutdown=1))
+    listening = socket.create_server(("127.0.0.1", 0))
+    worker = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    worker.start()
+    yield engine, listening.getsockname()[1]
+    server.should_exit = True
+    worker.join()
+
+
+@pytest.fixture(scope="module")
+def parrot_server() -> Iterator[tuple[Parrot, int]]:
+    with serving(Limits(max_body_bytes=10_000, max_requests=3)) as served:
+        yield served
+
+
+@pytest.fixture
+def parrot(parrot_server: tuple[Parrot, int]) -> tuple[Parrot, int]:
+    """One server for many tests, each of which finds it as at its start."""
+    parrot_server[0].__init__()
+    return parrot_server
+
+
+def post(port: int, body: Any, path: str = ROUTE, **headers: str) -> tuple[int, Any]:
+    """Status and JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, raw, JSON | headers)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def until(condition: Any, seconds: float = 10) -> bool:
+    """Waits for what happens soon."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+def test_whole_and_streamed_answers(parrot: tuple[Parrot, int]) -> None:
+    engine, port = parrot
+    status, answer = post(port, {"message": "你是谁", "n": 2, "max_tokens": 3})
+    assert status == 200
+    assert answer["text"] == ["abc", "abc"] and answer["finish_reason"] == ["length", "length"]
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", ROUTE, json.dumps({"message": "你是谁", "stream": True, "max_tokens": 2}), JSON)
+    reply = connection.getresponse()
+    assert reply.getheader("content-type").startswith("text/event-stream")
+    lines = reply.read().decode().split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:2]]
+    assert events == [
+        {"index": 0, "text": "a", "finish_reason": None},
+        {"index": 0, "text": "b", "finish_reason": "length"},
+    ]
+    assert lines[2:] == ["data: [DONE]", ""]
+    system = {"role": "system", "content": "训练时的设定"}
+    assert engine.asked == [[system, {"role": "user", "content": "你是谁"}]] * 2
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ({"message": "问"}, [("system", "S"), ("user", "问")]),
+        ({"message": "问", "system": ""}, [("user", "问")]),
+        ({"message": "问", "system": "T"}, [("system", "T"), ("user", "问")]),
+        (
+            {"message": "问", "history": [["一", "二"], ["三", "四"]], "system": ""},
+            [("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四"), ("user", "问")],
+        ),
+        (
+            {"message": "问", "history": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}]},
+            [("system", "S"), ("user", "一"), ("assistant", "二"), ("user", "问")],
+        ),
+        (
+            {"title": "标题", "desc": "简介", "parent": "前排"},
+            [("system", "S"), ("user", comment_prompt("标题", "简介", "前排"))],
+        ),
+    ],
+)
+def test_conversations(question: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    found = to_conversation(Question(**question), "S")
+    assert [(message["role"], message["content"]) for message in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ({}, "message"),
+        ({"message": " "}, "message"),
+        ({"message": "a", "title": "b"}, "one of them"),
+        ({"message": "a", "history": ["b"]}, r"history\[0\]"),
+        ({"message": "a", "history": [["b", "c"], ["d"]]}, r"history\[1\]"),
+        ({"message": "a", "history": [{"role": "system", "content": "b"}]}, r"history\[0\]"),
+    ],
+)
+def test_questions_that_ask_nothing(question: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said) as refusal:
+        to_conversation(Question(**question), None)
+    assert refusal.value.status == 400
+
+
+def test_lengths() -> None:
+    engine = Parrot()
+    assert check_lengths(engine, [0] * 60, Sampling(), clamp=False).max_tokens == 40
+    assert check_lengths(engine, [0] * 60, Sampling(max_tokens=8192), clamp=True).max_tokens == 40
+    assert check_lengths(engine, [0] * 60, Sampling(max_tokens=7), clamp=False).max_tokens == 7
+    with pytest.raises(Refused, match="at most 40"):
+        check_lengths(engine, [0] * 60, Sampling(max_tokens=41), clamp=False)
+    with pytest.raises(Refused, match="100 tokens; with an answer 100"):
+        check_lengths(engine, [0] * 100, Sampling(), clamp=True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1, 2]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe\x00",
+        b'{"message": 5}',
+        b'{"message": "a", "temperature": NaN}',
+        b'{"message": "a", "temperature": Infinity}',
+        b'{"message": "a", "temperature": -1}',
+        b'{"message": "a", "temperature": "hot"}',
+        b'{"message": "a", "top_p": 0}',
+        b'{"message": "a", "n": 0}',
+        b'{"message": "a", "n": 1000000}',
+        b'{"message": "a", "max_tokens": -5}',
+        b'{"message": "a", "max_tokens": ' + b"9" * 5000 + b"}",
+        b'{"message": "a", "max_tokens": 1e400}',
+        b'{"message": "a", "seed": -1}',
+        b'{"message": "a", "stop_token_ids": "x"}',
+        b'{"message": "a", "history": {"a": 1}}',
+        b"[" * 4000,
+        b'{"message": "a", "model": "third"}',
+        b'{"message": "' + b"a" * 200 + b'"}',
+    ],
+    ids=lambda body: body[:40].decode(errors="replace"),
+)
+def test_bad_requests_are_told_why(parrot: tuple[Parrot, int], body: bytes) -> None:
+    status, answer = post(parrot[1], body)
+    assert 400 <= status < 500 and len(answer["error"]["message"]) > 10
+    assert post(parrot[1], {"message": "a", "max_tokens": 1})[0] == 200
+
+
+def test_other_kinds_of_requests(parrot: tuple[Parrot, int]) -> None:
+    """A form, as a page in somebody's browser could send it unasked; routes that are not there."""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    for path, headers, status in ((ROUTE, form, 415), ("/nowhere", JSON, 404), ("/health", JSON, 405)):
+        found, answer = post(parrot[1], {"message": "a"}, path, **headers)
+        assert found == status and answer["error"]["message"]
+    assert not parrot[0].asked
+
+
+def test_unknown_fields_and_the_most_there_is(parrot: tuple[Parrot, int]) -> None:
+    """The fields of the seed's own request, and some that nobody knows."""
+    body = {
+        "message": "你是谁",
+        "history": [],
+        "n": 1,
+        "temperature": 0.3,
+        "max_tokens": 8192,
+        "stream": False,
+        "stop_token_ids": [151643],
+        "frequency_penalty": 1.2,
+        "who_knows": {"a": [1, None]},
+    }
+    status, _ = post(parrot[1], body)
+    assert status == 200
+    (sampling,) = parrot[0].sampling
+    assert (sampling.max_tokens, sampling.stop_token_ids, sampling.frequency_penalty) == (91, [151643], 1.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits
+
+
+def test_keys() -> None:
+    with serving(Limits(key="geheim-密")) as (_, port):
+        question = {"message": "a", "max_tokens": 1}
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "geheim"}):
+            status, answer = post(port, question, **header)
+            assert status == 401 and "geheim" not in json.dumps(answer)
+        right = "Bearer geheim-密".encode().decode("latin-1")
+        assert post(port, question, Authorization=right)[0] == 200
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200, "health is told without a key"
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["Content-Length", "chunked"])
+def test_large_bodies(parrot: tuple[Parrot, int], announced: bool) -> None:
+    """10 MB; the server does not wait for the rest."""
+    part = b'{"message": "' + b"a" * 100_000
+    connection = http.client.HTTPConnection("127.0.0.1", parrot[1], timeout=30)
+    try:
+        if announced:
+            connection.request("POST", ROUTE, part * 100, JSON)
+        else:
+            connection.request("POST", ROUTE, iter([part] * 100), JSON, encode_chunked=True)
+    except ConnectionError:
+        pass  # The server has answered and closed.
+    try:
+        answer = connection.getresponse()
+    except ConnectionError:
+        return  # So early that the answer was lost on the way; what counts is below.
+    finally:
+        assert not parrot[0].asked
+        assert post(parrot[1], {"message": "a", "max_tokens": 1})[0] == 200
+    assert answer.status == 413 and "10,000 bytes" in json.loads(answer.read())["error"]["message"]
+
+
+def test_a_body_that_does_not_arrive() -> None:
+    with serving(Limits(body_timeout_sec=0.2)) as (_, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.putrequest("POST", ROUTE)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"mess')
+        assert connection.getresponse().status == 408
+
+
+def test_no_more_than_can_be_answered(parrot: tuple[Parrot, int]) -> None:
+    """With three at work the fourth is told to come again, and can when one has ended."""
+    engine, port = parrot
+    engine.rest_sec = 0.2
+    found = []
+    ask = lambda: found.append(post(port, {"message": "a", "max_tokens": 5})[0])  # noqa: E731
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    assert until(lambda: engine.at_work == 3)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", ROUTE, json.dumps({"message": "a"}), JSON)
+    refusal = connection.getresponse()
+    assert refusal.status == 429 and refusal.getheader("Retry-After") == "1"
+    for thread in asking:
+        thread.join()
+    assert found == [200] * 3
+    assert post(port, {"message": "a", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_take_too_long(stream: bool) -> None:
+    with serving(Limits(timeout_sec=0.5)) as (engine, port):
+        engine.rest_sec = 0.1
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", ROUTE, json.dumps({"message": "a", "stream": stream, "max_tokens": 50}), JSON)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        assert answer.status == (200 if stream else 504)
+        assert "within 0.5 seconds" in body.strip().split("\n\n")[-1]
+        assert until(lambda: engine.at_work == 0) and engine.ended == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_is_not_answered_further(parrot: tuple[Parrot, int], stream: bool) -> None:
+    """Also while a whole answer is waited for, when nothing has been sent yet."""
+    engine, port = parrot
+    engine.rest_sec = 0.05
+    for _ in range(5):  # More often than there are places.
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", ROUTE, json.dumps({"message": "a", "stream": stream, "max_tokens": 90}), JSON)
+        assert until(lambda: engine.at_work == 1)
+        if stream:
+            connection.getresponse().read(5)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        assert until(lambda: engine.at_work == 0)
+    assert engine.ended == 0
+
+
+def test_health(parrot: tuple[Parrot, int]) -> None:
+    engine, port = parrot
+
+    def health() -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    status, body = health()
+    models = [{"name": "first", "system_prompt": "训练时的设定"}, {"name": "second", "system_prompt": None}]
+    assert (status, body["status"], body["engine"], body["models"]) == (200, "ok", "parrot", models)
+    engine.broken = "no card"
+    assert health() == (503, {"error": {"message": "no card", "type": "server_error", "param": None, "code": 503}})
+
+
+def test_numbers_that_are_none(parrot: tuple[Parrot, int]) -> None:
+    with pytest.raises(ValueError):
+        Sampling(temperature=math.nan)
