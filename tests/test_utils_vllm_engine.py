@@ -530,6 +530,23 @@ def test_a_dead_engine_ends_the_server(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_vllm
+def test_an_adapter_of_4_bits(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Is served beside a model in 4 bits, which says something else than it with the adapter."""
+    probe = subprocess.run([str(VLLM), "-c", "import vllm_bnb_plugin.bitsandbytes_loader"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("needs vLLM's plugin, see requirements_vllm.txt")
+    shutil.copytree(adapter, tmp_path / "24")
+    (tmp_path / "24/run.json").write_text('{"settings": {"quant_bits": 4}, "data": {"system_prompt": "四"}}')
+    server = Server(tmp_path / "log", model, "--adapter", f"tuned={tmp_path / '24'}")
+    assert "quantization=bitsandbytes" in server.said and "dtype=torch.bfloat16" in server.said
+    texts = {name: server.post(OWN, greedy(name, message="好看", system=""))[1]["text"] for name in NAMES}
+    assert texts["BiliComments"] != texts["tuned"] and all(text[0] for text in texts.values())
+    assert json.loads(server.request("GET", "/health").read())["models"][1]["system_prompt"] == "四"
+    kill_all(server)
+
+
+@pytest.mark.slow
+@needs_vllm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -539,8 +556,8 @@ def test_a_dead_engine_ends_the_server(model: Path, tmp_path: Path) -> None:
         (["--max_model_len", "99999"], "did not start: User-specified max_model_len .99999."),
         (["--headless"], "--headless: start further nodes"),
         (["--bits", "8"], "--bits 8.*--engine transformers"),
-        (["--bits", "4"], "4 bits: vLLM has them on graphics cards alone.*--engine transformers"),
-        (["--adapter", "tuned=QLORA"], "4 bits, on which an adapter was trained.*merge_qlora.py"),
+        (["--bits", "4"], "4 bits: vLLM needs a plugin"),
+        (["--adapter", "tuned=QLORA"], "4 bits, on which an adapter was trained: vLLM needs a plugin"),
         (["--adapter", "tuned=DORA"], "does not take an adapter:.*DoRA"),
         (["--port", "TAKEN"], "TAKEN.*in use"),
     ],
@@ -558,7 +575,8 @@ def test_what_does_not_start_says_why(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         arguments = [text.replace("TAKEN", port) for text in arguments]
-        server = Server(tmp_path / "log", model, *arguments)
+        # No plugins: also not where that for 4 bits is installed.
+        server = Server(tmp_path / "log", model, *arguments, VLLM_PLUGINS="")
     assert server.end() in (1, 2)
     assert re.search(said.replace("TAKEN", port), server.said), server.said[-3000:]
     assert "vllm_engine.py" not in server.said.replace("tests/test_utils_vllm_engine.py", "")

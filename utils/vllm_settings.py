@@ -67,8 +67,8 @@ def vllm_settings(args: argparse.Namespace, further: Sequence[str], plan: Any) -
         settings.lora_modules = [LoRAModulePath(name, str(one.adapter)) for name, one in tunings.items()]
         settings.max_loras = max(settings.max_loras, len(tunings))
         settings.max_lora_rank = max(settings.max_lora_rank, *(lora_rank(one.adapter) for one in tunings.values()))
-    set_defaults(settings, any("enforce" in text for text in further))
     set_bits(settings, args.bits, any(tuning.quant_bits == 4 for tuning in tunings.values()))
+    set_defaults(settings, any("enforce" in text for text in further))
     return settings, model | tunings
 
 
@@ -106,7 +106,7 @@ def set_defaults(settings: Any, eager_said: bool) -> None:
     if settings.max_num_batched_tokens is None:
         settings.max_num_batched_tokens = max(512 if on_cpu else 2048, settings.max_num_seqs)
     if on_cpu and settings.dtype == "auto":
-        settings.dtype = "float32"
+        settings.dtype = "bfloat16" if settings.quantization == "bitsandbytes" else "float32"
     if on_cpu and settings.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         settings.kv_cache_memory_bytes = CPU_CACHE_BYTES
     if not eager_said and (on_cpu or current_platform.get_device_total_memory() < SMALL_CARD_BYTES):
@@ -125,7 +125,6 @@ def set_bits(settings: Any, bits: int | None, trained_so: bool) -> None:
         SystemExit: if it cannot.
     """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-    from vllm.platforms import current_platform
 
     if bits == 8:
         raise SystemExit("--bits 8: vLLM has no such weights. Use --quantization fp8, or --engine transformers")
@@ -133,11 +132,14 @@ def set_bits(settings: Any, bits: int | None, trained_so: bool) -> None:
     if quantised or settings.quantization is not None or not (bits == 4 or trained_so):
         return
     why = "4 bits" if bits == 4 else "4 bits, on which an adapter was trained"
-    instead = "Use --engine transformers, or merge the adapter (merge_qlora.py) and serve the merged model"
-    if current_platform.is_cpu():
-        raise SystemExit(f"{why}: vLLM has them on graphics cards alone. {instead}")
+    instead = "use --engine transformers, or merge the adapter (merge_qlora.py) and serve the merged model"
     if "bitsandbytes" not in QUANTIZATION_METHODS:
-        raise SystemExit(f"{why}: they need vLLM's plugin: pip install -r requirements_vllm.txt\nElse: {instead}")
+        raise SystemExit(
+            f"{why}: vLLM needs a plugin for them, see requirements_vllm.txt: "
+            f"pip install --no-deps vllm-bnb-plugin bitsandbytes\nElse {instead}"
+        )
+    if settings.dtype in ("float32", "float"):
+        raise SystemExit(f"{why}: vLLM computes with them in 16 bits, not --dtype {settings.dtype}. Else {instead}")
     settings.quantization = "bitsandbytes"
 
 
