@@ -11,9 +11,12 @@ for argument in "$@"; do
 done
 if [ "${CI:-}" = true ]; then
     selection=()
-    # Publishing is tested with the real one.
-    if ! command -v git-lfs >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        apt-get update -qq && apt-get install -y -qq git-lfs || echo "git-lfs could not be installed." >&2
+    # Publishing is tested with the real git-lfs, the page in a real browser, whose screenshots need a Chinese font.
+    packages=()
+    command -v git-lfs >/dev/null || packages+=(git-lfs)
+    command -v chromedriver >/dev/null || packages+=(chromium chromium-driver fonts-wqy-zenhei)
+    if [ "${#packages[@]}" -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq && apt-get install -y -qq "${packages[@]}" || echo "${packages[*]} could not be installed." >&2
     fi
 fi
 ruff check .
