@@ -83,6 +83,7 @@ TEXTS = {
         "stop": "停止",
         "cut": "（到了最长限制）",
         "empty": "（空回复）",
+        "stopped": "（已停止）",
         "chat_lead": "和模型多聊几轮。每一轮它都能看到前面的对话。",
         "speaker": "和谁聊",
         "say": "说点什么…",
@@ -164,6 +165,7 @@ TEXTS = {
         "stop": "Stop",
         "cut": "(cut at the longest reply)",
         "empty": "(an empty reply)",
+        "stopped": "(stopped)",
         "chat_lead": "Talk with the model. It sees what was said before.",
         "speaker": "Talk with",
         "say": "Say something…",
@@ -258,7 +260,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error("--adapter and --base belong to a --model.")
     if args.adapter and args.base:
         parser.error("--base: --model without its --adapter is the base already.")
-    if args.api and not re.match(r"https?://[^/]", args.api):
+    if args.api and not is_address(args.api):
         parser.error("--api: expected an address such as http://127.0.0.1:8000 or https://api.example.com/v1.")
     if args.api_key_env and not args.api:
         parser.error("--api_key_env belongs to an --api.")
@@ -267,6 +269,15 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         if not (key and key.isascii() and key.isprintable()):
             parser.error(f"{args.api_key_env} holds no key. Set it before the start: export {args.api_key_env}=...")
     return args
+
+
+def is_address(text: str) -> bool:
+    """Whether a server can be found there."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,8 +570,9 @@ def show_answer(t: dict[str, str], answer: dict[str, Any], ended: bool, border: 
     import streamlit as st
 
     places = []
-    for _ in answer["texts"]:
-        with st.container(border=border):
+    for text, end in zip(answer["texts"], answer["ends"], strict=True):
+        missing = answer["problem"] and not text and end is None
+        with st.container(border=border and not missing):
             places.append((st.empty(), st.empty()))
     draw_answer(t, answer, places, ended)
     if answer["problem"]:
@@ -575,10 +587,12 @@ def draw_answer(t: dict[str, str], answer: dict[str, Any], places: list[tuple[An
         # Servers may send the two halves of an emoji one by one; half of one cannot be shown.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         place.text(text + "▌" if coming else text)
-        if not coming and not text.strip():
-            note.caption(t["empty"])
-        elif end == "length":
+        if end == "length":
             note.caption(t["cut"])
+        elif end is not None and not text.strip():
+            note.caption(t["empty"])
+        elif end is None and not coming and not answer["problem"]:
+            note.caption(t["stopped"])
 
 
 def follow(
@@ -612,11 +626,11 @@ def fill_in_example() -> None:
     st.session_state.update(EXAMPLE)
 
 
-def comment_form(t: dict[str, str], system: str) -> bool:
+def comment_form(t: dict[str, str], model: Model) -> tuple[str, bool]:
     """Asks for a video and a comment, into the session's state.
 
     Returns:
-        Whether replies are asked for now.
+        The system text for the model, and whether replies are asked for now.
     """
     import streamlit as st
 
@@ -626,12 +640,14 @@ def comment_form(t: dict[str, str], system: str) -> bool:
         st.text_area(t["desc"], key="desc", height=110, **kept)
         st.text_area(t["parent"], key="parent", height=80, **kept)
         with st.expander(t["system"]):
-            st.text_area(t["system"], system, key="system", label_visibility="collapsed", **kept)
+            trained = SYSTEM_PROMPT if model.system_prompt is None else model.system_prompt
+            key = f"comment system of {model.name}"
+            system = st.text_area(t["system"], trained, key=key, label_visibility="collapsed", **kept)
         st.slider(t["count"], 1, MOST_REPLIES, 3, key="count", **kept)
         with st.container(horizontal=True):
             written = st.form_submit_button(t["write"], type="primary")
             st.form_submit_button(t["example"], on_click=fill_in_example)
-    return written
+    return system, written
 
 
 def comments_page(args: argparse.Namespace, t: dict[str, str]) -> None:
@@ -644,7 +660,7 @@ def comments_page(args: argparse.Namespace, t: dict[str, str]) -> None:
     settings = sampling(t)
     left, right = st.columns([2, 3], gap="large")
     with left:
-        written = comment_form(t, SYSTEM_PROMPT if tuned.system_prompt is None else tuned.system_prompt)
+        system, written = comment_form(t, tuned)
     with right:
         state = st.session_state
         if written and not state["title"].strip():
@@ -657,7 +673,7 @@ def comments_page(args: argparse.Namespace, t: dict[str, str]) -> None:
             state["greedy"] = state["count"] > 1 and not settings["temperature"]
             count = 1 if state["greedy"] else state["count"]
             question = comment_prompt(state["title"], state["desc"], state["parent"])
-            messages, options = messages_of(state["system"], question), request_options(settings)
+            messages, options = messages_of(system, question), request_options(settings)
             state["prompt"], state["sides"] = messages, [side for side, _ in models]
             state["replies"] = [new_answer(model, count) for _, model in models]
             jobs = [

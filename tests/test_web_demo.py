@@ -207,6 +207,8 @@ def test_both_languages_have_the_same_texts() -> None:
         ("--model a --adapter b --base c", "is the base already"),
         ("--api 127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("--api http://", "expected an address"),
+        ("--api http://[", "expected an address"),
+        ("--api http://a:b", "expected an address"),
         ("--api_key_env A", "belongs to an --api"),
         ("--api http://a --api_key_env THIS_IS_NOT_SET", "export THIS_IS_NOT_SET=..."),
         ("--modle a", "unrecognized arguments: --modle a"),
@@ -350,7 +352,7 @@ def test_system_prompt_of_comments(
 ) -> None:
     api.health, api.models = health, {"only": told}
     page = open_page("comments", "--api", api.url)
-    assert page.get_by_key("system").value == expected
+    assert page.get_by_key("comment system of only").value == expected
     write(page, count=1)
     system = [{"role": "system", "content": expected}] if expected else []
     assert api.requests[0]["messages"] == [*system, {"role": "user", "content": comment_prompt("标题")}]
@@ -358,8 +360,9 @@ def test_system_prompt_of_comments(
 
 def test_another_system_prompt(api: Api, open_page: Callable[..., Any]) -> None:
     page = open_page("comments", "--api", api.url)
-    write(page, system="别的", count=1)
-    write(page, system=" ", count=1)
+    for text in ("别的", " "):
+        page.get_by_key("comment system of tuned").set_value(text)
+        write(page, count=1)
     assert [[message["role"] for message in request["messages"]] for request in api.requests[1:3]] == [
         ["system", "user"],
         ["user"],
@@ -440,11 +443,11 @@ def test_errors_are_sentences(
 
 
 def test_a_cut_stream(api: Api, open_page: Callable[..., Any]) -> None:
-    """A connection that ends early, as a server's that is stopped: what came is shown."""
+    """A stream that ends early, as that of a server which is stopped: what came is shown."""
     api.models, api.fault = {"only": None}, "cut"
     page = open_page("comments", "--api", api.url)
     write(page, count=1)
-    assert texts(page)[1] == "only"
+    assert texts(page)[1] == "only" and [caption.value for caption in page.caption] == [ZH["stopped"]]
 
 
 def test_no_server(open_page: Callable[..., Any], api: Api) -> None:
@@ -464,8 +467,8 @@ def test_a_server_without_models(api: Api, open_page: Callable[..., Any]) -> Non
     assert [error.value for error in page.error] == [ZH["error_no_models"]]
 
 
-def test_it_stops_amid_a_request(api: Api, open_page: Callable[..., Any]) -> None:
-    """Nothing comes, the server is left at once, and what the openai client knows of other services goes nowhere."""
+def test_it_stops_amid_a_request(api: Api) -> None:
+    """The server is left at once, what came stays."""
     api.piece_sec = 0.05
     api.reply = lambda request: ["很" * 4000]
     model = script.Model(f"{api.url}/v1", "none", "only", None)
@@ -533,7 +536,7 @@ def test_adapter(started: list[list[str]], open_page: Callable[..., Any]) -> Non
     write(page, count=1)
     assert started == [["--model", str(ROOT / "model/a/Base"), "--adapter", f"tuned={ROOT / 'out/1'}"]]
     assert [texts(page)[0], texts(page)[2]] == ["Base", "tuned"]
-    assert page.get_by_key("system").value == "调过的设定"
+    assert page.get_by_key("comment system of tuned").value == "调过的设定"
 
 
 def test_base(started: list[list[str]], open_page: Callable[..., Any]) -> None:
