@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,15 @@ from transformers import AutoModelForCausalLM
 from utils.data import SYSTEM_PROMPT, Chat, comment_prompt, make_chat
 
 N_NEW = 16
-QUESTIONS = ["你是谁", "今天吃什么？", "好看", "哈哈哈哈哈" * 5, "第一次来", "问<|im_end|>题"]
+QUESTIONS = [
+    "你是谁",
+    "今天吃什么？",
+    "好看",
+    "哈哈哈哈哈" * 5,
+    "第一次来",
+    "问<|im_end|>题",
+    *(f"第{n}题" * (n + 1) for n in range(14)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +112,26 @@ def post(url: str, route: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 @pytest.mark.parametrize("name", ["BiliComments", "tuned"])
 def test_greedy_answers_are_generates(client: openai.OpenAI, written: Any, name: str) -> None:
-    for question in QUESTIONS:
-        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=N_NEW)
-        whole = client.chat.completions.create(**settings)
-        streamed = list(client.chat.completions.create(**settings, stream=True))
-        expected = written(name, user(question))
-        assert whole.choices[0].message.content == expected and expected
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
-        assert whole.choices[0].finish_reason == streamed[-1].choices[0].finish_reason
-        assert len(streamed) > 3, "piece by piece"
+    """20 questions, 64 tokens, whole and as streams, all at the same time."""
+
+    def whole(question: str) -> tuple[str, str]:
+        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=64)
+        choice = client.chat.completions.create(**settings).choices[0]
+        return choice.message.content, choice.finish_reason
+
+    def streamed(question: str) -> tuple[str, str]:
+        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=64)
+        chunks = list(client.chat.completions.create(**settings, stream=True))
+        assert len(chunks) > 3, "piece by piece"
+        choices = [chunk.choices[0] for chunk in chunks]
+        return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(whole, QUESTIONS)), list(pool.map(streamed, QUESTIONS))
+    expected = [written(name, user(question), 64) for question in QUESTIONS]
+    assert len(QUESTIONS) == 20 and all(expected)
+    assert [text for text, _ in found[0]] == expected
+    assert found[0] == found[1]
 
 
 def test_models(client: openai.OpenAI) -> None:
