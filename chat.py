@@ -412,7 +412,10 @@ def main(args: argparse.Namespace) -> None:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model, chat, trained = load(args)
+    if messages:
+        note(f"goes on after {len(messages) // 2:,} exchanges in {shown(history)}")
     limit = context_tokens(model.config, chat.tokenizer)
+    chat.tokenizer.model_max_length = sys.maxsize  # It would warn of what is looked after here.
     if limit is not None and args.max_new_tokens >= limit:
         raise SystemExit(
             f"--max_new_tokens: got {args.max_new_tokens}, expected fewer than the {limit:,} tokens that the model "
@@ -424,7 +427,8 @@ def main(args: argparse.Namespace) -> None:
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     options = {name: value for name, value in options.items() if value is not None}
     name = args.bot_name or ("model" if args.from_test else "")
-    voice = Voice(model, chat, options, limit, f"{name}: " if name else "", not args.no_streamer, in_turns)
+    label = f"{name}: " if name and not args.completion else ""
+    voice = Voice(model, chat, options, limit, label, not args.no_streamer, in_turns)
     default = SYSTEM_PROMPT if args.title else ""
     system = as_messages(next(text for text in (args.system, trained, default) if text is not None))
     if messages and args.system is not None:

@@ -245,7 +245,7 @@ class Speech:
     """What a model says, as text that comes piece by piece and ends before a stop word.
 
     Pieces are whole letters: the bytes of one may be spread over several tokens. Put together they are the text that
-    the tokenizer makes of all tokens.
+    the tokenizer makes of all tokens, unless these hold bytes that make no letters.
 
     Attributes:
         stopped: Whether a stop word has come; what follows is not wanted.
