@@ -326,10 +326,12 @@ def read_history(path: Path) -> list[Message]:
         return []
     try:
         text = path.read_text(encoding="utf-8-sig")
-        record = json.loads(text) if text.strip() else None
+        if not text.strip():
+            return []
+        record = json.loads(text)
         if isinstance(record, list) and all(isinstance(turn, dict) and "role" in turn for turn in record):
             record = {"messages": record}
-        return to_messages(record) if record is not None else []
+        return to_messages(record)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"--history: {shown(path)} is no conversation that can go on: {error}\n"
