@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -454,11 +455,16 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main(parse(sys.argv[1:]))
     except KeyboardInterrupt:
         print()
-        sys.exit(130)  # As shells call a command that Ctrl-C ended.
+        code = 130  # As shells call a command that Ctrl-C ended.
     except BrokenPipeError:  # Who read the answers has gone; so does what Python would still write at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 1
+    if threading.active_count() > 1:  # After a second Ctrl-C the model still computes, and Python would abort.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

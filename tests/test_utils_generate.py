@@ -167,6 +167,22 @@ def test_a_stream_that_is_closed_ends_its_thread(tokenizer: Any, chat: Chat, pro
     assert not any("work" in thread.name for thread in threading.enumerate())
 
 
+def test_ctrl_c_while_a_stream_begins(
+    tokenizer: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is there by then, and must end too."""
+    model, plain_start = speaking_model("llama", tokenizer), threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        plain_start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream(model, tokenizer, prompts[0], 100_000, chat.stop_id, do_sample=False))
+    assert not any("work" in thread.name for thread in threading.enumerate())
+
+
 def test_an_error_while_generating_reaches_the_reader(
     tokenizer: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

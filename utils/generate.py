@@ -346,14 +346,15 @@ def stream(
 
     def work() -> None:
         try:
-            model.generate(**options)
+            if not stopped.is_set():
+                model.generate(**options)
         except BaseException as error:  # Handed to the reader below: a thread's own exceptions would be lost.
             errors.append(error)
             tokens.put(None)
 
     worker = Thread(target=work, daemon=True)
-    worker.start()
     try:
+        worker.start()
         speech, first = Speech(tokenizer, stop_words), tokens.get()  # The prompt.
         while first is not None and not speech.stopped:
             new = tokens.get()
@@ -364,6 +365,7 @@ def stream(
     finally:
         # Also after Ctrl-C: a thread that still computes while Python ends would abort the process.
         stopped.set()
-        worker.join()
+        if worker.is_alive():  # Else Ctrl-C came while it was started, and it will not begin.
+            worker.join()
     if errors:
         raise errors[0]
