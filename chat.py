@@ -147,7 +147,7 @@ def check_arguments(args: argparse.Namespace) -> bool:
         )
     adapter = from_root(args.adapter) if args.adapter else None
     if adapter and not any((place / "adapter_config.json").is_file() for place in (adapter, adapter / "adapter")):
-        near = ", ".join(sorted(shown(path.parents[1]) for path in adapter.glob("*/adapter/adapter_config.json")))
+        near = ", ".join(sorted(shown(path.parents[1]) for path in adapter.glob("[!.]*/adapter/adapter_config.json")))
         raise SystemExit(
             f"--adapter: no adapter at {shown(adapter)} (expected a folder with adapter_config.json, or a checkpoint "
             f"such as deepspeed_ft/output/DS-<model_name>/24).{f' There are: {near}.' if near else ''}"

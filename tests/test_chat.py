@@ -260,10 +260,11 @@ def test_a_terminal_that_knows_few_letters(finished: Path, asked: list[Any], mon
 
 
 def test_an_adapter_takes_the_system_prompt_of_its_training_data(
-    finished: Path, tokenizer: Any, tmp_path: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
+    finished: Path, tokenizer: Any, tmp_path: Path, asked: list[Any], capsys: Any, recwarn: Any
 ) -> None:
     """An adapter of another tool leaves the model's own."""
     adapter = checkpoint(finished, tmp_path / "24", bits=None)
+    capsys.readouterr()  # A progress bar.
     run(finished, "--prompt", "问", "--adapter", str(adapter))
     run(finished, "--prompt", "问", "--qlora_model", str(adapter / "adapter"))
     run(finished, "--prompt", "问", "--adapter", str(adapter), "--system", "别的")
@@ -272,6 +273,7 @@ def test_an_adapter_takes_the_system_prompt_of_its_training_data(
     systems = ("设定", "设定", "别的", SYSTEM_PROMPT)
     assert [call["ids"] for call in asked] == [template_ids(tokenizer, talk("问", system=text)) for text in systems]
     assert capsys.readouterr().err == ""
+    assert [w for w in recwarn if issubclass(w.category, UserWarning | FutureWarning)] == [], "nothing but answers"
 
 
 @pytest.mark.parametrize(("bits", "loaded", "said"), [(None, 4, True), ("4", 4, False), ("8", 8, False)])
@@ -292,6 +294,7 @@ def test_an_adapter_of_4_bits(
 
     monkeypatch.setattr("utils.generate.stream", stream)
     adapter = checkpoint(finished, tmp_path / "24", bits=4)
+    capsys.readouterr()  # A progress bar.
     run(finished, "--prompt", "问", "--adapter", str(adapter), *(["--bits", bits] if bits else []))
     config = models[0].config.quantization_config
     assert (config.load_in_4bit, config.load_in_8bit) == (loaded == 4, loaded == 8)
@@ -948,6 +951,7 @@ def test_a_template_that_cannot_be_used(finished: Path, tmp_path: Path, change: 
 
 def test_an_adapter_in_place_of_a_model(finished: Path, tmp_path: Path) -> None:
     adapter = checkpoint(finished, tmp_path / "DS-model/24")
+    (tmp_path / "DS-model/.24.9").symlink_to(adapter)  # As training leaves it.
     with pytest.raises(SystemExit, match="--model BASE --adapter ADAPTER"):
         run(adapter)
     with pytest.raises(SystemExit, match=r"no adapter at .*DS-model .*There are: .*DS-model/24\."):

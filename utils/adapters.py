@@ -1,6 +1,7 @@
 """Adapters of any tool in PEFT's format: read, put beside a model's layers, and merged layer by layer."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -148,10 +149,12 @@ def put_beside(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
         config.inference_mode = True
         config.base_model_name_or_path = None  # PEFT would warn wherever the base lay elsewhere in training.
         try:
-            if tuned is None:
-                tuned = get_peft_model(model, config, name, **options)
-            else:
-                tuned.add_adapter(name, config, **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # Of transformers, about a name that PEFT still uses.
+                if tuned is None:
+                    tuned = get_peft_model(model, config, name, **options)
+                else:
+                    tuned.add_adapter(name, config, **options)
             for layer in tuned.modules():
                 if isinstance(layer, BaseTunerLayer):
                     _keep_off_nowhere(layer)
