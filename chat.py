@@ -186,8 +186,10 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
         trained = tuning_of(path).system_prompt if tuning.system_prompt is None else tuning.system_prompt
         adapters = {"default": adapter} if adapter else None
         model, chat = load_finished(path, args.trust_remote_code, adapters, args.bits, offload, template)
-    except (DataError, TemplateError) as error:
-        raise SystemExit(f"{shown(path)}: the chat template cannot be used: {error}") from error
+    except DataError as error:  # The chat template is not one that can be used.
+        raise SystemExit(f"{shown(path)}: {error}") from error
+    except TemplateError as error:
+        raise SystemExit(f"{shown(path)}: the chat template cannot be read: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = shorten(str(error), 300, placeholder=" …")
         if adapter and shown(adapter) in str(error):

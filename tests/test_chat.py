@@ -264,7 +264,7 @@ def test_an_adapter_takes_the_system_prompt_of_its_training_data(
 ) -> None:
     """An adapter of another tool leaves the model's own."""
     adapter = checkpoint(finished, tmp_path / "24", bits=None)
-    capsys.readouterr()  # A progress bar.
+    capsys.readouterr(), recwarn.clear()
     run(finished, "--prompt", "问", "--adapter", str(adapter))
     run(finished, "--prompt", "问", "--qlora_model", str(adapter / "adapter"))
     run(finished, "--prompt", "问", "--adapter", str(adapter), "--system", "别的")
