@@ -176,7 +176,7 @@ def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
         served = [Served(plan.name, tuning_of(plan.path).system_prompt)]
         served += [Served(name, tuning_of(folder).system_prompt) for name, folder in plan.adapters.items()]
         model, chat = load_finished(plan.path, args.trust_remote_code, plan.adapters, args.bits)
-        room = make_room(model, len(served), args)
+        room = make_room(model, chat, len(served), args)
         engine = TransformersEngine(model, chat, served, [*plan.adapters], room)
         check_engine(engine)
     return engine

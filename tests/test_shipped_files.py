@@ -173,7 +173,7 @@ def code_lines(path: Path) -> int:
 
 def test_rooms_stay_small() -> None:
     lengths = {name(path): code_lines(path) for path in PYTHON if path.parent.name == "utils"}
-    assert sum(lengths.values()) <= 3400 and max(lengths.values()) <= 300, lengths
+    assert sum(lengths.values()) <= 4700 and max(lengths.values()) <= 300, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

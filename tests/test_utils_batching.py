@@ -301,7 +301,7 @@ def test_an_engine_that_says_something_else_is_noticed(
         check_engine(engines(make_model("llama", len(tokenizer)).eval(), chat))
 
 
-def test_room(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room(tokenizer: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of a token of the tiny model: 2 x 2 layers x 2 heads x 16 numbers of 4 bytes."""
     model = make_model("llama", len(tokenizer))
     args = argparse.Namespace(
@@ -309,12 +309,12 @@ def test_room(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     token_bytes = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr("utils.batching._free_bytes", lambda *_: 10_000 * token_bytes)
-    assert make_room(model, 1, args) == Room(2048, 4, 512, 8320)
-    assert make_room(model, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
+    assert make_room(model, chat, 1, args) == Room(2048, 4, 512, 8320)
+    assert make_room(model, chat, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
     args.max_model_len = 4000
     with pytest.raises(ValueError, match="made for 2,048 tokens"):
-        make_room(model, 1, args)
+        make_room(model, chat, 1, args)
     args.max_model_len = 1000
     monkeypatch.setattr("utils.batching._free_bytes", lambda *_: 700 * token_bytes)
     with pytest.raises(ValueError, match="--max_model_len 672 or less"):
-        make_room(model, 1, args)
+        make_room(model, chat, 1, args)

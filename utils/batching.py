@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.logits_process import LogitsProcessorList
 
 from utils.data import Chat, Message
-from utils.generate import Speech, end_ids, use_adapter
+from utils.generate import Speech, context_tokens, end_ids, use_adapter
 from utils.paged import NAME
 from utils.sampling import Choice, choose
 from utils.serving import Answers, Piece, Refused, Sampling, Served, collect
@@ -147,11 +147,12 @@ class Room(NamedTuple):
     cache_tokens: int
 
 
-def make_room(model: Any, voices: int, args: Any) -> Room:
+def make_room(model: Any, chat: Chat, voices: int, args: Any) -> Room:
     """Finds how much can be computed at once.
 
     Args:
         model: Loaded.
+        chat: Its template.
         voices: How many names are served; each has keys and values of its own.
         args: serve.py's.
 
@@ -159,7 +160,7 @@ def make_room(model: Any, voices: int, args: Any) -> Room:
         ValueError: if there is not enough memory for one request.
     """
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_LEN
+    longest = context_tokens(model.config, chat.tokenizer) or DEFAULT_LEN
     asked = args.max_model_len or min(longest, DEFAULT_LEN)
     if asked > longest:
         raise ValueError(f"--max_model_len: got {asked:,}, the model was made for {longest:,} tokens.")
