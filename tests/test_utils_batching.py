@@ -6,6 +6,8 @@ python -m pytest tests/test_utils_batching.py
 import argparse
 import asyncio
 import copy
+import logging
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,8 @@ def test_an_error_of_the_engine_reaches_all_and_it_starts_anew(
     expected, engine = alone(model, chat, prompts), engines(model, chat)
     with monkeypatch.context() as patch:
         patch.setattr("utils.batching.choose", lambda *_: (_ for _ in ()).throw(MemoryError("the card is full")))
+        # pytest would keep what is logged, and with the traceback all that the engine held.
+        patch.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)
 
         async def fail() -> list[Any]:
             asked = [collect(engine.generate(ids, GREEDY, "m"), 1) for ids in prompts[:2]]
@@ -230,7 +234,9 @@ def test_an_error_of_the_engine_reaches_all_and_it_starts_anew(
 
         for error in asyncio.run(fail()):
             assert isinstance(error, Refused) and error.status >= 500
+        dead = weakref.ref(engine._managers["m"])
     assert texts_of(ask(engine, prompts, GREEDY)) == expected
+    assert dead() is None, "its cache is gone"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

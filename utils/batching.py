@@ -2,8 +2,10 @@
 
 import asyncio
 import copy
+import gc
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -243,6 +245,9 @@ class TransformersEngine:
         self._managers: dict[str, ContinuousBatchingManager] = {}
         self._renderer = ThreadPoolExecutor(1, "render")
         self._closing = False
+        # The managers' threads would keep the process from ending. This one is no daemon: Python waits for it, and
+        # nothing is computing any more when the interpreter goes.
+        Thread(target=_close_with_main, args=(weakref.ref(self),)).start()
 
     async def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Renders a conversation as in training; a long one does not keep others waiting."""
@@ -351,7 +356,8 @@ class TransformersEngine:
                 return manager
             # An error is ending it. Its cache is gone before the next one is made.
             manager.join(time.perf_counter())
-            manager.batch_processor = None
+            del self._managers[name], manager  # The error's traceback holds it, too, in a circle.
+            gc.collect()
         room = self._room
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -370,9 +376,6 @@ class TransformersEngine:
         manager.logit_processor = Chooser()
         manager.output_router = Router()
         manager.start()
-        # Its thread would keep the process from ending. This one is no daemon: Python waits for it, and nothing is
-        # computing any more when the interpreter goes.
-        Thread(target=_stop_with_main, args=(manager,)).start()
         self._managers[name] = manager
         return manager
 
@@ -395,7 +398,7 @@ async def _next_output(reader: Reader, manager: ContinuousBatchingManager) -> Ge
             raise Refused(503, "The engine has stopped. Try again.")
 
 
-def _stop_with_main(manager: ContinuousBatchingManager) -> None:
+def _close_with_main(engine: "weakref.ref[TransformersEngine]") -> None:
     main_thread().join()
-    if manager.is_running():
-        manager.stop(hard_stop=True)
+    if (left := engine()) is not None:
+        left.close()
