@@ -232,8 +232,8 @@ def test_an_error_of_the_engine_reaches_all_and_it_starts_anew(
             asked = [collect(engine.generate(ids, GREEDY, "m"), 1) for ids in prompts[:2]]
             return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
 
-        for error in asyncio.run(fail()):
-            assert isinstance(error, Refused) and error.status >= 500
+        statuses = [error.status for error in asyncio.run(fail()) if isinstance(error, Refused)]
+        assert len(statuses) == 2 and min(statuses) >= 500
         dead = weakref.ref(engine._managers["m"])
     assert texts_of(ask(engine, prompts, GREEDY)) == expected
     assert dead() is None, "its cache is gone"
