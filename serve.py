@@ -19,7 +19,6 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,26 +138,6 @@ def make_limits(args: argparse.Namespace) -> Any:
     return Limits(key, args.max_body_bytes, args.max_requests, args.timeout_sec)
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Takes the port before a model is loaded for nothing.
-
-    Raises:
-        SystemExit: if it cannot be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.socket(family)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind((host, port))
-        # Connections are taken from now on, and wait until the model is there.
-        opened.listen(2048)
-    except OSError as error:
-        raise SystemExit(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Give another --port, or --host."
-        ) from error
-    return opened
-
-
 def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
     """Loads the model into the transformers engine and tries it.
 
@@ -212,6 +191,8 @@ def serve_in_background(arguments: list[str]) -> str:
     Raises:
         SystemExit: as on the command line.
     """
+    from utils.serving import open_socket
+
     args = build_parser().parse_args([*arguments, "--port", "0", "--host", "127.0.0.1", "--engine", "transformers"])
     plan = make_plan(args)
     engine = load_engine(args, plan)
@@ -250,6 +231,8 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         raise SystemExit(f"{further[0]}: unknown here. vLLM's arguments need --engine vllm, and vLLM installed.")
     why = "" if args.engine == "transformers" else " (vLLM, which is faster on cards, is not installed here)"
     print(f"Engine: transformers{why}.", flush=True)
+    from utils.serving import open_socket
+
     listening = open_socket(args.host, args.port)
     engine = load_engine(args, plan)
     server, port = make_server(args, plan, engine), listening.getsockname()[1]

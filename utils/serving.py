@@ -6,9 +6,10 @@ Both engines share it. An engine is an object with `name`, `models` and the meth
 import asyncio
 import hmac
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -130,6 +131,26 @@ class Limits:
     body_timeout_sec: float = 30
 
 
+def open_socket(host: str, port: int) -> socket.socket:
+    """Takes the port before a model is loaded for nothing.
+
+    Raises:
+        SystemExit: if it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.socket(family)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+        # Connections are taken from now on, and wait until the model is there.
+        opened.listen(2048)
+    except OSError as error:
+        raise SystemExit(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Give another --port, or --host."
+        ) from error
+    return opened
+
+
 def problem_json(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -206,7 +227,7 @@ class Guard:
         return bytes(body)
 
     async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        started, ended, gone, given = False, False, asyncio.Event(), False
+        started, ended, gone, given, late = False, False, asyncio.Event(), False, False
 
         async def replay() -> MutableMapping[str, Any]:
             nonlocal given
@@ -218,6 +239,8 @@ class Guard:
 
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal started, ended
+            if late:
+                return
             started = True
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
@@ -231,13 +254,19 @@ class Guard:
         watch = asyncio.ensure_future(until_gone())
         try:
             await asyncio.wait({answer, watch}, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
+            if not answer.done():
+                late = not gone.is_set()
+                # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
+                gone.set()
+                await asyncio.wait({answer}, timeout=1)
+                if late:
+                    await self._too_late(started, ended, scope, receive, send)
+            elif started and not ended and answer.exception():
+                event = {"error": {"message": "The answer could not be finished.", "code": 500}}
+                await send({"type": "http.response.body", "body": sse(event)})
                 await answer
-            elif not gone.is_set():
-                answer.cancel()
-                with suppress(asyncio.CancelledError):
-                    await answer
-                await self._too_late(started, ended, scope, receive, send)
+            else:
+                await answer
         finally:
             for task in (answer, watch):
                 task.cancel()
