@@ -35,6 +35,7 @@ DRAW_SEC = 0.1  # Between two looks at what has come of a reply.
 FOLLOW_SEC = 3  # Between two looks at a run's files.
 MOST_POINTS = 1500  # Of a curve.
 MOST_REPLIES = 8
+TOO_LONG = re.compile(r"token|length|long|长", re.IGNORECASE)  # How servers refuse what does not fit.
 NEWEST = -1  # Whichever step it is.
 START = "streamlit run web_demo.py --"
 # What the openai client would send to any server, the last one even in place of the key.
@@ -84,6 +85,7 @@ TEXTS = {
         "cut": "（到了最长限制）",
         "empty": "（空回复）",
         "stopped": "（已停止）",
+        "left_out": "（对话太长：最早的 {count} 轮模型已经看不到）",
         "chat_lead": "和模型多聊几轮。每一轮它都能看到前面的对话。",
         "speaker": "和谁聊",
         "say": "说点什么…",
@@ -166,6 +168,7 @@ TEXTS = {
         "cut": "(cut at the longest reply)",
         "empty": "(an empty reply)",
         "stopped": "(stopped)",
+        "left_out": "(The conversation is long: the model no longer sees its oldest exchanges, {count}.)",
         "chat_lead": "Talk with the model. It sees what was said before.",
         "speaker": "Talk with",
         "say": "Say something…",
@@ -397,7 +400,7 @@ def new_answer(model: Model, count: int) -> dict[str, Any]:
     Returns:
         "texts", as far as they have come; "ends", why each of them ended, None before; "problem", if there is one.
     """
-    return {"model": model.name, "texts": [""] * count, "ends": [None] * count, "problem": None}
+    return {"model": model.name, "texts": [""] * count, "ends": [None] * count, "problem": None, "left_out": 0}
 
 
 async def ask(model: Model, messages: list[dict[str, str]], options: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -409,19 +412,36 @@ async def ask(model: Model, messages: list[dict[str, str]], options: dict[str, A
         options: From `request_options`.
         answer: From `new_answer`; it is filled.
     """
+    from openai import BadRequestError
+
     count = len(answer["texts"])
     try:
         async with make_client(model.url, model.key) as client:
-            create = partial(client.chat.completions.create, model=model.name, messages=messages, stream=True)
+            create = partial(client.chat.completions.create, model=model.name, stream=True)
             several = {"n": count} if count > 1 else {}
-            await _read(await create(**options, **several), answer, 0)
+            while True:
+                try:
+                    stream = await create(**options, **several, messages=messages)
+                    break
+                except BadRequestError as error:
+                    shorter = without_oldest(messages)
+                    if not TOO_LONG.search(str(error)) or shorter is None:
+                        raise
+                    messages, answer["left_out"] = shorter, answer["left_out"] + 1
+            await _read(stream, answer, 0)
             # Some servers know nothing of n. Another seed, or each would say the same.
             for number in range(1, count):
                 if answer["ends"][number] is None and not answer["texts"][number]:
                     seed = {"seed": options["seed"] + number} if "seed" in options else {}
-                    await _read(await create(**options | seed), answer, number)
+                    await _read(await create(**options | seed, messages=messages), answer, number)
     except Exception as error:  # Whatever server there is, and whatever it sends, the page goes on.
         answer["problem"] = problem_of(error, model.url, model.key)
+
+
+def without_oldest(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """A conversation without its oldest exchange; None if there is only the question."""
+    first = messages[0]["role"] == "system"
+    return [*messages[:first], *messages[first + 2 :]] if len(messages) > first + 2 else None
 
 
 async def _read(stream: Any, answer: dict[str, Any], first: int) -> None:
@@ -587,7 +607,9 @@ def draw_answer(t: dict[str, str], answer: dict[str, Any], places: list[tuple[An
         # Servers may send the two halves of an emoji one by one; half of one cannot be shown.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         place.text(text + "▌" if coming else text)
-        if end == "length":
+        if answer["left_out"] and ended:
+            note.caption(t["left_out"].format(count=answer["left_out"]))
+        elif end == "length":
             note.caption(t["cut"])
         elif end is not None and not text.strip():
             note.caption(t["empty"])
@@ -739,8 +761,9 @@ def chat_page(args: argparse.Namespace, t: dict[str, str]) -> None:
     if text := st.chat_input(t["say"]):
         # A question without an answer, since it was stopped or something went wrong, is not part of what was said.
         replies = [(turn["question"], turn["answer"]["texts"][0]) for turn in turns]
-        said = [part for question, reply in replies if reply for part in (question, reply)]
-        answer = new_answer(model, 1)
+        left_out = max((turn["answer"]["left_out"] for turn in turns), default=0)
+        said = [part for question, reply in replies if reply for part in (question, reply)][2 * left_out :]
+        answer = new_answer(model, 1) | {"left_out": left_out}
         turns.append({"question": text, "answer": answer})
         job = ask(model, messages_of(system, *said, text), request_options(settings), answer)
         places = show_turn(t, turns[-1], ended=False)

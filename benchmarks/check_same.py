@@ -68,7 +68,8 @@ class Expected:
         if text.strip() == self.texts[-1].strip():
             return "same"
         # The first token whose text the other one does not begin with any more.
-        place = next(n for n, part in enumerate(self.texts) if not text.startswith(part.rstrip("\ufffd")))
+        parted = (n for n, part in enumerate(self.texts) if not text.startswith(part.rstrip("\ufffd")))
+        place = next(parted, len(self.texts))  # One that goes on after the end was to stop there.
         return "rounding" if min(self.gaps[max(place - 2, 0) : place + 1]) < NEAR else "different"
 
 
@@ -92,7 +93,7 @@ def expected_texts(args: argparse.Namespace) -> dict[str, list[Expected]]:
 
 
 def chat_texts(args: argparse.Namespace, name: str) -> list[str]:
-    """chat.py's answers, asked through a pipe; questions of several lines are asked as one."""
+    """chat.py's answers."""
     command = [sys.executable, "chat.py", "--model", args.model, "--system", "", "--is_multi_turn", "0"]
     command += ["--temperature", "0", "--max_new_tokens", str(args.tokens), "--bot_name", MARK]
     command += ["--adapter", args.adapter] if name == "tuned" else []

@@ -136,6 +136,9 @@ def test_greedy_answers_are_generates(client: openai.OpenAI, written: Any, name:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["BiliComments", "tuned"]
+    assert client.models.retrieve("tuned").id == "tuned"
+    with pytest.raises(openai.NotFoundError, match="this server has"):
+        client.models.retrieve("n" * 5000)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -179,7 +182,12 @@ def test_what_is_ignored_and_what_is_refused(client: openai.OpenAI, written: Any
     for refused in ({"logprobs": True}, {"logit_bias": {"5": 100}}, {"response_format": {"type": "json_object"}}):
         with pytest.raises(openai.BadRequestError, match=next(iter(refused))):
             client.chat.completions.create(**settings, **refused)
-    client.chat.completions.create(**settings, logprobs=False, response_format={"type": "text"})
+    client.chat.completions.create(**settings, logprobs=False, response_format={"type": "text"}, logit_bias={})
+    asked: dict[str, Any] = dict(model="BiliComments", prompt="好看", max_tokens=2)
+    assert client.completions.create(**asked, best_of=1, echo=False, suffix="").choices
+    for refused in ({"logprobs": 0}, {"best_of": 2}, {"echo": True}, {"suffix": "。"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(refused))):
+            client.completions.create(**asked, **refused)
 
 
 @pytest.mark.parametrize(
@@ -335,15 +343,33 @@ def test_a_signal_lets_answers_end(model: Path, ending: signal.Signals) -> None:
 
 
 def test_answers_that_take_too_long_do_not_hold_the_end_up(model: Path) -> None:
+    """Those who wait are told so: a whole answer's client and a stream's."""
     process, address = start(model, "--shutdown_sec", "1")
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    body = {"message": "说", "stream": True, "temperature": 5.0, "n": 16}
-    connection.request("POST", "/ai/llm/generation_stream", json.dumps(body), {"Content-Type": "application/json"})
-    connection.getresponse().read(10)
+    connections = []
+    for stream in (True, False):
+        connections.append(http.client.HTTPConnection(address.removeprefix("http://"), timeout=60))
+        body = {"message": "说", "stream": stream, "temperature": 5.0, "n": 16}
+        headers = {"Content-Type": "application/json"}
+        connections[-1].request("POST", "/ai/llm/generation_stream", json.dumps(body), headers)
+    streamed = connections[0].getresponse()
+    streamed.read(10)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    process.communicate(timeout=60)
+    whole = connections[1].getresponse()
+    assert whole.status == 503 and b"The server ends" in whole.read()
+    assert b"The server ends" in streamed.read()
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and time.monotonic() - began < 20
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_as_soon_as_it_serves(model: Path) -> None:
+    for _ in range(5):
+        process, _ = start(model)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +395,7 @@ def test_arguments(serve: ModuleType, model: Path, adapter: Path, monkeypatch: p
     assert "requirements_vllm.txt" in refusal(serve, *served, "--engine", "vllm")
     assert "--tensor_parallel_size" in refusal(serve, *served, "--tensor-parallel-size", "2")
     for flag, value in (
-        ("port", "70000"), ("max-model-len", "1"), ("max_num_seqs", "0"), ("gpu-memory-utilization", "1.5"),
+        ("port", "70000"), ("max-model-len", "63"), ("max_num_seqs", "0"), ("gpu-memory-utilization", "1.5"),
         ("max_requests", "0"), ("max_body_bytes", "0"), ("timeout_sec", "nan"), ("shutdown_sec", "-1"),
     ):  # fmt: skip
         said = refusal(serve, *served, f"--{flag}", value)

@@ -43,6 +43,7 @@ class Api(LocalServer):
         reply: (request) -> the texts of the choices; more than `most` are not written, as some servers do.
         piece_sec: Between two pieces of text.
         fault: What goes wrong instead: an HTTP status, "event" (an error amid the stream), "garbage" or "cut".
+        longest: Conversation, in messages.
         requests: The bodies of all requests for text. `headers` are theirs, `paths` those of all requests.
         left: How many streams the client closed before they ended.
     """
@@ -50,7 +51,7 @@ class Api(LocalServer):
     def __init__(self, **changes: Any) -> None:
         self.models: dict[str, str | None] = {"small": None, "tuned": "调过的设定"}
         self.reply: Callable[[dict[str, Any]], list[str]] = echo
-        self.health, self.most, self.piece_sec, self.fault = True, 8, 0.0, ""
+        self.health, self.most, self.piece_sec, self.fault, self.longest = True, 8, 0.0, "", 1000
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
@@ -94,6 +95,9 @@ class Answering(BaseHTTPRequestHandler):
         server.paths.append(self.path)
         server.requests.append(body)
         server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        if len(body["messages"]) > server.longest:
+            self.send(400, {"error": {"message": "The prompt has 5,000 tokens; with an answer 4,096 is the most."}})
+            return
         if isinstance(server.fault, int):
             self.send(server.fault, {"error": {"message": f"wrong **key** {KEY}", "code": "no"}})
             return
@@ -639,6 +643,23 @@ def test_conversation(api: Api, open_page: Callable[..., Any]) -> None:
     assert [text.value for text in page.main.text] == []
     say(page, "四")
     assert api.requests[-1]["messages"] == talk("四")
+
+
+def test_a_conversation_that_outgrows_the_model(api: Api, open_page: Callable[..., Any]) -> None:
+    """Its oldest exchanges leave, which the page tells; the next question starts from there. One is never dropped."""
+    page = open_page("chat", "--api", api.url)
+    api.longest = 4  # With the system text and the question, one exchange.
+    for text in "一二三":
+        say(page, text)
+    answers = {text: f"tuned的第0条：{text}" for text in "一二三四"}
+    assert api.requests[-1]["messages"] == talk("二", answers["二"], "三")
+    assert [caption.value for caption in page.main.caption] == [ZH["left_out"].format(count=1)]
+    asked = len(api.requests)
+    say(page, "四")
+    assert api.requests[-1]["messages"] == talk("三", answers["三"], "四") and len(api.requests) == asked + 2
+    api.longest = 1
+    say(page, "五")
+    assert [error.value for error in page.error] == [ZH["error_request"].format(status=400)]
 
 
 def test_chat_with_the_base(api: Api, open_page: Callable[..., Any]) -> None:

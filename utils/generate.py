@@ -275,7 +275,10 @@ class Speech:
         if places := [place for word in self._stop_words if (place := self._held.find(word)) >= 0]:
             self.stopped = True
             return self._held[: min(places)]
-        beginnings = (n for word in self._stop_words for n in range(1, len(word)) if self._held.endswith(word[:n]))
+        held = self._held
+        beginnings = (
+            n for word in self._stop_words for n in range(1, min(len(word), len(held) + 1)) if held.endswith(word[:n])
+        )
         end = len(self._held) - (0 if last else max(beginnings, default=0))
         piece, self._held = self._held[:end], self._held[end:]
         return piece

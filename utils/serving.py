@@ -9,9 +9,10 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from textwrap import shorten
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +25,9 @@ from utils.data import Message, comment_prompt
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_CHOICES = 16
+# Of a refused request so much is read and thrown away: clients that still send do not look for an answer.
+DISCARDED_BYTES = 32_000_000
+LAST_WORD_SEC = 5  # For a client that does not read to take the end of its answer.
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # The second is read by nginx.
 
 
@@ -47,6 +51,9 @@ class Served(NamedTuple):
     system_prompt: str | None
 
 
+StopWord = Annotated[str, Field(max_length=256)]
+
+
 class Sampling(BaseModel):
     """How tokens are chosen; what is not given is the model's own setting. The names are those of vLLM."""
 
@@ -56,12 +63,12 @@ class Sampling(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: str | list[str] | None = Field(default=None)
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=16)] | None = None
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
 
     @property
@@ -168,6 +175,11 @@ class Guard:
         self.app = app
         self.limits = limits
         self.at_work = 0
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Ends all answers at work with a sentence, as the server is to end."""
+        self._ending.set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it."""
@@ -175,6 +187,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http" or scope["path"] == "/health":
+            scope.setdefault("state", {})["knows_key"] = scope["type"] == "http" and self._knows_key(scope)
             await self.app(scope, receive, send)
             return
         if self.at_work >= self.limits.max_requests:
@@ -183,7 +196,6 @@ class Guard:
             return
         self.at_work += 1
         try:
-            self._check_headers(scope)
             body = await self._read_body(scope, receive)
             await self._answer(scope, body, receive, send)
         except Refused as refusal:
@@ -194,23 +206,28 @@ class Guard:
         finally:
             self.at_work -= 1
 
-    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
-        headers, key = dict(scope["headers"]), self.limits.key
-        if key is not None:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-                raise Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
+    def _knows_key(self, scope: MutableMapping[str, Any]) -> bool:
+        if self.limits.key is None:
+            return True
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.limits.key.encode())
+
+    def _refusal(self, scope: MutableMapping[str, Any]) -> Refused | None:
+        """What the headers alone tell."""
+        headers, most = dict(scope["headers"]), self.limits.max_body_bytes
+        if not self._knows_key(scope):
+            return Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
         # Other kinds can be sent by any page that is open in a browser on this machine.
         if scope["method"] == "POST" and b"json" not in headers.get(b"content-type", b""):
-            raise Refused(415, "Send the header `Content-Type: application/json`.")
+            return Refused(415, "Send the header `Content-Type: application/json`.")
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > most:
+            return Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
+        return None
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        most = self.limits.max_body_bytes
-        too_large = Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > most:
-            raise too_large
-        body, more = bytearray(), True
+        refusal, most = self._refusal(scope), self.limits.max_body_bytes
+        body, discarded, more = bytearray(), 0, True
         try:
             async with asyncio.timeout(self.limits.body_timeout_sec):
                 while more:
@@ -220,10 +237,17 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > most:
-                        raise too_large
+                        refusal = refusal or Refused(413, f"The request is larger than {most:,} bytes.")
+                    if refusal:
+                        discarded += len(body)
+                        body.clear()
+                    if discarded > DISCARDED_BYTES:
+                        break
         except TimeoutError:
             seconds = self.limits.body_timeout_sec
-            raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
+            raise refusal or Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
+        if refusal:
+            raise refusal
         return bytes(body)
 
     async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
@@ -251,16 +275,17 @@ class Guard:
             gone.set()
 
         answer = asyncio.ensure_future(self.app(scope, replay, noted))
-        watch = asyncio.ensure_future(until_gone())
+        watch, ending = asyncio.ensure_future(until_gone()), asyncio.ensure_future(self._ending.wait())
         try:
-            await asyncio.wait({answer, watch}, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
+            waited = {answer, watch, ending}
+            await asyncio.wait(waited, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 late = not gone.is_set()
                 # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
                 gone.set()
                 await asyncio.wait({answer}, timeout=1)
-                if late:
-                    await self._too_late(started, ended, scope, receive, send)
+                if late and not ended:
+                    await self._last_word(started, scope, receive, send)
             elif started and not ended and answer.exception():
                 event = {"error": {"message": "The answer could not be finished.", "code": 500}}
                 await send({"type": "http.response.body", "body": sse(event)})
@@ -268,19 +293,23 @@ class Guard:
             else:
                 await answer
         finally:
-            for task in (answer, watch):
+            for task in (answer, watch, ending):
                 task.cancel()
             # An engine is told to stop while its route is cancelled.
-            await asyncio.gather(answer, watch, return_exceptions=True)
+            await asyncio.gather(answer, watch, ending, return_exceptions=True)
 
-    async def _too_late(
-        self, started: bool, ended: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
+    async def _last_word(self, started: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        status = 503 if self._ending.is_set() else 504
         message = f"The answer was not ready within {self.limits.timeout_sec:g} seconds. Ask for fewer tokens."
-        if not started:
-            await problem_json(504, message)(scope, receive, send)
-        elif not ended:
-            await send({"type": "http.response.body", "body": sse({"error": {"message": message, "code": 504}})})
+        if status == 503:
+            message = "The server ends, and the answer was not ready. Try again later."
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_SEC):
+                if started:
+                    event = {"error": {"message": message, "code": status}}
+                    await send({"type": "http.response.body", "body": sse(event)})
+                else:
+                    await problem_json(status, message)(scope, receive, send)
 
 
 def sse(event: dict[str, Any] | str) -> bytes:
@@ -328,7 +357,7 @@ def find_model(engine: Engine, name: str | None) -> Served:
         if served.name == name:
             return served
     names = ", ".join(served.name for served in engine.models)
-    raise Refused(404, f"model: got {name!r}, this server has {names}.")
+    raise Refused(404, f"model: got {shorten(repr(name), 100)}, this server has {names}.")
 
 
 class Question(Sampling):
@@ -364,6 +393,8 @@ def to_conversation(question: Question, trained_system: str | None) -> list[Mess
                 )
     if question.message.strip() and question.title.strip():
         raise Refused(400, "Got a message and a title, expected one of them.")
+    if not question.title.strip() and (question.desc or question.parent):
+        raise Refused(400, "desc and parent belong to a video: give its title as well.")
     asked = question.message if question.message.strip() else ""
     if question.title.strip():
         asked = comment_prompt(question.title, question.desc, question.parent)
@@ -443,12 +474,14 @@ def own_routes(engine: Engine) -> APIRouter:
 
         return stream_response(events())
 
-    @routes.get("/health")
-    async def health() -> Any:
+    @routes.api_route("/health", methods=["GET", "HEAD"])
+    async def health(request: Request) -> Any:
         if problem := engine.problem():
             return problem_json(503, problem)
-        models = [served._asdict() for served in engine.models]
-        return {"status": "ok", "engine": engine.name, "models": models, "started": started}
+        told: dict[str, Any] = {"status": "ok", "engine": engine.name}
+        if request.state.knows_key:
+            told |= {"models": [served._asdict() for served in engine.models], "started": started}
+        return told
 
     return routes
 

@@ -24,6 +24,7 @@ from uuid import uuid4
 from utils.data import Chat, Message
 from utils.files import reason_of
 from utils.serving import (
+    LAST_WORD_SEC,
     MAX_CHOICES,
     Guard,
     Limits,
@@ -323,7 +324,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
             log_level=settings.uvicorn_log_level,
             access_log=not settings.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            timeout_graceful_shutdown=shutdown_sec,
+            timeout_graceful_shutdown=shutdown_sec + 2 * LAST_WORD_SEC,  # Then it would only cut them off.
             **options,
         )
     )
@@ -333,6 +334,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
 
     def stop() -> None:
         server.force_exit, server.should_exit = server.should_exit, True
+        asyncio.get_running_loop().call_later(shutdown_sec, guard.end)
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop)
