@@ -282,6 +282,9 @@ def measure(system: str, args: argparse.Namespace, round: int) -> dict[int, dict
 
     # No prompt comes twice in a round, so that no cache knows it.
     starts = {clients: 100_000 * round + 1000 * place for place, clients in enumerate(args.concurrency)}
+    if system == "generate":  # However many wait, it takes them one by one.
+        note(1, *generate(args, 2, starts[args.concurrency[0]]))
+        return dict.fromkeys(args.concurrency, rows[1])
     if system in HERE:
         for clients in args.concurrency:
             note(clients, *HERE[system](args, clients, starts[clients]))
