@@ -25,9 +25,8 @@ from utils.data import Message, comment_prompt
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_CHOICES = 16
-# Of a refused request so much is read and thrown away: clients that still send do not look for an answer.
-DISCARDED_BYTES = 32_000_000
-LAST_WORD_SEC = 5  # For a client that does not read to take the end of its answer.
+DISCARDED_BYTES = 32_000_000  # The most that is read of a refused request.
+LAST_WORD_SEC = 5  # For clients that are slow to take, or to send, what is no longer wanted.
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # The second is read by nginx.
 
 
@@ -165,6 +164,24 @@ def problem_json(status: int, message: str, headers: dict[str, str] | None = Non
     return JSONResponse(body, status, headers)
 
 
+async def _next_part(receive: Receive) -> tuple[bytes, bool]:
+    """A part of a body, and whether there are more."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ConnectionError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what a client still sends, for a while: many look for an answer only when all is sent."""
+    read, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORD_SEC):
+            while more and read < DISCARDED_BYTES:
+                part, more = await _next_part(receive)
+                read += len(part)
+
+
 class Guard:
     """ASGI middleware that enforces `Limits`, and ends the work on a request whose client has gone.
 
@@ -199,8 +216,11 @@ class Guard:
             body = await self._read_body(scope, receive)
             await self._answer(scope, body, receive, send)
         except Refused as refusal:
-            # What of the body was not read would be taken for the next request.
-            await problem_json(refusal.status, str(refusal), {"Connection": "close"})(scope, receive, send)
+            with suppress(ConnectionError):
+                if refusal.status != 408:
+                    await _discard(receive)
+                # What of the body was not read would be taken for the next request.
+                await problem_json(refusal.status, str(refusal), {"Connection": "close"})(scope, receive, send)
         except ConnectionError:
             pass  # The client went while it was sending.
         finally:
@@ -226,28 +246,19 @@ class Guard:
         return None
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        refusal, most = self._refusal(scope), self.limits.max_body_bytes
-        body, discarded, more = bytearray(), 0, True
+        if refusal := self._refusal(scope):
+            raise refusal
+        body, more, most = bytearray(), True, self.limits.max_body_bytes
         try:
             async with asyncio.timeout(self.limits.body_timeout_sec):
                 while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ConnectionError
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
+                    part, more = await _next_part(receive)
+                    body += part
                     if len(body) > most:
-                        refusal = refusal or Refused(413, f"The request is larger than {most:,} bytes.")
-                    if refusal:
-                        discarded += len(body)
-                        body.clear()
-                    if discarded > DISCARDED_BYTES:
-                        break
+                        raise Refused(413, f"The request is larger than {most:,} bytes.")
         except TimeoutError:
             seconds = self.limits.body_timeout_sec
-            raise refusal or Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
-        if refusal:
-            raise refusal
+            raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
         return bytes(body)
 
     async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
@@ -283,7 +294,7 @@ class Guard:
                 late = not gone.is_set()
                 # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
                 gone.set()
-                await asyncio.wait({answer}, timeout=1)
+                await asyncio.wait({answer}, timeout=0.3)
                 if late and not ended:
                     await self._last_word(started, scope, receive, send)
             elif started and not ended and answer.exception():
