@@ -178,10 +178,10 @@ def run(args: argparse.Namespace, further: Sequence[str], plan: Any) -> None:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Lets processes that are started here ignore the signals that end this one, and ends all at once at a signal.
+    """Lets processes that are started here ignore Ctrl-C, which in a terminal goes to all of them.
 
-    A terminal's Ctrl-C and the end of a system's service go to all of them, and vLLM's workers would end amid
-    answers. This process ends them when it has answered.
+    vLLM's workers would end amid answers; this process ends them when it has answered. A signal while the block is at
+    work ends all of them at once.
     """
     loaded = threading.Event()
 
@@ -194,13 +194,14 @@ def shielded() -> Iterator[None]:
 
     def watch() -> None:
         while not loaded.is_set():
-            if signal.sigtimedwait(SIGNALS, 0.1) is not None:
+            if signal.sigtimedwait([signal.SIGINT], 0.1) is not None:
                 end()
 
-    # For those that libraries' threads take, which have been there before.
+    # SIGTERM is let through: it is what vLLM's processes end one another with. A thread that is older than the block
+    # may get the other one too.
     earlier = {number: signal.signal(number, end) for number in SIGNALS}
     resource_tracker.ensure_running()  # Where this helper of Python's is started, blocked signals are let through.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -208,7 +209,7 @@ def shielded() -> Iterator[None]:
     finally:
         loaded.set()
         watcher.join()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for number, handler in earlier.items():
             signal.signal(number, handler)
 

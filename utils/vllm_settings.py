@@ -53,6 +53,8 @@ def vllm_settings(args: argparse.Namespace, further: Sequence[str], plan: Any) -
     with explained("vLLM's arguments"):
         settings = parser.parse_args([*own_arguments(args, plan), *further])
         validate_parsed_serve_args(settings)
+    if settings.model_tag is not None:
+        raise SystemExit(f"{settings.model_tag}: this belongs to no argument. A model is given with --model")
     for name, instead in OTHER_PROGRAMS.items():
         if getattr(settings, name):
             raise SystemExit(f"--{name}: {instead}.")
@@ -231,6 +233,12 @@ def startup_problem(error: Exception, heard: Iterable[str], settings: Any) -> st
             f"vLLM does not take an adapter: {reason_of(error)}\n"
             "Merge it with merge_qlora.py and serve the merged model, or use --engine transformers"
         )
-    reasons = re.findall(r"(?:^|\s)(\w*(?:Error|Exception): .+)", said)
-    own = [reason for reason in reasons if "Engine core initialization failed" not in reason]
-    return f"vLLM did not start: {own[-1].strip() if own else reason_of(error)}"
+    # What one process says of another tells nothing.
+    reasons = re.findall(r"(?:^|\s)(\w*(?:Error|Exception): (?!Engine core init|WorkerProc init).+)", "\n".join(heard))
+    return f"vLLM did not start: {reasons[-1].strip() if reasons else plain_reason(error)}"
+
+
+def plain_reason(error: Exception) -> str:
+    """What vLLM says, without what pydantic adds."""
+    found = re.search(r"Value error, (.+?)(?: \[type=|\n|$)", str(error))
+    return found[1] if found else reason_of(error)
