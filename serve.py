@@ -126,7 +126,7 @@ def make_limits(args: argparse.Namespace) -> Any:
     Raises:
         SystemExit: if a key is asked for, and there is none. What was given is not repeated: it may be the key.
     """
-    from utils.serving import Limits
+    from utils.guard import Limits
 
     key = None
     if args.api_key:
@@ -168,8 +168,9 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
+    from utils.guard import LAST_WORD_SEC, Guard
     from utils.openai_routes import openai_routes
-    from utils.serving import LAST_WORD_SEC, Guard, add_error_handlers, own_routes
+    from utils.serving import add_error_handlers, own_routes
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(app)
@@ -200,7 +201,7 @@ def serve_in_background(arguments: list[str]) -> str:
     Raises:
         SystemExit: as on the command line.
     """
-    from utils.serving import open_socket
+    from utils.guard import open_socket
 
     args = build_parser().parse_args([*arguments, "--port", "0", "--host", "127.0.0.1", "--engine", "transformers"])
     plan = make_plan(args)
@@ -240,7 +241,7 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         raise SystemExit(f"{further[0]}: unknown here. vLLM's arguments need --engine vllm, and vLLM installed.")
     why = "" if args.engine == "transformers" else " (vLLM, which is faster on cards, is not installed here)"
     print(f"Engine: transformers{why}.", flush=True)
-    from utils.serving import open_socket
+    from utils.guard import open_socket
 
     listening = open_socket(args.host, args.port)
     engine = load_engine(args, plan)

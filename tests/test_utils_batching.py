@@ -20,8 +20,9 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from utils.batching import Room, TransformersEngine, check_engine, make_room
 from utils.data import Chat, make_chat
 from utils.generate import load_finished
+from utils.guard import Refused
 from utils.paged import attend
-from utils.serving import Answers, Refused, Sampling, Served, collect
+from utils.serving import Answers, Sampling, Served, collect
 
 N_NEW = 24
 GREEDY = Sampling(temperature=0, max_tokens=N_NEW)

@@ -1,4 +1,4 @@
-"""utils/serving.py: who may ask, how much, how long; and what happens to those who go.
+"""utils/serving.py, utils/guard.py: who may ask, how much, how long; and what happens to those who go.
 
 python -m pytest tests/test_utils_serving.py
 """
@@ -19,12 +19,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from utils.data import comment_prompt
+from utils.guard import Guard, Limits, Refused
 from utils.serving import (
-    Guard,
-    Limits,
     Piece,
     Question,
-    Refused,
     Sampling,
     Served,
     add_error_handlers,
@@ -377,7 +375,7 @@ def test_who_goes_is_not_answered_further(parrot: tuple[Parrot, int], stream: bo
 
 def test_who_does_not_read_loses_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that takes nothing off its connection: in the end its time is up, and nobody waits for it."""
-    monkeypatch.setattr("utils.serving.LAST_WORD_SEC", 0.2)
+    monkeypatch.setattr("utils.guard.LAST_WORD_SEC", 0.2)
     monkeypatch.setattr(Parrot, "max_model_len", 100_000)
     with serving(Limits(timeout_sec=1, max_requests=1)) as (engine, port):
         silent = socket.create_connection(("127.0.0.1", port))

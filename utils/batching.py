@@ -26,9 +26,10 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from utils.data import Chat, Message
 from utils.generate import Speech, context_tokens, end_ids, use_adapter
+from utils.guard import Refused
 from utils.paged import NAME
 from utils.sampling import Choice, choose
-from utils.serving import Answers, Piece, Refused, Sampling, Served, collect
+from utils.serving import Answers, Piece, Sampling, Served, collect
 
 DEFAULT_LEN = 4096
 GIB = 1024**3

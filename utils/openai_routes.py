@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 
 from utils.batching import TransformersEngine
 from utils.data import Message
-from utils.serving import Piece, Refused, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
+from utils.guard import Refused
+from utils.serving import Piece, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not computed here, what they ask for, and what asks for nothing. Others

@@ -23,20 +23,8 @@ from uuid import uuid4
 
 from utils.data import Chat, Message
 from utils.files import reason_of
-from utils.serving import (
-    LAST_WORD_SEC,
-    MAX_CHOICES,
-    Guard,
-    Limits,
-    Piece,
-    Refused,
-    Sampling,
-    Served,
-    add_error_handlers,
-    open_socket,
-    own_routes,
-    problem_json,
-)
+from utils.guard import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
+from utils.serving import MAX_CHOICES, Piece, Sampling, Served, add_error_handlers, own_routes
 from utils.vllm_rendering import make_renderer
 from utils.vllm_settings import overheard, startup_problem, vllm_settings
 
