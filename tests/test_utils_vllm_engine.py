@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -538,11 +539,22 @@ def test_a_dead_engine_ends_the_server(model: Path, tmp_path: Path) -> None:
         (["--max_model_len", "99999"], "did not start: User-specified max_model_len .99999."),
         (["--headless"], "--headless: start further nodes"),
         (["--bits", "8"], "--bits 8.*--engine transformers"),
+        (["--bits", "4"], "4 bits: vLLM has them on graphics cards alone.*--engine transformers"),
+        (["--adapter", "tuned=QLORA"], "4 bits, on which an adapter was trained.*merge_qlora.py"),
+        (["--adapter", "tuned=DORA"], "does not take an adapter:.*DoRA"),
         (["--port", "TAKEN"], "TAKEN.*in use"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_does_not_start_says_why(model: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_does_not_start_says_why(
+    model: Path, adapter: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    for name in ("QLORA", "DORA"):
+        shutil.copytree(adapter, tmp_path / name)
+    (tmp_path / "QLORA/run.json").write_text('{"settings": {"quant_bits": 4}}')
+    config = json.loads((adapter / "adapter/adapter_config.json").read_text()) | {"use_dora": True}
+    (tmp_path / "DORA/adapter/adapter_config.json").write_text(json.dumps(config))
+    arguments = [re.sub("=(QLORA|DORA)", rf"={tmp_path}/\1", text) for text in arguments]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         arguments = [text.replace("TAKEN", port) for text in arguments]

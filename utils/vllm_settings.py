@@ -125,17 +125,19 @@ def set_bits(settings: Any, bits: int | None, trained_so: bool) -> None:
         SystemExit: if it cannot.
     """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.platforms import current_platform
 
     if bits == 8:
         raise SystemExit("--bits 8: vLLM has no such weights. Use --quantization fp8, or --engine transformers")
     quantised = "quantization_config" in read_json(Path(settings.model) / "config.json")
     if quantised or settings.quantization is not None or not (bits == 4 or trained_so):
         return
+    why = "4 bits" if bits == 4 else "4 bits, on which an adapter was trained"
+    instead = "Use --engine transformers, or merge the adapter (merge_qlora.py) and serve the merged model"
+    if current_platform.is_cpu():
+        raise SystemExit(f"{why}: vLLM has them on graphics cards alone. {instead}")
     if "bitsandbytes" not in QUANTIZATION_METHODS:
-        raise SystemExit(
-            "4 bits: vLLM needs its bitsandbytes plugin for them: pip install -r requirements_vllm.txt\n"
-            "Without: --engine transformers, or merge the adapter (merge_qlora.py) and serve the merged model"
-        )
+        raise SystemExit(f"{why}: they need vLLM's plugin: pip install -r requirements_vllm.txt\nElse: {instead}")
     settings.quantization = "bitsandbytes"
 
 
