@@ -328,7 +328,7 @@ def test_no_more_than_can_be_answered(parrot: tuple[Parrot, int]) -> None:
     engine, port = parrot
     engine.rest_sec = 0.2
     found = []
-    ask = lambda: found.append(post(port, {"message": "a", "max_tokens": 5})[0])  # noqa: E731
+    ask = lambda: found.append(post(port, {"message": "a", "max_tokens": 20})[0])  # noqa: E731
     asking = [threading.Thread(target=ask) for _ in range(3)]
     for thread in asking:
         thread.start()
