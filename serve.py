@@ -11,10 +11,11 @@ On vLLM where it is installed (requirements_vllm.txt, an environment of its own)
                                        or {"title": …, "desc": …, "parent": …} of a video and a comment, as in training
     GET  /health
 
-Ctrl-C or SIGTERM: no new requests are taken, those at work are answered, then it ends.
+Ctrl-C or SIGTERM: no new requests are taken, those at work have --shutdown_sec to end, then it ends.
 """
 
 import argparse
+import asyncio
 import math
 import os
 import re
@@ -22,6 +23,7 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
@@ -88,7 +90,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     for name, fits, expected in (
         ("port", 0 <= args.port < 65536, "from 0 to 65535"),
-        ("max_model_len", args.max_model_len is None or args.max_model_len > 1, "2 tokens or more"),
+        ("max_model_len", args.max_model_len is None or args.max_model_len >= 64, "64 tokens or more"),
         ("max_num_seqs", args.max_num_seqs > 0, "1 or more"),
         ("max_num_batched_tokens", (args.max_num_batched_tokens or 1) > 0, "1 or more"),
         ("gpu_memory_utilization", 0 < args.gpu_memory_utilization <= 1, "more than 0 but not more than 1"),
@@ -124,7 +126,7 @@ def make_limits(args: argparse.Namespace) -> Any:
     Raises:
         SystemExit: if a key is asked for, and there is none. What was given is not repeated: it may be the key.
     """
-    from utils.serving import Limits
+    from utils.guard import Limits
 
     key = None
     if args.api_key:
@@ -155,7 +157,7 @@ def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
         served = [Served(plan.name, tuning_of(plan.path).system_prompt)]
         served += [Served(name, tuning_of(folder).system_prompt) for name, folder in plan.adapters.items()]
         model, chat = load_finished(plan.path, args.trust_remote_code, plan.adapters, args.bits)
-        room = make_room(model, len(served), args)
+        room = make_room(model, chat, len(served), args)
         engine = TransformersEngine(model, chat, served, [*plan.adapters], room)
         check_engine(engine)
     return engine
@@ -166,17 +168,25 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
+    from utils.guard import LAST_WORD_SEC, Guard
     from utils.openai_routes import openai_routes
-    from utils.serving import Guard, add_error_handlers, own_routes
+    from utils.serving import add_error_handlers, own_routes
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(app)
     app.include_router(own_routes(engine))
     app.include_router(openai_routes(engine))
-    config = uvicorn.Config(
-        Guard(app, plan.limits), log_level="warning", timeout_graceful_shutdown=math.ceil(args.shutdown_sec)
-    )
-    return uvicorn.Server(config)
+    guard = Guard(app, plan.limits)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket] | None = None) -> None:
+            """Lets answers at work end for a while; those that do not are told so."""
+            asyncio.get_running_loop().call_later(args.shutdown_sec, guard.end)
+            await super().shutdown(sockets)
+
+    # uvicorn itself would only cut them off.
+    patience = math.ceil(args.shutdown_sec + 2 * LAST_WORD_SEC)
+    return Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=patience))
 
 
 def serve_in_background(arguments: list[str]) -> str:
@@ -191,7 +201,7 @@ def serve_in_background(arguments: list[str]) -> str:
     Raises:
         SystemExit: as on the command line.
     """
-    from utils.serving import open_socket
+    from utils.guard import open_socket
 
     args = build_parser().parse_args([*arguments, "--port", "0", "--host", "127.0.0.1", "--engine", "transformers"])
     plan = make_plan(args)
@@ -231,11 +241,14 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         raise SystemExit(f"{further[0]}: unknown here. vLLM's arguments need --engine vllm, and vLLM installed.")
     why = "" if args.engine == "transformers" else " (vLLM, which is faster on cards, is not installed here)"
     print(f"Engine: transformers{why}.", flush=True)
-    from utils.serving import open_socket
+    from utils.guard import open_socket
 
     listening = open_socket(args.host, args.port)
     engine = load_engine(args, plan)
     server, port = make_server(args, plan, engine), listening.getsockname()[1]
+    # Until uvicorn has its own handlers; when it has ended, it sends itself what it caught once more.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: setattr(server, "should_exit", True))
     names = ", ".join(served.name for served in engine.models)
     print(f"Serving {names} at http://{args.host}:{port} (prompt and answer: {engine.max_model_len:,} tokens).")
     print(
@@ -243,9 +256,6 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         """-d '{"message": "你是谁", "stream": true}'""",
         flush=True,
     )
-    # uvicorn sends itself the signals that it caught once more when it has ended.
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, lambda *_: None)
     try:
         server.run(sockets=[listening])
     finally:

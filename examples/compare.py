@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import DataError, Message, find_split, read_records, to_messages
+from utils.data import Message, find_split
 from utils.files import from_root, shown
+from utils.held_out import read_held_out
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def choose(data_dir: Path, number: int) -> list[list[Message]]:
-    """Takes conversations from data_test.json, evenly over the file, so that several videos are among them.
+    """Takes conversations from data_test.json, spread over the videos.
 
     Raises:
         SystemExit: if there are none.
@@ -39,14 +40,7 @@ def choose(data_dir: Path, number: int) -> list[list[Message]]:
     test_file = find_split(data_dir, "test")
     if test_file is None:
         raise SystemExit(f"No held-out data in {shown(data_dir)}. Make it with: python prepare_data.py")
-    try:
-        records = list(read_records(test_file))
-        chosen = [to_messages(record) for record in records[:: max(1, len(records) // number)][:number]]
-    except DataError as error:
-        raise SystemExit(f"{shown(test_file)} holds no held-out data: {error}") from None
-    if not chosen:
-        raise SystemExit(f"{shown(test_file)} is empty. Hold out more: python prepare_data.py --test_size 0.3")
-    return chosen
+    return [messages for group in read_held_out(test_file, number) for messages in group]
 
 
 def main(args: argparse.Namespace) -> None:

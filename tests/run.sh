@@ -9,12 +9,19 @@ arguments=()
 for argument in "$@"; do
     if [ "$argument" = --slow ]; then selection=(); else arguments+=("$argument"); fi
 done
+
+# A program, and the packages that bring it.
+install() {
+    if ! command -v "$1" >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq && apt-get install -y -qq "${@:2}" || echo "$1 could not be installed." >&2
+    fi
+}
+
 if [ "${CI:-}" = true ]; then
     selection=()
-    # Publishing is tested with the real one.
-    if ! command -v git-lfs >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        apt-get update -qq && apt-get install -y -qq git-lfs || echo "git-lfs could not be installed." >&2
-    fi
+    # Publishing is tested with the real git-lfs, the page in a real browser, whose screenshots show Chinese.
+    install git-lfs git-lfs
+    install chromedriver chromium chromium-driver fonts-wqy-zenhei
 fi
 ruff check .
 python -m pytest "${selection[@]}" "${arguments[@]}"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,15 @@ from transformers import AutoModelForCausalLM
 from utils.data import SYSTEM_PROMPT, Chat, comment_prompt, make_chat
 
 N_NEW = 16
-QUESTIONS = ["你是谁", "今天吃什么？", "好看", "哈哈哈哈哈" * 5, "第一次来", "问<|im_end|>题"]
+QUESTIONS = [
+    "你是谁",
+    "今天吃什么？",
+    "好看",
+    "哈哈哈哈哈" * 5,
+    "第一次来",
+    "问<|im_end|>题",
+    *(f"第{n}题" * (n + 1) for n in range(14)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +112,33 @@ def post(url: str, route: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 @pytest.mark.parametrize("name", ["BiliComments", "tuned"])
 def test_greedy_answers_are_generates(client: openai.OpenAI, written: Any, name: str) -> None:
-    for question in QUESTIONS:
-        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=N_NEW)
-        whole = client.chat.completions.create(**settings)
-        streamed = list(client.chat.completions.create(**settings, stream=True))
-        expected = written(name, user(question))
-        assert whole.choices[0].message.content == expected and expected
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
-        assert whole.choices[0].finish_reason == streamed[-1].choices[0].finish_reason
-        assert len(streamed) > 3, "piece by piece"
+    """20 questions, 64 tokens, whole and as streams, all at the same time."""
+
+    def whole(question: str) -> tuple[str, str]:
+        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=64)
+        choice = client.chat.completions.create(**settings).choices[0]
+        return choice.message.content, choice.finish_reason
+
+    def streamed(question: str) -> tuple[str, str]:
+        settings: dict[str, Any] = dict(model=name, messages=user(question), temperature=0, max_tokens=64)
+        chunks = list(client.chat.completions.create(**settings, stream=True))
+        assert len(chunks) > 3, "piece by piece"
+        choices = [chunk.choices[0] for chunk in chunks]
+        return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(whole, QUESTIONS)), list(pool.map(streamed, QUESTIONS))
+    expected = [written(name, user(question), 64) for question in QUESTIONS]
+    assert len(QUESTIONS) == 20 and all(expected)
+    assert [text for text, _ in found[0]] == expected
+    assert found[0] == found[1]
 
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["BiliComments", "tuned"]
+    assert client.models.retrieve("tuned").id == "tuned"
+    with pytest.raises(openai.NotFoundError, match="this server has"):
+        client.models.retrieve("n" * 5000)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -159,7 +182,12 @@ def test_what_is_ignored_and_what_is_refused(client: openai.OpenAI, written: Any
     for refused in ({"logprobs": True}, {"logit_bias": {"5": 100}}, {"response_format": {"type": "json_object"}}):
         with pytest.raises(openai.BadRequestError, match=next(iter(refused))):
             client.chat.completions.create(**settings, **refused)
-    client.chat.completions.create(**settings, logprobs=False, response_format={"type": "text"})
+    client.chat.completions.create(**settings, logprobs=False, response_format={"type": "text"}, logit_bias={})
+    asked: dict[str, Any] = dict(model="BiliComments", prompt="好看", max_tokens=2)
+    assert client.completions.create(**asked, best_of=1, echo=False, suffix="").choices
+    for refused in ({"logprobs": 0}, {"best_of": 2}, {"echo": True}, {"suffix": "。"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(refused))):
+            client.completions.create(**asked, **refused)
 
 
 @pytest.mark.parametrize(
@@ -315,15 +343,33 @@ def test_a_signal_lets_answers_end(model: Path, ending: signal.Signals) -> None:
 
 
 def test_answers_that_take_too_long_do_not_hold_the_end_up(model: Path) -> None:
+    """Those who wait are told so: a whole answer's client and a stream's."""
     process, address = start(model, "--shutdown_sec", "1")
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    body = {"message": "说", "stream": True, "temperature": 5.0, "n": 16}
-    connection.request("POST", "/ai/llm/generation_stream", json.dumps(body), {"Content-Type": "application/json"})
-    connection.getresponse().read(10)
+    connections = []
+    for stream in (True, False):
+        connections.append(http.client.HTTPConnection(address.removeprefix("http://"), timeout=60))
+        body = {"message": "说", "stream": stream, "temperature": 5.0, "n": 16}
+        headers = {"Content-Type": "application/json"}
+        connections[-1].request("POST", "/ai/llm/generation_stream", json.dumps(body), headers)
+    streamed = connections[0].getresponse()
+    streamed.read(10)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    process.communicate(timeout=60)
+    whole = connections[1].getresponse()
+    assert whole.status == 503 and b"The server ends" in whole.read()
+    assert b"The server ends" in streamed.read()
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and time.monotonic() - began < 20
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_as_soon_as_it_serves(model: Path) -> None:
+    for _ in range(5):
+        process, _ = start(model)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +395,7 @@ def test_arguments(serve: ModuleType, model: Path, adapter: Path, monkeypatch: p
     assert "requirements_vllm.txt" in refusal(serve, *served, "--engine", "vllm")
     assert "--tensor_parallel_size" in refusal(serve, *served, "--tensor-parallel-size", "2")
     for flag, value in (
-        ("port", "70000"), ("max-model-len", "1"), ("max_num_seqs", "0"), ("gpu-memory-utilization", "1.5"),
+        ("port", "70000"), ("max-model-len", "63"), ("max_num_seqs", "0"), ("gpu-memory-utilization", "1.5"),
         ("max_requests", "0"), ("max_body_bytes", "0"), ("timeout_sec", "nan"), ("shutdown_sec", "-1"),
     ):  # fmt: skip
         said = refusal(serve, *served, f"--{flag}", value)

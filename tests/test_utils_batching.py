@@ -6,6 +6,8 @@ python -m pytest tests/test_utils_batching.py
 import argparse
 import asyncio
 import copy
+import logging
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from utils.batching import Room, TransformersEngine, check_engine, make_room
 from utils.data import Chat, make_chat
 from utils.generate import load_finished
+from utils.guard import Refused
 from utils.paged import attend
-from utils.serving import Answers, Refused, Sampling, Served, collect
+from utils.serving import Answers, Sampling, Served, collect
 
 N_NEW = 24
 GREEDY = Sampling(temperature=0, max_tokens=N_NEW)
@@ -223,14 +226,18 @@ def test_an_error_of_the_engine_reaches_all_and_it_starts_anew(
     expected, engine = alone(model, chat, prompts), engines(model, chat)
     with monkeypatch.context() as patch:
         patch.setattr("utils.batching.choose", lambda *_: (_ for _ in ()).throw(MemoryError("the card is full")))
+        # pytest would keep what is logged, and with the traceback all that the engine held.
+        patch.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)
 
         async def fail() -> list[Any]:
             asked = [collect(engine.generate(ids, GREEDY, "m"), 1) for ids in prompts[:2]]
             return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
 
-        for error in asyncio.run(fail()):
-            assert isinstance(error, Refused) and error.status >= 500
+        statuses = [error.status for error in asyncio.run(fail()) if isinstance(error, Refused)]
+        assert len(statuses) == 2 and min(statuses) >= 500
+        dead = weakref.ref(engine._managers["m"])
     assert texts_of(ask(engine, prompts, GREEDY)) == expected
+    assert dead() is None, "its cache is gone"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +308,44 @@ def test_an_engine_that_says_something_else_is_noticed(
         check_engine(engines(make_model("llama", len(tokenizer)).eval(), chat))
 
 
-def test_room(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_rooms(tokenizer: Any, chat: Chat, prompts: list[list[int]], engines: Any) -> None:
+    """One answer at a time, few tokens: the trial at the start fits, and so does the longest answer there may be."""
+    args = argparse.Namespace(max_num_batched_tokens=None, gpu_memory_utilization=0.85)
+    for args.max_num_seqs, args.max_model_len in ((1, 64), (1, 256), (3, 100)):
+        model = make_model("llama", len(tokenizer)).eval()
+        expected = alone(model, chat, prompts[:1], args.max_model_len - len(prompts[0]))
+        engine = engines(model, chat)
+        engine._room = make_room(model, chat, 1, args)
+        engine.max_model_len = args.max_model_len
+        check_engine(engine)
+        longest = GREEDY.model_copy(update={"max_tokens": args.max_model_len - len(prompts[0])})
+        assert texts_of(ask(engine, prompts[:1] * 4, longest)) == expected * 4
+
+
+def test_slow_readers_do_not_pile_up(tokenizer: Any, chat: Chat, prompts: list[list[int]], engines: Any) -> None:
+    """What waits for a reader is each token once, not the whole answer once a token."""
+    engine = engines(make_model("llama", len(tokenizer)).eval(), chat)
+    asked = Sampling(temperature=3.0, seed=1, max_tokens=200)
+
+    async def slowly() -> int:
+        pieces = engine.generate(prompts[0], asked, "m")
+        await anext(pieces)
+        (manager,) = engine._managers.values()
+        while manager.is_running() and manager.batch_processor.has_pending_requests():
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+        (reader,) = manager.output_router.readers.values()
+        waiting = sum(len(step.new_ids) for step in list(reader.steps._queue))
+        answers = Answers(1)
+        async for piece in pieces:
+            answers.add(piece)
+        assert answers.finish_reasons == ["length"]
+        return waiting
+
+    assert 100 < asyncio.run(slowly()) < 200
+
+
+def test_room(tokenizer: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of a token of the tiny model: 2 x 2 layers x 2 heads x 16 numbers of 4 bytes."""
     model = make_model("llama", len(tokenizer))
     args = argparse.Namespace(
@@ -309,12 +353,12 @@ def test_room(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     token_bytes = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr("utils.batching._free_bytes", lambda *_: 10_000 * token_bytes)
-    assert make_room(model, 1, args) == Room(2048, 4, 512, 8320)
-    assert make_room(model, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
+    assert make_room(model, chat, 1, args) == Room(2048, 4, 512, 8448)
+    assert make_room(model, chat, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
     args.max_model_len = 4000
     with pytest.raises(ValueError, match="made for 2,048 tokens"):
-        make_room(model, 1, args)
+        make_room(model, chat, 1, args)
     args.max_model_len = 1000
     monkeypatch.setattr("utils.batching._free_bytes", lambda *_: 700 * token_bytes)
     with pytest.raises(ValueError, match="--max_model_len 672 or less"):
-        make_room(model, 1, args)
+        make_room(model, chat, 1, args)

@@ -97,6 +97,13 @@ def test_draws_follow_the_probabilities() -> None:
     assert torch.allclose(found, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=4 * (0.25 / n) ** 0.5)
 
 
+def test_numbers_too_small_for_fp32() -> None:
+    """A top_p that is 0 in fp32 keeps the likeliest token, and not none."""
+    logits = some_logits(1.0)
+    (token,) = choose(logits[None], [Choice(top_p=1e-320)], [([], [])], [None])
+    assert token == logits.argmax()
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-5, 100.0])
 def test_extreme_temperatures(temperature: float) -> None:
     logits = some_logits(30.0)

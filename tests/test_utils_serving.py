@@ -1,4 +1,4 @@
-"""utils/serving.py: who may ask, how much, how long; and what happens to those who go.
+"""utils/serving.py, utils/guard.py: who may ask, how much, how long; and what happens to those who go.
 
 python -m pytest tests/test_utils_serving.py
 """
@@ -19,12 +19,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from utils.data import comment_prompt
+from utils.guard import Guard, Limits, Refused
 from utils.serving import (
-    Guard,
-    Limits,
     Piece,
     Question,
-    Refused,
     Sampling,
     Served,
     add_error_handlers,
@@ -50,6 +48,7 @@ class Parrot:
         self.at_work = self.ended = 0
         self.rest_sec = 0.0
         self.broken: str | None = None
+        self.text = ""  # In place of the letters.
 
     async def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         self.asked.append(messages)
@@ -63,7 +62,7 @@ class Parrot:
                 await asyncio.sleep(self.rest_sec)
                 for index in range(sampling.n):
                     last = number == sampling.max_tokens - 1
-                    yield Piece(index, chr(97 + number), 1, "length" if last else None)
+                    yield Piece(index, self.text or chr(97 + number % 26), 1, "length" if last else None)
             self.ended += 1
         finally:
             self.at_work -= 1
@@ -78,13 +77,28 @@ def serving(limits: Limits) -> Iterator[tuple[Parrot, int]]:
     engine, app = Parrot(), FastAPI()
     add_error_handlers(app)
     app.include_router(own_routes(engine))
-    server = uvicorn.Server(uvicorn.Config(Guard(app, limits), log_level="warning", timeout_graceful_shutdown=1))
+    with on_port(Guard(app, limits)) as port:
+        yield engine, port
+
+
+@contextmanager
+def on_port(app: Any) -> Iterator[int]:
+    """An ASGI app on a real server in a thread; yields the port."""
+
+    class Noted(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            app.loop = asyncio.get_running_loop()
+            await super().startup(sockets)
+
+    server = Noted(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     listening = socket.create_server(("127.0.0.1", 0))
     worker = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     worker.start()
-    yield engine, listening.getsockname()[1]
-    server.should_exit = True
-    worker.join()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        worker.join()
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +230,10 @@ def test_lengths() -> None:
         b'{"message": "a", "max_tokens": ' + b"9" * 5000 + b"}",
         b'{"message": "a", "max_tokens": 1e400}',
         b'{"message": "a", "seed": -1}',
+        b'{"message": "a", "repetition_penalty": 1e-38}',
+        b'{"message": "a", "stop": "' + b"x" * 5000 + b'"}',
+        b'{"message": "a", "stop": [' + b'"x",' * 20 + b'"x"]}',
+        b'{"message": "a", "parent": "b"}',
         b'{"message": "a", "stop_token_ids": "x"}',
         b'{"message": "a", "history": {"a": 1}}',
         b"[" * 4000,
@@ -268,33 +286,31 @@ def test_keys() -> None:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "geheim"}):
             status, answer = post(port, question, **header)
             assert status == 401 and "geheim" not in json.dumps(answer)
-        right = "Bearer geheim-密".encode().decode("latin-1")
+        right = "bearer  geheim-密".encode().decode("latin-1")
         assert post(port, question, Authorization=right)[0] == 200
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        connection.request("GET", "/health")
-        assert connection.getresponse().status == 200, "health is told without a key"
+        # Health is told without a key, and what the models were trained with is not.
+        for headers, told in (({}, False), ({"Authorization": right}, True)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/health", headers=headers)
+            answer = connection.getresponse()
+            assert answer.status == 200 and ("models" in json.loads(answer.read())) == told
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["Content-Length", "chunked"])
-def test_large_bodies(parrot: tuple[Parrot, int], announced: bool) -> None:
-    """10 MB; the server does not wait for the rest."""
+@pytest.mark.parametrize("key", [None, "k"], ids=["no key", "key"])
+def test_large_bodies(announced: bool, key: str | None) -> None:
+    """10 MB of clients that look for an answer only when all is sent; what is read is not kept."""
     part = b'{"message": "' + b"a" * 100_000
-    connection = http.client.HTTPConnection("127.0.0.1", parrot[1], timeout=30)
-    try:
+    with serving(Limits(key=key, max_body_bytes=10_000)) as (engine, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         if announced:
             connection.request("POST", ROUTE, part * 100, JSON)
         else:
             connection.request("POST", ROUTE, iter([part] * 100), JSON, encode_chunked=True)
-    except ConnectionError:
-        pass  # The server has answered and closed.
-    try:
         answer = connection.getresponse()
-    except ConnectionError:
-        return  # So early that the answer was lost on the way; what counts is below.
-    finally:
-        assert not parrot[0].asked
-        assert post(parrot[1], {"message": "a", "max_tokens": 1})[0] == 200
-    assert answer.status == 413 and "10,000 bytes" in json.loads(answer.read())["error"]["message"]
+        said = json.loads(answer.read())["error"]["message"]
+        assert answer.status == (401 if key else 413) and ("key" if key else "10,000 bytes") in said
+        assert not engine.asked
 
 
 def test_a_body_that_does_not_arrive() -> None:
@@ -312,7 +328,7 @@ def test_no_more_than_can_be_answered(parrot: tuple[Parrot, int]) -> None:
     engine, port = parrot
     engine.rest_sec = 0.2
     found = []
-    ask = lambda: found.append(post(port, {"message": "a", "max_tokens": 5})[0])  # noqa: E731
+    ask = lambda: found.append(post(port, {"message": "a", "max_tokens": 20})[0])  # noqa: E731
     asking = [threading.Thread(target=ask) for _ in range(3)]
     for thread in asking:
         thread.start()
@@ -355,6 +371,42 @@ def test_who_goes_is_not_answered_further(parrot: tuple[Parrot, int], stream: bo
         connection.close()
         assert until(lambda: engine.at_work == 0)
     assert engine.ended == 0
+
+
+def test_who_does_not_read_loses_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes nothing off its connection: in the end its time is up, and nobody waits for it."""
+    monkeypatch.setattr("utils.guard.LAST_WORD_SEC", 0.2)
+    monkeypatch.setattr(Parrot, "max_model_len", 100_000)
+    with serving(Limits(timeout_sec=1, max_requests=1)) as (engine, port):
+        silent = socket.create_connection(("127.0.0.1", port))
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        engine.text = "a" * 100_000
+        body = json.dumps({"message": "a", "stream": True, "max_tokens": 90_000}).encode()
+        head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        silent.sendall(f"{head}\r\n\r\n".encode() + body)
+        assert until(lambda: engine.at_work == 1)
+        assert post(port, {"message": "a"})[0] == 429
+        engine.text = ""
+        assert until(lambda: post(port, {"message": "a", "max_tokens": 1})[0] == 200)
+        silent.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_end_of_the_server_is_told(stream: bool) -> None:
+    engine, app = Parrot(), FastAPI()
+    engine.rest_sec = 0.1
+    add_error_handlers(app)
+    app.include_router(own_routes(engine))
+    guard = Guard(app, Limits())
+    with on_port(guard) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", ROUTE, json.dumps({"message": "a", "stream": stream, "max_tokens": 90}), JSON)
+        assert until(lambda: engine.at_work == 1)
+        guard.loop.call_soon_threadsafe(guard.end)
+        answer = connection.getresponse()
+        said = answer.read().decode()
+        assert answer.status == (200 if stream else 503) and "The server ends" in said.strip().split("\n\n")[-1]
+        assert until(lambda: engine.at_work == 0)
 
 
 def test_health(parrot: tuple[Parrot, int]) -> None:

@@ -684,9 +684,11 @@ from utils.vllm_settings import overheard
 heard = deque()
 with shielded(), overheard(heard):
     child = subprocess.Popen([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"])
+    while not heard:
+        time.sleep(0.05)
     time.sleep(float(sys.argv[2]))
-print("loaded", flush=True)
 try:
+    print("loaded", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.5)
@@ -697,7 +699,7 @@ except KeyboardInterrupt:
 
 def test_signals_reach_the_server_alone() -> None:
     """What it started goes on; and what that prints is seen and noted."""
-    command = [sys.executable, "-c", PARENT, str(ROOT), "2"]
+    command = [sys.executable, "-c", PARENT, str(ROOT), "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "loaded\n"]
     os.killpg(process.pid, signal.SIGINT)

@@ -1,7 +1,9 @@
 """Adapters of any tool in PEFT's format: read, put beside a model's layers, and merged layer by layer."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +123,65 @@ def check_sum(adapters: Sequence[Adapter]) -> None:
             )
 
 
+def put_beside(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
+    """Puts adapters beside the layers of a model, which may be a skeleton or have weights on the disk.
+
+    PEFT's own `from_pretrained` passes over tensors that have no place in the model. With a model of which a part is on
+    the disk it writes that part once more, into the working directory.
+
+    Args:
+        model: The model.
+        adapters: Name -> what `read_adapter` read.
+
+    Returns:
+        A PEFT model.
+
+    Raises:
+        ValueError: if tensors and configuration do not go together or with the model.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": empty}
+    tuned = None
+    for name, (config, tensors, _) in adapters.items():
+        config.inference_mode = True
+        config.base_model_name_or_path = None  # PEFT would warn wherever the base lay elsewhere in training.
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # Of transformers, about a name that PEFT still uses.
+                if tuned is None:
+                    tuned = get_peft_model(model, config, name, **options)
+                else:
+                    tuned.add_adapter(name, config, **options)
+            for layer in tuned.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    _keep_off_nowhere(layer)
+            result = set_peft_model_state_dict(tuned, tensors, name, low_cpu_mem_usage=empty)
+        except Exception as error:  # Names that are no patterns, ranks that are no numbers, and so on.
+            raise ValueError(f"the adapter does not go with this base: {reason_of(error)}") from error
+        if result.unexpected_keys:
+            raise ValueError(f"the adapter has {result.unexpected_keys[0]}, which has no place in this model.")
+        missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
+        # Of tied layers the second one has the first one's values.
+        there = {id(weight) for key, weight in tuned.named_parameters(remove_duplicate=False) if key not in missing}
+        for key in missing:
+            weight = tuned.get_parameter(key)
+            if weight.is_meta or not (empty or id(weight) in there):
+                raise ValueError(f"the adapter has no {key}.")
+    return tuned
+
+
+def _keep_off_nowhere(layer: Any) -> None:
+    """Keeps PEFT from moving an adapter to where its layer's weights are, if these are nowhere or on the disk."""
+    base = layer.get_base_layer()
+    if any(parameter.is_meta for parameter in base.parameters()):
+        hook, move = getattr(base, "_hf_hook", None), layer._move_adapter_to_device_of_base_layer
+        there = partial(move, device=hook.execution_device) if hook else lambda *_, **__: None
+        layer._move_adapter_to_device_of_base_layer = there
+
+
 def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.nn.Module:
     """Puts adapters beside the layers of a skeleton.
 
@@ -134,32 +195,11 @@ def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.n
     Raises:
         ValueError: if tensors and configuration do not go together or with the model, or adapters not with each other.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     check_sum(adapters)
     names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
-    for name, (config, tensors, _) in zip(names, adapters, strict=True):
-        config.inference_mode = True
-        try:
-            if name == "default":
-                model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-            else:
-                model.add_adapter(name, config, low_cpu_mem_usage=True)
-            for layer in model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    # PEFT would move what it loads to where the base is, which is nowhere.
-                    layer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
-            result = set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True)
-        except Exception as error:  # Names that are no patterns, ranks that are no numbers, and so on.
-            raise ValueError(f"the adapter does not go with this base: {reason_of(error)}") from error
-        if result.unexpected_keys:
-            raise ValueError(f"the adapter has {result.unexpected_keys[0]}, which has no place in this model.")
-        # Of tied layers the second one has the first one's values.
-        if missing := [
-            key for key in result.missing_keys if f".{name}." in f"{key}." and model.get_parameter(key).is_meta
-        ]:
-            raise ValueError(f"the adapter has no {missing[0]}.")
+    model = put_beside(model, dict(zip(names, adapters, strict=True)))
     model.base_model.set_adapter(names)
     for layer in model.modules():
         for key, buffer in layer.named_buffers(recurse=False):

@@ -2,8 +2,12 @@
 
 import asyncio
 import copy
+import gc
+import logging
+import sys
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,14 +25,16 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.logits_process import LogitsProcessorList
 
 from utils.data import Chat, Message
-from utils.generate import Speech, end_ids, use_adapter
+from utils.generate import Speech, context_tokens, end_ids, use_adapter
+from utils.guard import Refused
 from utils.paged import NAME
 from utils.sampling import Choice, choose
-from utils.serving import Answers, Piece, Refused, Sampling, Served, collect
+from utils.serving import Answers, Piece, Sampling, Served, collect
 
 DEFAULT_LEN = 4096
 GIB = 1024**3
 PATIENCE_SEC = 5
+SPARE_TOKENS = 128  # Kept free of the cache, so that few answers fit as well as many.
 PAGE_TOKENS = 32  # Prompts that begin alike share whole pages of keys and values.
 
 
@@ -66,27 +72,41 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
-class Reader(NamedTuple):
-    """A coroutine that waits for outputs."""
+class Step(NamedTuple):
+    """What came of one step of an answer."""
 
-    loop: asyncio.AbstractEventLoop
-    outputs: "asyncio.Queue[GenerationOutput]"
+    request_id: str
+    new_ids: list[int]
+    ended: bool
+    error: str | None
+
+
+class Reader:
+    """A coroutine that waits for the steps of a request."""
+
+    def __init__(self, steps: "asyncio.Queue[Step]") -> None:
+        self.steps = steps
+        self.loop = asyncio.get_running_loop()
+        self.known = 0  # Tokens; of the engine's thread alone.
 
 
 class Router(OutputRouter):
-    """Hands outputs to the coroutines that wait for them; what nobody waits for any more is dropped."""
+    """Hands steps to the coroutines that wait for them; what nobody waits for any more is dropped."""
 
     def __init__(self) -> None:
         super().__init__()
         self.readers: dict[str, Reader] = {}
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Hands out one output, from the engine's thread."""
+        """Hands out one step, from the engine's thread: only what is new, as slow readers' steps pile up."""
         if reader := self.readers.get(output.request_id):
-            reader.loop.call_soon_threadsafe(reader.outputs.put_nowait, output)
+            new = output.generated_tokens[reader.known :]
+            reader.known += len(new)
+            step = Step(output.request_id, new, output.is_finished(), output.error)
+            reader.loop.call_soon_threadsafe(reader.steps.put_nowait, step)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Hands out a step's outputs."""
+        """Hands out what came of a step."""
         for output in outputs:
             self.deliver(output)
 
@@ -147,11 +167,12 @@ class Room(NamedTuple):
     cache_tokens: int
 
 
-def make_room(model: Any, voices: int, args: Any) -> Room:
+def make_room(model: Any, chat: Chat, voices: int, args: Any) -> Room:
     """Finds how much can be computed at once.
 
     Args:
         model: Loaded.
+        chat: Its template.
         voices: How many names are served; each has keys and values of its own.
         args: serve.py's.
 
@@ -159,7 +180,7 @@ def make_room(model: Any, voices: int, args: Any) -> Room:
         ValueError: if there is not enough memory for one request.
     """
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_LEN
+    longest = context_tokens(model.config, chat.tokenizer) or DEFAULT_LEN
     asked = args.max_model_len or min(longest, DEFAULT_LEN)
     if asked > longest:
         raise ValueError(f"--max_model_len: got {asked:,}, the model was made for {longest:,} tokens.")
@@ -176,7 +197,7 @@ def make_room(model: Any, voices: int, args: Any) -> Room:
             "less, weights in 4 bits (--bits 4), a smaller model, or --gpu_memory_utilization nearer to 1."
         )
     batched = args.max_num_batched_tokens or (512 if model.device.type == "cpu" else 2048)
-    cache_tokens = min(fitting, args.max_num_seqs * (asked + PAGE_TOKENS))
+    cache_tokens = min(fitting, args.max_num_seqs * (asked + PAGE_TOKENS) + SPARE_TOKENS)
     return Room(asked, args.max_num_seqs, max(batched, args.max_num_seqs), cache_tokens)
 
 
@@ -197,18 +218,22 @@ def check_engine(engine: "TransformersEngine") -> None:
     name, text = engine.models[0].name, "1 2 3 4 5 6 7 8 9 10 " * 20
 
     async def answers() -> Answers:
-        ids = await engine.prompt_ids([{"role": "user", "content": text}])
+        ids = (await engine.prompt_ids([{"role": "user", "content": text}]))[: engine.max_model_len - 8]
         expected.append(engine.greedy(ids, 8, name))
         sampling = Sampling(temperature=0, max_tokens=8)
         return await collect(engine.generate(ids, sampling, name), 1)
 
     expected: list[str] = []
+    log = logging.getLogger("ContinuousBatchingLogger")
+    log.disabled = True  # A traceback would stand above the sentence.
     try:
         found = asyncio.run(answers()).texts[0]
     except Refused as refusal:
         raise ValueError(
             f"transformers' continuous batching does not run this model ({refusal}). vLLM may: requirements_vllm.txt"
         ) from refusal
+    finally:
+        log.disabled = False
     if found != expected[0]:
         raise ValueError(
             f"transformers' continuous batching writes {found!r} where the model writes {expected[0]!r}. Serve it with "
@@ -235,6 +260,7 @@ class TransformersEngine:
         self.max_model_len = room.max_model_len
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self._room, self._chat, self._model = room, chat, model
+        chat.tokenizer.model_max_length = sys.maxsize  # It would warn of what is looked after here.
         self._decoder = copy.deepcopy(chat.tokenizer)  # Encoding changes a tokenizer's state, in another thread.
         self._ends = end_ids(model.generation_config, chat.stop_id)
         self._turns = Turns(model, [*adapters]) if adapters else None
@@ -242,6 +268,10 @@ class TransformersEngine:
         self._managers: dict[str, ContinuousBatchingManager] = {}
         self._renderer = ThreadPoolExecutor(1, "render")
         self._closing = False
+        self._failures = 0  # Of managers, since the last answer.
+        # The managers' threads would keep the process from ending. This one is no daemon: Python waits for it, and
+        # nothing is computing any more when the interpreter goes.
+        Thread(target=_close_with_main, args=(weakref.ref(self),)).start()
 
     async def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Renders a conversation as in training; a long one does not keep others waiting."""
@@ -283,11 +313,11 @@ class TransformersEngine:
         """Answers; closing the iterator ends the work."""
         manager, choice = self._manager(model), self.choice(sampling)
         ends = {*self._ends, *(sampling.stop_token_ids or [])}
-        reader = Reader(asyncio.get_running_loop(), asyncio.Queue())
+        steps: asyncio.Queue[Step] = asyncio.Queue()
         request = uuid.uuid4().hex
         ids = [f"{request}-{index}" for index in range(sampling.n)]
         speeches = [Speech(self._decoder, sampling.stop_words) for _ in ids]
-        known, untold = [0] * sampling.n, [0] * sampling.n  # Tokens: seen here, and not yet counted in a piece.
+        untold = [0] * sampling.n  # Tokens that are in no piece yet.
         open_ids, waiting = set(), [*ids]
 
         def ask(request_id: str) -> None:
@@ -295,7 +325,7 @@ class TransformersEngine:
             if sampling.seed is not None:
                 seeded = torch.Generator(self._model.device).manual_seed(sampling.seed + index)
                 manager.logit_processor.generators[request_id] = seeded
-            manager.output_router.readers[request_id] = reader
+            manager.output_router.readers[request_id] = Reader(steps)
             open_ids.add(request_id)
             settings = {"choice": choice, "prompt_tokens": len(input_ids)}
             if not manager.add_request(input_ids, request_id, sampling.max_tokens, True, False, [*ends], **settings):
@@ -309,23 +339,22 @@ class TransformersEngine:
         try:
             ask(waiting.pop(0))
             while open_ids:
-                output = await _next_output(reader, manager)
-                if output.request_id not in open_ids:
+                request_id, new, done, error = await _next_step(steps, manager)
+                if request_id not in open_ids:
                     continue
-                if output.error is not None:
-                    raise Refused(500, f"The engine has stopped this answer: {output.error}")
+                if error is not None:
+                    raise Refused(500, f"The engine has stopped this answer: {error}")
                 while waiting:  # The others find the prompt's pages in the cache now.
                     ask(waiting.pop(0))
-                index = ids.index(output.request_id)
-                new = output.generated_tokens[known[index] :]
-                known[index] += len(new)
-                done, ended = output.is_finished(), bool(new) and new[-1] in ends
+                index = ids.index(request_id)
+                ended = bool(new) and new[-1] in ends
                 text = speeches[index].add(new[:-1] if ended else new, last=done)
                 if speeches[index].stopped and not done:
-                    manager.cancel_request(output.request_id)
+                    manager.cancel_request(request_id)
                 reason = "stop" if ended or speeches[index].stopped else "length" if done else None
                 if reason:
-                    leave(output.request_id)
+                    leave(request_id)
+                    self._failures = 0
                 untold[index] += len(new)
                 if text or reason:
                     yield Piece(index, text, untold[index], reason)
@@ -339,6 +368,8 @@ class TransformersEngine:
         """Why it cannot answer, if it cannot."""
         if self._closing:
             return "The server is about to end."
+        if self._failures > 1:
+            return "The engine fails again and again; its log says why."
         return None
 
     def _manager(self, name: str) -> ContinuousBatchingManager:
@@ -350,7 +381,9 @@ class TransformersEngine:
                 return manager
             # An error is ending it. Its cache is gone before the next one is made.
             manager.join(time.perf_counter())
-            manager.batch_processor = None
+            self._failures += 1
+            del self._managers[name], manager  # The error's traceback holds it, too, in a circle.
+            gc.collect()
         room = self._room
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -369,9 +402,6 @@ class TransformersEngine:
         manager.logit_processor = Chooser()
         manager.output_router = Router()
         manager.start()
-        # Its thread would keep the process from ending. This one is no daemon: Python waits for it, and nothing is
-        # computing any more when the interpreter goes.
-        Thread(target=_stop_with_main, args=(manager,)).start()
         self._managers[name] = manager
         return manager
 
@@ -384,17 +414,17 @@ class TransformersEngine:
         self._renderer.shutdown()
 
 
-async def _next_output(reader: Reader, manager: ContinuousBatchingManager) -> GenerationOutput:
+async def _next_step(steps: "asyncio.Queue[Step]", manager: ContinuousBatchingManager) -> Step:
     while True:
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_SEC):
-                return await reader.outputs.get()
+                return await steps.get()
         # A request that came in the moment when an error ended the engine has nobody who would fail it.
-        if not manager.is_running() and reader.outputs.empty():
+        if not manager.is_running() and steps.empty():
             raise Refused(503, "The engine has stopped. Try again.")
 
 
-def _stop_with_main(manager: ContinuousBatchingManager) -> None:
+def _close_with_main(engine: "weakref.ref[TransformersEngine]") -> None:
     main_thread().join()
-    if manager.is_running():
-        manager.stop(hard_stop=True)
+    if (left := engine()) is not None:
+        left.close()

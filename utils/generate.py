@@ -1,5 +1,6 @@
 """Talking to a model: load a finished one, whole replies for many prompts, one reply as a stream."""
 
+import logging
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,11 @@ from utils.files import read_json, shown
 from utils.model import keep_packing, load_tokenizer, nf4_config
 
 BATCH_SIZE = 16
+# How configurations call the most tokens that a model can read and write; `max_position_embeddings` comes first.
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+# In 8 bits it would say for each layer and token that the inputs become fp16 ones.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 class Tuning(NamedTuple):
@@ -61,6 +67,7 @@ def load_finished(
     adapters: Mapping[str, Path] | None = None,
     bits: int | None = None,
     offload_folder: Path | None = None,
+    chat_template: str = "",
 ) -> tuple[Any, Chat]:
     """Loads a model folder for use, on the accelerator if there is one.
 
@@ -71,6 +78,7 @@ def load_finished(
             first one's tokenizer or chat template is taken too, if it brings one.
         bits: 4 (NF4) or 8 to quantise the weights as they are loaded; None: 4 if an adapter was trained so.
         offload_folder: Where weights go that fit neither the accelerator nor the memory.
+        chat_template: A Jinja template to use instead of the model's or the adapter's.
 
     Returns:
         The model in the precision it was saved in (fp32 on CPUs, where 16 bits are slow), and its chat template.
@@ -104,7 +112,7 @@ def load_finished(
     if tunings:
         model = _with_adapters(model, {name: tuning.adapter for name, tuning in tunings.items()})
     own = first.adapter is not None and (first.adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(first.adapter if own else path, first.chat_template, trust_remote_code)
+    tokenizer = load_tokenizer(first.adapter if own else path, chat_template or first.chat_template, trust_remote_code)
     return model.eval(), make_chat(tokenizer)
 
 
@@ -114,28 +122,32 @@ def _with_adapters(model: Any, folders: Mapping[str, Path]) -> Any:
     Raises:
         ValueError: if one does not go with the model.
     """
-    from peft import PeftModel
+    from utils.adapters import Adapter, put_beside, read_adapter, vocabulary_rows
 
-    from utils.adapters import read_adapter, vocabulary_rows
-
-    for folder in folders.values():
-        config, tensors, _ = read_adapter(folder)
+    on_disk = any(parameter.is_meta for parameter in model.parameters())
+    adapters = {}
+    for name, folder in folders.items():
+        try:
+            config, tensors, weight = read_adapter(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{shown(folder)}: {error}") from error
         if config.bias != "none":
             raise ValueError(f"{shown(folder)} changes the model's own biases. Merge it first: merge_qlora.py")
+        if on_disk and (config.use_dora or any(".lora_" not in key for key in tensors)):
+            raise ValueError(
+                f"{shown(folder)} is more than plain LoRA: it cannot be used with weights on the disk. Merge it first: "
+                "merge_qlora.py"
+            )
         rows = vocabulary_rows(tensors)
         if rows and rows != model.get_input_embeddings().weight.shape[0]:
             if len(folders) > 1:
                 raise ValueError(f"{shown(folder)} brings another vocabulary: it cannot be used beside others.")
             model.resize_token_embeddings(rows, mean_resizing=False)
-    tuned = None
-    for name, folder in folders.items():
-        try:
-            if tuned is None:
-                tuned = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                tuned.load_adapter(folder, adapter_name=name)
-        except (RuntimeError, KeyError, TypeError) as error:  # Shapes or layers of another model.
-            raise ValueError(f"{shown(folder)} does not go with this model: {error}") from error
+        adapters[name] = Adapter(config, tensors, weight)
+    try:
+        tuned = put_beside(model, adapters)
+    except ValueError as error:
+        raise ValueError(f"{' or '.join(map(shown, folders.values()))}: {error}") from error
     tuned.set_adapter(next(iter(folders)))
     return tuned.get_base_model()
 
@@ -150,6 +162,19 @@ def use_adapter(model: Any, adapter: str | None) -> None:
             layer.enable_adapters(adapter is not None)
             if adapter is not None:
                 layer.set_adapter(adapter, inference_mode=True)
+
+
+def context_tokens(config: Any, tokenizer: Any) -> int | None:
+    """The most tokens that a model can read and write together, or None where nothing says so.
+
+    Args:
+        config: The model's.
+        tokenizer: Of the model; it is asked where the configuration says nothing.
+    """
+    text = config.get_text_config()
+    said = [getattr(text, name, None) for name in LENGTH_NAMES] + [tokenizer.model_max_length]
+    # Tokenizers without a limit name an enormous number; some configurations name -1.
+    return next((int(number) for number in said if isinstance(number, int | float) and 0 < number < 1e9), None)
 
 
 def end_ids(generation: Any, stop_id: int) -> list[int]:
@@ -220,7 +245,7 @@ class Speech:
     """What a model says, as text that comes piece by piece and ends before a stop word.
 
     Pieces are whole letters: the bytes of one may be spread over several tokens. Put together they are the text that
-    the tokenizer makes of all tokens.
+    the tokenizer makes of all tokens, unless these hold bytes that make no letters.
 
     Attributes:
         stopped: Whether a stop word has come; what follows is not wanted.
@@ -250,7 +275,10 @@ class Speech:
         if places := [place for word in self._stop_words if (place := self._held.find(word)) >= 0]:
             self.stopped = True
             return self._held[: min(places)]
-        beginnings = (n for word in self._stop_words for n in range(1, len(word)) if self._held.endswith(word[:n]))
+        held = self._held
+        beginnings = (
+            n for word in self._stop_words for n in range(1, min(len(word), len(held) + 1)) if held.endswith(word[:n])
+        )
         end = len(self._held) - (0 if last else max(beginnings, default=0))
         piece, self._held = self._held[:end], self._held[end:]
         return piece
@@ -281,7 +309,7 @@ def stream(
         input_ids: The prompt.
         max_new_tokens: The most tokens to write.
         stop_id: The token that ends the text; the model's own end tokens count too.
-        stop_words: Texts that end it too; they are not part of it.
+        stop_words: Texts that end it too; they are not part of it. Control tokens may be among them.
         **sampling: Passed to transformers' `generate`.
 
     Yields:
@@ -300,14 +328,20 @@ def stream(
             tokens.put(None)
 
     stopped = Event()
-    ids = torch.tensor([input_ids], device=model.device)
+    device = model.device
+    if device.type == "meta":  # The embedding is on the disk.
+        device = model.get_input_embeddings()._hf_hook.execution_device
+    ids = torch.tensor([input_ids], device=device)
+    # Control tokens are no part of the text in which other stop words are looked for.
+    controls = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stop_ids = [controls[word] for word in stop_words if word in controls]
     options = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         streamer=Tokens(),
         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-        eos_token_id=end_ids(model.generation_config, stop_id),
+        eos_token_id=[*end_ids(model.generation_config, stop_id), *stop_ids],
         pad_token_id=stop_id,
         **sampling,
     )
@@ -315,14 +349,15 @@ def stream(
 
     def work() -> None:
         try:
-            model.generate(**options)
+            if not stopped.is_set():
+                model.generate(**options)
         except BaseException as error:  # Handed to the reader below: a thread's own exceptions would be lost.
             errors.append(error)
             tokens.put(None)
 
     worker = Thread(target=work, daemon=True)
-    worker.start()
     try:
+        worker.start()
         speech, first = Speech(tokenizer, stop_words), tokens.get()  # The prompt.
         while first is not None and not speech.stopped:
             new = tokens.get()
@@ -333,6 +368,7 @@ def stream(
     finally:
         # Also after Ctrl-C: a thread that still computes while Python ends would abort the process.
         stopped.set()
-        worker.join()
+        if worker.is_alive():  # Else Ctrl-C came while it was started, and it will not begin.
+            worker.join()
     if errors:
         raise errors[0]

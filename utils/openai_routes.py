@@ -11,18 +11,19 @@ from pydantic import BaseModel, Field
 
 from utils.batching import TransformersEngine
 from utils.data import Message
-from utils.serving import Piece, Refused, Sampling, check_lengths, collect, find_model, stream_response, usage
+from utils.guard import Refused
+from utils.serving import Piece, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Fields that would change the answer and are not computed here. Others that are not known are ignored, tools among
-# them, as by servers without tools.
-MISSING = {
-    "logprobs": "log-probabilities",
-    "top_logprobs": "log-probabilities",
-    "logit_bias": "biased tokens",
-    "best_of": "choosing among answers",
-    "echo": "repeating the prompt",
-    "suffix": "filling in",
+# Fields that would change the answer and are not computed here, what they ask for, and what asks for nothing. Others
+# that are not known are ignored, tools among them, as by servers without tools.
+MISSING: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "logprobs": ("log-probabilities", ()),
+    "top_logprobs": ("log-probabilities", (0,)),
+    "logit_bias": ("biased tokens", ({},)),
+    "best_of": ("choosing among answers", (1,)),
+    "echo": ("repeating the prompt", ()),
+    "suffix": ("filling in", ("",)),
 }
 
 
@@ -52,8 +53,9 @@ class Completion(Sampling):
         Raises:
             Refused: naming the field.
         """
-        for name, what in MISSING.items():
-            if getattr(self, name):
+        for name, (what, neutral) in MISSING.items():
+            asked = getattr(self, name)
+            if asked is not None and asked is not False and asked not in neutral:
                 raise Refused(400, f"{name}: {what} is not offered by this engine, vLLM's has it.")
         if self.response_format and self.response_format.get("type", "text") != "text":
             raise Refused(400, "response_format: only text is offered by this engine, vLLM's has others.")
@@ -99,19 +101,17 @@ def openai_routes(engine: TransformersEngine) -> APIRouter:
     routes = APIRouter(prefix="/v1")
     started = int(time.time())
 
+    def described(served: Served) -> dict[str, Any]:
+        head = {"id": served.name, "object": "model", "created": started, "owned_by": "llm-train-playground"}
+        return head | {"max_model_len": engine.max_model_len}
+
     @routes.get("/models")
     async def models() -> dict[str, Any]:
-        listed = [
-            {
-                "id": served.name,
-                "object": "model",
-                "created": started,
-                "owned_by": "llm-train-playground",
-                "max_model_len": engine.max_model_len,
-            }
-            for served in engine.models
-        ]
-        return {"object": "list", "data": listed}
+        return {"object": "list", "data": [described(served) for served in engine.models]}
+
+    @routes.get("/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return described(find_model(engine, name))
 
     @routes.post("/chat/completions")
     async def chat_completions(request: ChatRequest) -> Any:

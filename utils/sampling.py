@@ -86,8 +86,9 @@ def kept(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tens
     else:
         probs = logits.softmax(-1)
     if choice.top_p < 1:
-        # The first token always stays, so that there is one.
-        probs = probs * (probs.cumsum(-1) - probs < choice.top_p)
+        stays = probs.cumsum(-1) - probs < choice.top_p
+        stays[0] = True  # Of numbers too small for fp32 nothing would be left.
+        probs = probs * stays
     return probs, ids
 
 

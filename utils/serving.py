@@ -1,17 +1,13 @@
-"""HTTP around an engine: who may ask, how much at once and for how long; this project's own route, and health.
+"""HTTP around an engine: this project's own route, health, and what both engines' routes have in common.
 
-Both engines share it. An engine is an object with `name`, `models` and the methods of `Engine`.
+An engine is an object with what `Engine` has.
 """
 
-import asyncio
-import hmac
-import json
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from textwrap import shorten
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,19 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from utils.data import Message, comment_prompt
+from utils.guard import Refused, problem_json, sse
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MAX_CHOICES = 16
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # The second is read by nginx.
-
-
-class Refused(Exception):
-    """A request that is not answered; `status` is HTTP's, the message is written for the client."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Served(NamedTuple):
@@ -47,6 +34,9 @@ class Served(NamedTuple):
     system_prompt: str | None
 
 
+StopWord = Annotated[str, Field(max_length=256)]
+
+
 class Sampling(BaseModel):
     """How tokens are chosen; what is not given is the model's own setting. The names are those of vLLM."""
 
@@ -56,12 +46,12 @@ class Sampling(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: str | list[str] | None = Field(default=None)
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=16)] | None = None
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
 
     @property
@@ -112,183 +102,6 @@ class Engine(Protocol):
         ...
 
 
-@dataclass
-class Limits:
-    """What a server takes.
-
-    Attributes:
-        key: That clients must give; none: everybody may ask.
-        max_body_bytes: The largest request.
-        max_requests: Being answered or waiting at once; more are told to come again (429).
-        timeout_sec: The longest that one may take.
-        body_timeout_sec: The longest that sending one may take.
-    """
-
-    key: str | None = None
-    max_body_bytes: int = 1_000_000
-    max_requests: int = 256
-    timeout_sec: float = 600
-    body_timeout_sec: float = 30
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """Takes the port before a model is loaded for nothing.
-
-    Raises:
-        SystemExit: if it cannot be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.socket(family)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind((host, port))
-        # Connections are taken from now on, and wait until the model is there.
-        opened.listen(2048)
-    except OSError as error:
-        raise SystemExit(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Give another --port, or --host."
-        ) from error
-    return opened
-
-
-def problem_json(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return JSONResponse(body, status, headers)
-
-
-class Guard:
-    """ASGI middleware that enforces `Limits`, and ends the work on a request whose client has gone.
-
-    `/health` is always answered.
-    """
-
-    def __init__(self, app: Any, limits: Limits) -> None:
-        self.app = app
-        self.limits = limits
-        self.at_work = 0
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        if scope["type"] != "http" or scope["path"] == "/health":
-            await self.app(scope, receive, send)
-            return
-        if self.at_work >= self.limits.max_requests:
-            waiting = f"{self.at_work} requests are at work or waiting, as many as this server takes. Try again soon."
-            await problem_json(429, waiting, {"Retry-After": "1"})(scope, receive, send)
-            return
-        self.at_work += 1
-        try:
-            self._check_headers(scope)
-            body = await self._read_body(scope, receive)
-            await self._answer(scope, body, receive, send)
-        except Refused as refusal:
-            # What of the body was not read would be taken for the next request.
-            await problem_json(refusal.status, str(refusal), {"Connection": "close"})(scope, receive, send)
-        except ConnectionError:
-            pass  # The client went while it was sending.
-        finally:
-            self.at_work -= 1
-
-    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
-        headers, key = dict(scope["headers"]), self.limits.key
-        if key is not None:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-                raise Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
-        # Other kinds can be sent by any page that is open in a browser on this machine.
-        if scope["method"] == "POST" and b"json" not in headers.get(b"content-type", b""):
-            raise Refused(415, "Send the header `Content-Type: application/json`.")
-
-    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        most = self.limits.max_body_bytes
-        too_large = Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > most:
-            raise too_large
-        body, more = bytearray(), True
-        try:
-            async with asyncio.timeout(self.limits.body_timeout_sec):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ConnectionError
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            seconds = self.limits.body_timeout_sec
-            raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
-        return bytes(body)
-
-    async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        started, ended, gone, given, late = False, False, asyncio.Event(), False, False
-
-        async def replay() -> MutableMapping[str, Any]:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal started, ended
-            if late:
-                return
-            started = True
-            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
-        async def until_gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-
-        answer = asyncio.ensure_future(self.app(scope, replay, noted))
-        watch = asyncio.ensure_future(until_gone())
-        try:
-            await asyncio.wait({answer, watch}, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                late = not gone.is_set()
-                # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
-                gone.set()
-                await asyncio.wait({answer}, timeout=1)
-                if late:
-                    await self._too_late(started, ended, scope, receive, send)
-            elif started and not ended and answer.exception():
-                event = {"error": {"message": "The answer could not be finished.", "code": 500}}
-                await send({"type": "http.response.body", "body": sse(event)})
-                await answer
-            else:
-                await answer
-        finally:
-            for task in (answer, watch):
-                task.cancel()
-            # An engine is told to stop while its route is cancelled.
-            await asyncio.gather(answer, watch, return_exceptions=True)
-
-    async def _too_late(
-        self, started: bool, ended: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
-        message = f"The answer was not ready within {self.limits.timeout_sec:g} seconds. Ask for fewer tokens."
-        if not started:
-            await problem_json(504, message)(scope, receive, send)
-        elif not ended:
-            await send({"type": "http.response.body", "body": sse({"error": {"message": message, "code": 504}})})
-
-
-def sse(event: dict[str, Any] | str) -> bytes:
-    """A server-sent event."""
-    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
-
-
 def check_lengths(engine: Engine, input_ids: list[int], sampling: Sampling, clamp: bool) -> Sampling:
     """Finds how long an answer may become.
 
@@ -328,7 +141,7 @@ def find_model(engine: Engine, name: str | None) -> Served:
         if served.name == name:
             return served
     names = ", ".join(served.name for served in engine.models)
-    raise Refused(404, f"model: got {name!r}, this server has {names}.")
+    raise Refused(404, f"model: got {shorten(repr(name), 100)}, this server has {names}.")
 
 
 class Question(Sampling):
@@ -364,6 +177,8 @@ def to_conversation(question: Question, trained_system: str | None) -> list[Mess
                 )
     if question.message.strip() and question.title.strip():
         raise Refused(400, "Got a message and a title, expected one of them.")
+    if not question.title.strip() and (question.desc or question.parent):
+        raise Refused(400, "desc and parent belong to a video: give its title as well.")
     asked = question.message if question.message.strip() else ""
     if question.title.strip():
         asked = comment_prompt(question.title, question.desc, question.parent)
@@ -443,12 +258,14 @@ def own_routes(engine: Engine) -> APIRouter:
 
         return stream_response(events())
 
-    @routes.get("/health")
-    async def health() -> Any:
+    @routes.api_route("/health", methods=["GET", "HEAD"])
+    async def health(request: Request) -> Any:
         if problem := engine.problem():
             return problem_json(503, problem)
-        models = [served._asdict() for served in engine.models]
-        return {"status": "ok", "engine": engine.name, "models": models, "started": started}
+        told: dict[str, Any] = {"status": "ok", "engine": engine.name}
+        if request.state.knows_key:
+            told |= {"models": [served._asdict() for served in engine.models], "started": started}
+        return told
 
     return routes
 

@@ -23,19 +23,8 @@ from uuid import uuid4
 
 from utils.data import Chat, Message
 from utils.files import reason_of
-from utils.serving import (
-    MAX_CHOICES,
-    Guard,
-    Limits,
-    Piece,
-    Refused,
-    Sampling,
-    Served,
-    add_error_handlers,
-    open_socket,
-    own_routes,
-    problem_json,
-)
+from utils.guard import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
+from utils.serving import MAX_CHOICES, Piece, Sampling, Served, add_error_handlers, own_routes
 from utils.vllm_rendering import make_renderer
 from utils.vllm_settings import overheard, startup_problem, vllm_settings
 
@@ -324,7 +313,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
             log_level=settings.uvicorn_log_level,
             access_log=not settings.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            timeout_graceful_shutdown=shutdown_sec,
+            timeout_graceful_shutdown=shutdown_sec + 2 * LAST_WORD_SEC,  # Then it would only cut them off.
             **options,
         )
     )
@@ -334,6 +323,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
 
     def stop() -> None:
         server.force_exit, server.should_exit = server.should_exit, True
+        asyncio.get_running_loop().call_later(shutdown_sec, guard.end)
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop)

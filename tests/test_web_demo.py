@@ -1,0 +1,1097 @@
+"""web_demo.py: what models are asked is what they were trained on, what comes back is shown as it is, runs are drawn.
+
+Most tests run the page without a browser; the slow ones go a person's way through it in a headless Chromium.
+
+python -m pytest tests/test_web_demo.py
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from string import Formatter
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT, LocalServer, load_script
+
+from utils.data import SYSTEM_PROMPT, comment_prompt, make_chat, to_messages
+from utils.track import Tracker
+
+script = load_script("web_demo.py")
+SCRIPT = str(ROOT / "web_demo.py")
+ZH, EN = script.TEXTS["zh"], script.TEXTS["en"]
+KEY = "sk-secret-of-the-test"
+# What would not come out as it is, if it went through Markdown, LaTeX or HTML.
+WILD = "<img src=x onerror=document.title='oh'> $x$ **a** `b` :smile: [c](d)\n# e\n![](http://127.0.0.1:9/f.png) <b>"
+
+
+class Api(LocalServer):
+    """Speaks as much of the OpenAI API as the page asks for.
+
+    Attributes:
+        models: Name -> system prompt, as this project's server tells in /health; with `health` off it tells nothing.
+        reply: (request) -> the texts of the choices; more than `most` are not written, as some servers do.
+        piece_sec: Between two pieces of text.
+        fault: What goes wrong instead: an HTTP status, "event" (an error amid the stream), "garbage" or "cut".
+        longest: Conversation, in messages.
+        requests: The bodies of all requests for text. `headers` are theirs, `paths` those of all requests.
+        left: How many streams the client closed before they ended.
+    """
+
+    def __init__(self, **changes: Any) -> None:
+        self.models: dict[str, str | None] = {"small": None, "tuned": "调过的设定"}
+        self.reply: Callable[[dict[str, Any]], list[str]] = echo
+        self.health, self.most, self.piece_sec, self.fault, self.longest = True, 8, 0.0, "", 1000
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.left = 0
+        for name, value in changes.items():
+            setattr(self, name, value)
+        super().__init__(Answering)
+
+
+def echo(request: dict[str, Any]) -> list[str]:
+    last = request["messages"][-1]["content"].splitlines()[-1]
+    return [f"{request['model']}的第{number}条：{last}" for number in range(request.get("n", 1))]
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Api
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def send(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        if self.path == "/v1/models":
+            self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+        elif self.path == "/health" and self.server.health:
+            told = [{"name": name, "system_prompt": text} for name, text in self.server.models.items()]
+            self.send(200, {"status": "ok", "engine": "test", "models": told})
+        else:
+            self.send(404, {"error": {"message": "no such page"}})
+
+    def do_POST(self) -> None:
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.paths.append(self.path)
+        server.requests.append(body)
+        server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        if len(body["messages"]) > server.longest:
+            self.send(400, {"error": {"message": "The prompt has 5,000 tokens; with an answer 4,096 is the most."}})
+            return
+        if isinstance(server.fault, int):
+            self.send(server.fault, {"error": {"message": f"wrong **key** {KEY}", "code": "no"}})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            self.stream(body, server.reply(body)[: server.most])
+        except (BrokenPipeError, ConnectionResetError):
+            server.left += 1
+
+    def stream(self, body: dict[str, Any], texts: list[str]) -> None:
+        for start in range(0, max(map(len, texts)), 4):
+            for number, text in enumerate(texts):
+                if text[start:]:
+                    self.event(body, number, {"content": text[start : start + 4]})
+            time.sleep(self.server.piece_sec)
+            if self.server.fault == "event":
+                self.wfile.write(b'event: error\ndata: {"error": {"message": "out of memory"}}\n\n')
+                return
+            if self.server.fault == "garbage":
+                self.wfile.write(b"data: {nothing\n\n")
+            if self.server.fault == "cut":
+                return
+        for number, text in enumerate(texts):
+            self.event(body, number, {}, "length" if text.endswith("长") else "stop")
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def event(self, body: dict[str, Any], number: int, delta: dict[str, str], end: str | None = None) -> None:
+        choice = {"index": number, "delta": delta, "finish_reason": end}
+        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+        self.wfile.write(f"data: {json.dumps(chunk | {'choices': [choice]})}\n\n".encode())
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    server = Api()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def open_page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Opens a page as a visitor of its own; returns Streamlit's stand-in for a browser."""
+    import streamlit as st
+    from streamlit.logger import set_log_level
+    from streamlit.testing.v1 import AppTest
+    from streamlit.util import calc_hash
+
+    set_log_level("error")  # It would warn that this is no browser.
+    st.cache_resource.clear()
+
+    def build(
+        name: str, *arguments: str, locale: str = "zh-CN", query: str = "", state: dict[str, Any] | None = None
+    ) -> Any:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        page = AppTest.from_file(SCRIPT, default_timeout=120)
+        page.context = {"locale": locale}
+        page.query_params.update({"lang": query} if query else {})
+        for key, value in (state or {}).items():
+            page.session_state[key] = value
+        page.run()
+        if name != "comments":
+            page._page_hash = calc_hash(name)  # Pages that are functions cannot be named otherwise.
+            page.run()
+        assert not page.exception
+        return page
+
+    return build
+
+
+def texts(page: Any) -> list[str]:
+    return [element.value for element in page.text]
+
+
+def press(page: Any, label: str) -> None:
+    (button,) = [button for button in page.button if button.label == label]
+    button.click().run()
+    assert not page.exception
+
+
+def labels(page: Any) -> list[str]:
+    return [button.label for button in page.button]
+
+
+def write(page: Any, title: str = "标题", desc: str = "", parent: str = "", count: int = 3, **settings: Any) -> None:
+    """Fills in the form and presses the button."""
+    for key, value in {"title": title, "desc": desc, "parent": parent, "count": count, **settings}.items():
+        page.get_by_key(key).set_value(value)
+    press(page, ZH["write"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts and arguments
+
+
+def test_both_languages_have_the_same_texts() -> None:
+    assert ZH.keys() == EN.keys()
+    for key in ZH:
+        fields = [{field for _, field, *_ in Formatter().parse(texts[key]) if field} for texts in (ZH, EN)]
+        assert ZH[key] and EN[key] and fields[0] == fields[1], key
+    code = Path(SCRIPT).read_text(encoding="utf-8").partition("# Arguments")[2]
+    assert [key for key in ZH if f'"{key}"' not in code] == [], "texts that nothing shows"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--api http://a --model b", "--model, --adapter and --base cannot be given too"),
+        ("--adapter a", "belong to a --model"),
+        ("--model a --adapter b --base c", "is the base already"),
+        ("--api 127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("--api http://", "expected an address"),
+        ("--api http://[", "expected an address"),
+        ("--api http://a:b", "expected an address"),
+        ("--api_key_env A", "belongs to an --api"),
+        ("--api http://a --api_key_env THIS_IS_NOT_SET", "export THIS_IS_NOT_SET=..."),
+        ("--modle a", "unrecognized arguments: --modle a"),
+        ("--model", "expected one argument"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: str, said: str, open_page: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, in the terminal and on the page."""
+    with pytest.raises(SystemExit) as end:
+        script.read_arguments(arguments.split())
+    assert said in end.value.code and "usage: streamlit run" in end.value.code
+    page = open_page("comments", *arguments.split())
+    assert [error.value for error in page.error] == [f"{ZH['wrong_arguments']} {EN['wrong_arguments']}"]
+    assert texts(page) == [end.value.code]
+    assert end.value.code in capsys.readouterr().err
+
+
+def test_help_on_the_page(open_page: Callable[..., Any]) -> None:
+    page = open_page("comments", "--help")
+    assert not page.error and "--api_key_env" in texts(page)[0]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["--model", "a b"], "-- --model 'a b'\n"), (["-x"], "-x\nusage: ")])
+def test_without_streamlit(arguments: list[str], said: str) -> None:
+    """It says how to start it."""
+    ended = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 1 and said in ended.stderr and "Traceback" not in ended.stderr
+    assert "streamlit run web_demo.py -- " in ended.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Languages
+
+
+@pytest.mark.parametrize(
+    ("locale", "query", "expected"),
+    [("zh-CN", "", "zh"), ("zh", "", "zh"), ("en-US", "", "en"), ("zh", "en", "en"), ("zh", "x", "zh")],
+)
+def test_language(api: Api, open_page: Callable[..., Any], locale: str, query: str, expected: str) -> None:
+    page = open_page("comments", "--api", api.url, locale=locale, query=query)
+    assert page.title[0].value == script.TEXTS[expected]["comments"]
+    assert page.query_params["lang"] == expected
+
+
+def test_the_language_can_be_changed(api: Api, open_page: Callable[..., Any]) -> None:
+    """What was written stays."""
+    page = open_page("comments", "--api", api.url)
+    write(page, count=1)
+    page.get_by_key("lang").set_value("en").run()
+    assert page.title[0].value == EN["comments"] and EN["write"] in labels(page)
+    assert page.query_params["lang"] == "en"
+    assert "tuned的第0条：视频标题：标题" in texts(page)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comments
+
+
+@pytest.mark.parametrize(("desc", "parent"), [("", ""), ("简介", ""), ("-", "前排"), ("简介\n二", " 前排 <|im_end|>")])
+def test_a_comment_is_asked_for_as_in_training(
+    api: Api, open_page: Callable[..., Any], tokenizer: Any, desc: str, parent: str
+) -> None:
+    """The messages, rendered by the template, are the prompt of a training sample."""
+    write(open_page("comments", "--api", api.url), desc=desc, parent=parent, count=2)
+    turns = [("system", "调过的设定"), ("user", comment_prompt("标题", desc, parent)), ("assistant", "好看")]
+    record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    (sample,) = make_chat(tokenizer).samples(to_messages(record), 1000)
+    assert sorted(request["model"] for request in api.requests) == ["small", "tuned"], "both are asked the same"
+    for request in api.requests:
+        assert make_chat(tokenizer).prompt_ids(request["messages"]) == sample.input_ids[~sample.supervised].tolist()
+        assert request["n"] == 2
+
+
+def test_replies_side_by_side(api: Api, open_page: Callable[..., Any]) -> None:
+    page = open_page("comments", "--api", api.url)
+    assert labels(page) == [ZH["write"], ZH["example"]] and texts(page) == []
+    write(page, parent="前排", count=3)
+    sides = [[f"{name}的第{number}条：父评论：前排" for number in range(3)] for name in ("small", "tuned")]
+    assert texts(page)[:8] == ["small", *sides[0], "tuned", *sides[1]]
+    assert texts(page)[8:] == ["调过的设定", comment_prompt("标题", "", "前排")], "what the model reads"
+    assert [element.value for element in page.markdown][1:] == [f"#### {ZH['base']}", f"#### {ZH['tuned']}"]
+    assert labels(page) == [ZH["write"], ZH["example"]], "no stop button is left"
+
+
+def test_example(api: Api, open_page: Callable[..., Any]) -> None:
+    page = open_page("comments", "--api", api.url)
+    press(page, ZH["example"])
+    press(page, ZH["write"])
+    assert api.requests[0]["messages"][-1]["content"] == comment_prompt(*script.EXAMPLE.values())
+
+
+def test_without_a_title_nothing_is_asked(api: Api, open_page: Callable[..., Any]) -> None:
+    page = open_page("comments", "--api", api.url)
+    write(page, title=" ")
+    assert [warning.value for warning in page.warning] == [ZH["no_title"]] and not api.requests
+
+
+def test_neutral_settings_are_left_out(api: Api, open_page: Callable[..., Any]) -> None:
+    """Not every server knows them."""
+    write(open_page("comments", "--api", api.url), count=1)
+    assert api.requests[0].keys() == {"model", "messages", "stream", "temperature", "top_p", "max_tokens"}
+    assert api.requests[0]["temperature"] == 0.8 and api.requests[0]["top_p"] == 0.95
+    assert api.requests[0]["max_tokens"] == 256
+
+
+def test_settings(api: Api, open_page: Callable[..., Any]) -> None:
+    settings = {"temperature": 1.5, "top_p": 0.5, "top_k": 7, "penalty": 1.2, "max_tokens": 9, "seed": 0}
+    write(open_page("comments", "--api", api.url), count=2, **settings)
+    expected = {"repetition_penalty" if name == "penalty" else name: value for name, value in settings.items()}
+    for request in api.requests:
+        assert {name: request[name] for name in request.keys() - {"model", "messages", "stream"}} == expected | {"n": 2}
+
+
+def test_greedily_one_reply_is_written(api: Api, open_page: Callable[..., Any]) -> None:
+    """Others would be the same, and vLLM refuses to write them."""
+    page = open_page("comments", "--api", api.url)
+    write(page, count=4, temperature=0.0)
+    assert all("n" not in request and request["temperature"] == 0 for request in api.requests)
+    assert ZH["greedy_one"] in [caption.value for caption in page.caption]
+    assert texts(page)[:4] == ["small", "small的第0条：视频标题：标题", "tuned", "tuned的第0条：视频标题：标题"]
+
+
+def test_servers_that_do_not_know_n(api: Api, open_page: Callable[..., Any]) -> None:
+    """They write one reply, so they are asked again, each time with another seed."""
+    api.models, api.most = {"only": "设定"}, 1
+    api.reply = lambda request: [f"种子{request['seed']}"]
+    page = open_page("comments", "--api", api.url)
+    write(page, count=3, seed=5)
+    assert texts(page)[:4] == ["only", "种子5", "种子6", "种子7"]
+
+
+@pytest.mark.parametrize(
+    ("health", "told", "expected"),
+    [(True, "设定", "设定"), (True, "", ""), (True, None, SYSTEM_PROMPT), (False, None, SYSTEM_PROMPT)],
+    ids=["trained here", "without one", "not trained here", "another server"],
+)
+def test_system_prompt_of_comments(
+    api: Api, open_page: Callable[..., Any], health: bool, told: str | None, expected: str
+) -> None:
+    api.health, api.models = health, {"only": told}
+    page = open_page("comments", "--api", api.url)
+    assert page.get_by_key("comment system of only").value == expected
+    write(page, count=1)
+    system = [{"role": "system", "content": expected}] if expected else []
+    assert api.requests[0]["messages"] == [*system, {"role": "user", "content": comment_prompt("标题")}]
+
+
+def test_another_system_prompt(api: Api, open_page: Callable[..., Any]) -> None:
+    page = open_page("comments", "--api", api.url)
+    for text in ("别的", " "):
+        page.get_by_key("comment system of tuned").set_value(text)
+        write(page, count=1)
+    assert [[message["role"] for message in request["messages"]] for request in api.requests[1:3]] == [
+        ["system", "user"],
+        ["user"],
+    ]
+
+
+def test_odd_replies(api: Api, open_page: Callable[..., Any]) -> None:
+    """Nothing, too long ones, an emoji in two halves, and what is no HTML."""
+    api.models = {"only": None}
+    api.reply = lambda request: ["", "长长长长长", "哈哈哈\ud83d\ude02\n 好", WILD]
+    page = open_page("comments", "--api", api.url)
+    write(page, count=4)
+    assert texts(page)[1:5] == ["", "长长长长长", "哈哈哈😂\n 好", WILD]
+    assert [caption.value for caption in page.caption] == [ZH["empty"], ZH["cut"]]
+
+
+def test_models_are_chosen(api: Api, open_page: Callable[..., Any]) -> None:
+    """Of any number; without a base there is one column."""
+    api.models = {"a": None, "b": None, "c": "设定"}
+    page = open_page("comments", "--api", api.url)
+    assert (page.get_by_key("tuned_model").value, page.get_by_key("base_model").value) == ("c", "a")
+    page.get_by_key("tuned_model").set_value("b")
+    page.get_by_key("base_model").set_value("").run()
+    write(page, count=1)
+    assert [request["model"] for request in api.requests] == ["b"]
+    assert [element.value for element in page.markdown][1:] == [f"#### {ZH['tuned']}"]
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_addresses(api: Api, open_page: Callable[..., Any], ending: str) -> None:
+    write(open_page("comments", "--api", api.url + ending), count=1)
+    assert Counter(api.paths) == {"/v1/models": 1, "/health": 1, "/v1/chat/completions": 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("fault", "text", "values", "said"),
+    [
+        (401, "error_key", {"status": 401}, None),
+        (403, "error_key", {"status": 403}, None),
+        (404, "error_missing", {}, "wrong **key** ***"),
+        (429, "error_busy", {}, "wrong **key** ***"),
+        (503, "error_loading", {}, "wrong **key** ***"),
+        (400, "error_request", {"status": 400}, "wrong **key** ***"),
+        (422, "error_request", {"status": 422}, "wrong **key** ***"),
+        (500, "error_server", {"status": 500}, "wrong **key** ***"),
+        ("event", "error_broken", {}, "out of memory"),
+        ("garbage", "error_broken", {}, ""),
+    ],
+)
+def test_errors_are_sentences(
+    api: Api,
+    open_page: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    fault: int | str,
+    text: str,
+    values: dict[str, Any],
+    said: str | None,
+) -> None:
+    """Without the key, whatever the server says; what came before stays."""
+    monkeypatch.setenv("KEY_OF_THE_TEST", KEY)
+    api.models, api.fault = {"only": None}, fault
+    page = open_page("comments", "--api", api.url, "--api_key_env", "KEY_OF_THE_TEST")
+    write(page, count=1)
+    assert api.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert [error.value for error in page.error] == [ZH[text].format(**values)]
+    shown = texts(page)
+    assert shown[1] == ("" if isinstance(fault, int) else "only")
+    assert SYSTEM_PROMPT in shown if said is None else said in shown[2]
+    assert KEY not in f"{page}{shown}" and KEY not in "".join(capfd.readouterr())
+    api.fault = ""
+    write(page, count=1)
+    assert not page.error, "the next one may go well"
+
+
+def test_a_cut_stream(api: Api, open_page: Callable[..., Any]) -> None:
+    """A stream that ends early, as that of a server which is stopped: what came is shown."""
+    api.models, api.fault = {"only": None}, "cut"
+    page = open_page("comments", "--api", api.url)
+    write(page, count=1)
+    assert texts(page)[1] == "only" and [caption.value for caption in page.caption] == [ZH["stopped"]]
+
+
+def test_no_server(open_page: Callable[..., Any], api: Api) -> None:
+    """The page asks again when it is told to."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = open_page("comments", "--api", f"http://127.0.0.1:{port}")
+    assert [error.value for error in page.error] == [ZH["error_connection"].format(url=f"127.0.0.1:{port}")]
+    assert labels(page) == [ZH["reload"]]
+    press(page, ZH["reload"])
+    assert page.error
+
+
+def test_a_server_without_models(api: Api, open_page: Callable[..., Any]) -> None:
+    api.models = {}
+    page = open_page("comments", "--api", api.url)
+    assert [error.value for error in page.error] == [ZH["error_no_models"]]
+
+
+def test_it_stops_amid_a_request(api: Api) -> None:
+    """The server is left at once, what came stays."""
+    api.piece_sec = 0.05
+    api.reply = lambda request: ["很" * 4000]
+    model = script.Model(f"{api.url}/v1", "none", "only", None)
+    answer = script.new_answer(model, 1)
+    with closing(script.working([script.ask(model, [], {}, answer)])) as looks:
+        while not answer["texts"][0]:
+            next(looks)
+    deadline = time.monotonic() + 10
+    while not api.left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert api.left == 1 and len(answer["texts"][0]) < 4000 and answer["ends"] == [None]
+
+
+def test_other_services_settings_go_nowhere(
+    api: Api, open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what the openai client takes from the environment, nor a proxy, since the server is on this machine."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-another")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    write(open_page("comments", "--api", api.url), count=1)
+    assert "another" not in str(api.headers) and KEY not in str(api.headers) and len(api.headers) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project's own server
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """Lets servers of the tests stand in for serve.py's; what they were started with."""
+    calls: list[list[str]] = []
+    servers = []
+
+    def serve_in_background(arguments: list[str]) -> str:
+        calls.append(arguments)
+        name = Path(arguments[1]).name
+        if name == "broken":
+            raise SystemExit("No model at broken (expected a folder).")
+        models = {name: None} | ({"tuned": "调过的设定"} if "--adapter" in arguments else {})
+        servers.append(Api(models=dict(reversed(models.items()))))
+        return servers[-1].url
+
+    serve = ModuleType("serve")
+    serve.serve_in_background = serve_in_background
+    monkeypatch.setitem(sys.modules, "serve", serve)
+    yield calls
+    for server in servers:
+        server.shutdown()
+
+
+def test_one_server_for_all_visitors(started: list[list[str]], open_page: Callable[..., Any]) -> None:
+    for _ in range(2):
+        page = open_page("comments", "--model", "output_hf/Mine")
+        write(page, count=1)
+        assert texts(page)[:2] == ["Mine", "Mine的第0条：视频标题：标题"]
+    assert started == [["--model", str(ROOT / "output_hf/Mine")]]
+
+
+def test_adapter(started: list[list[str]], open_page: Callable[..., Any]) -> None:
+    """One server has the base and the adapter, which comes with its system prompt."""
+    page = open_page("comments", "--model", "model/a/Base", "--adapter", "out/1")
+    write(page, count=1)
+    assert started == [["--model", str(ROOT / "model/a/Base"), "--adapter", f"tuned={ROOT / 'out/1'}"]]
+    assert [texts(page)[0], texts(page)[2]] == ["Base", "tuned"]
+    assert page.get_by_key("comment system of tuned").value == "调过的设定"
+
+
+def test_base(started: list[list[str]], open_page: Callable[..., Any]) -> None:
+    """A second server, when it is needed."""
+    page = open_page("comments", "--model", "output_hf/Mine", "--base", "model/a/Base")
+    assert started == [["--model", str(ROOT / "output_hf/Mine")]]
+    for _ in range(2):
+        write(page, count=1)
+        assert [texts(page)[0], texts(page)[2]] == ["Base", "Mine"]
+    assert started[1:] == [["--model", str(ROOT / "model/a/Base")]]
+
+
+def test_a_model_that_cannot_be_loaded(
+    started: list[list[str]], open_page: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = open_page("comments", "--model", "broken")
+    assert [error.value for error in page.error] == [ZH["no_server"]]
+    assert texts(page) == ["No model at broken (expected a folder)."]
+    assert texts(page)[0] in capsys.readouterr().err
+
+
+def test_without_a_model(open_page: Callable[..., Any]) -> None:
+    for name in ("comments", "chat"):
+        page = open_page(name)
+        assert [info.value for info in page.info] == [ZH["no_arguments"]] and "--model" in page.code[0].value
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("server", ["stand-in", "serve.py"])
+def test_greedy_replies_are_generates(
+    api: Api,
+    open_page: Callable[..., Any],
+    model_dir: Path,
+    tokenizer: Any,
+    request: pytest.FixtureRequest,
+    kind: str,
+    server: str,
+) -> None:
+    """The text on the page is what plain transformers makes of the rendered prompt, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    folder = model_dir / "tiny" / kind
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+    def generated(request: dict[str, Any]) -> list[str]:
+        inputs = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_tensors="pt")
+        end = [model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        out = model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=0)
+        return [tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+    if server == "stand-in":
+        api.models, api.reply = {kind: None}, generated
+        page = open_page("comments", "--api", api.url)
+    elif not (ROOT / "serve.py").exists():
+        pytest.skip("serve.py is not there")
+    else:
+        page = open_page("comments", "--model", str(folder))
+    write(page, desc="简介", parent="前排", count=2, temperature=0.0, max_tokens=24)
+    content = comment_prompt("标题", "简介", "前排")
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
+    (expected,) = generated({"messages": messages})
+    assert expected.strip() and texts(page)[1] == expected.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+
+
+def say(page: Any, text: str) -> None:
+    page.chat_input[0].set_value(text).run()
+    assert not page.exception
+
+
+def talk(*contents: str, system: str = "调过的设定") -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def test_conversation(api: Api, open_page: Callable[..., Any]) -> None:
+    """Questions without an answer are shown, and not told to the model."""
+    page = open_page("chat", "--api", api.url)
+    say(page, WILD)
+    api.fault = 429
+    say(page, "二")
+    assert [error.value for error in page.error] == [ZH["error_busy"]]
+    api.fault = ""
+    say(page, "三")
+    first = f"tuned的第0条：{WILD.splitlines()[-1]}"
+    assert [request["messages"] for request in api.requests] == [
+        talk(WILD),
+        talk(WILD, first, "二"),
+        talk(WILD, first, "三"),
+    ]
+    assert all(request["model"] == "tuned" and "n" not in request for request in api.requests)
+    assert [text.value for text in page.main.text if text.value] == [
+        WILD, first, "二", "wrong **key** ***", "三", "tuned的第0条：三"
+    ]  # fmt: skip
+    assert ZH["stop"] not in labels(page)
+    press(page, ZH["clear"])
+    assert [text.value for text in page.main.text] == []
+    say(page, "四")
+    assert api.requests[-1]["messages"] == talk("四")
+
+
+def test_a_conversation_that_outgrows_the_model(api: Api, open_page: Callable[..., Any]) -> None:
+    """Its oldest exchanges leave, which the page tells; the next question starts from there. One is never dropped."""
+    page = open_page("chat", "--api", api.url)
+    api.longest = 4  # With the system text and the question, one exchange.
+    for text in "一二三":
+        say(page, text)
+    answers = {text: f"tuned的第0条：{text}" for text in "一二三四"}
+    assert api.requests[-1]["messages"] == talk("二", answers["二"], "三")
+    assert [caption.value for caption in page.main.caption] == [ZH["left_out"].format(count=1)]
+    asked = len(api.requests)
+    say(page, "四")
+    assert api.requests[-1]["messages"] == talk("三", answers["三"], "四") and len(api.requests) == asked + 2
+    api.longest = 1
+    say(page, "五")
+    assert [error.value for error in page.error] == [ZH["error_request"].format(status=400)]
+
+
+def test_chat_with_the_base(api: Api, open_page: Callable[..., Any]) -> None:
+    """It was not trained here, so it is told nothing."""
+    page = open_page("chat", "--api", api.url)
+    page.get_by_key("speaker").set_value("base").run()
+    say(page, "一")
+    page.get_by_key("system of small").set_value("别的").run()
+    say(page, "二")
+    assert [request["model"] for request in api.requests] == ["small", "small"]
+    assert [request["messages"] for request in api.requests] == [
+        talk("一", system=""),
+        talk("一", "small的第0条：一", "二", system="别的"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture
+def run_dir(root: Path) -> Path:
+    return root / "deepspeed_ft/output/DS-tiny/$qwen2$"
+
+
+@pytest.fixture
+def tracker(run_dir: Path) -> Iterator[Callable[[int], Tracker]]:
+    """Opens a run's files."""
+    run_dir.mkdir(parents=True)
+    opened = []
+
+    def build(first_step: int = 0) -> Tracker:
+        opened.append(Tracker(run_dir, first_step, "none", {}, {"loss": "loss"}))
+        return opened[-1]
+
+    yield build
+    for tracker in opened:
+        tracker.close()
+
+
+def log(tracker: Tracker, steps: range) -> None:
+    """What a training run writes: the loss is 3, 2, 1.5 ..., measured on held-out samples at every tenth step."""
+    for step in steps:
+        values = {} if step == 0 else {"train/loss": 1 + 2 / step, "train/lr": 1e-4, "train/tokens_per_sec": 100.0}
+        values |= {"train/grad_norm": float("inf") if step == 3 else 0.5} if step else {}
+        if step % 10 == 0:
+            values |= {"eval/loss": 3 - step / 100}
+            shown = {"reply": f"第{step}步", "real": "真"}
+            tracker.log_samples(step, [{"id": str(n), "prompt": f"提示{n}\n{WILD}"} | shown for n in range(2)])
+        tracker.log(step, values)
+
+
+def curves(page: Any) -> dict[str, list[tuple[int, float]]]:
+    """What the charts draw."""
+    from streamlit.dataframe_util import convert_arrow_bytes_to_pandas_df
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for chart in page.get("vega_lite_chart"):
+        for row in convert_arrow_bytes_to_pandas_df(chart.proto.data.data).to_dict("records"):
+            found.setdefault(row["curve"], []).append((row["step"], row["value"]))
+    return found
+
+
+def test_curves_and_samples(tracker: Any, open_page: Callable[..., Any]) -> None:
+    run = tracker()
+    log(run, range(0, 21))
+    page = open_page("training")
+    assert page.get_by_key("run").value == "deepspeed_ft/output/DS-tiny/$qwen2$"
+    drawn = curves(page)
+    assert drawn[ZH["train"]] == [(step, 1 + 2 / step) for step in range(1, 21)]
+    assert drawn[ZH["eval"]] == [(0, 3), (10, 2.9), (20, 2.8)]
+    assert drawn[ZH["lr"]] == [(step, 1e-4) for step in range(1, 21)]
+    assert [step for step, _ in drawn[ZH["grad_norm"]]] == [1, 2, *range(4, 21)], "not the infinite one"
+    assert drawn[ZH["speed"]][0] == (1, 100)
+    assert texts(page) == [text for n in range(2) for text in (f"提示{n}\n{WILD}", "第20步", "真")]
+    page.get_by_key("step").set_value(10).run()
+    assert texts(page)[1] == "第10步"
+    log(run, range(21, 31))
+    page.run()
+    assert texts(page)[1] == "第10步", "the chosen step stays"
+    assert curves(page)[ZH["eval"]][-1] == (30, 2.7)
+    page.get_by_key("step").set_value(script.NEWEST).run()
+    assert texts(page)[1] == "第30步"
+
+
+def test_the_smoothed_curve_is_a_weighted_mean() -> None:
+    points = [(step, float(step * step % 7)) for step in range(1, 30)]
+    for number, (step, value) in enumerate(script.smoothed(points)):
+        weights = [0.9 ** (number - earlier) for earlier in range(number + 1)]
+        mean = sum(w * v for w, (_, v) in zip(weights, points, strict=False)) / sum(weights)
+        assert step == points[number][0] and value == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("number", [0, 1, 1500, 1501, 100_000])
+def test_long_curves_are_thinned(number: int) -> None:
+    points = [(step, 0.0) for step in range(number)]
+    kept = script.thinned(points)
+    assert kept[-1:] == points[-1:] and len(kept) <= 1500 and kept == sorted(kept)
+    assert number > 1500 or kept == points
+
+
+def test_a_torn_line_is_left_for_the_next_time(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "a')
+    tail = script.Tail(path)
+    assert tail.read() == [{"step": 1}]
+    with path.open("ab") as file:
+        file.write(b'": "\xe5\x97')
+    assert tail.read() == [{"step": 1}]
+    with path.open("ab") as file:
+        file.write(b'\x97"}\n')
+    assert tail.read() == [{"step": 1}, {"step": 2, "a": "嗗"}]
+
+
+def test_only_new_lines_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)))
+    parsed: list[bytes] = []
+    monkeypatch.setattr(script.json, "loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    tail = script.Tail(path)
+    assert len(tail.read()) == 1000 == len(parsed)
+    with path.open("a") as file:
+        file.write('{"step": 1000}\n')
+    assert len(tail.read()) == 1001 == len(parsed)
+
+
+def test_a_run_that_goes_on_from_an_earlier_step(tracker: Any, open_page: Callable[..., Any]) -> None:
+    """Its files are replaced; what the earlier attempt wrote later is gone."""
+    log(tracker(), range(0, 31))
+    page = open_page("training")
+    assert curves(page)[ZH["eval"]][-1] == (30, 2.7)
+    log(tracker(first_step=12), range(13, 16))
+    page.run()
+    drawn = curves(page)
+    assert drawn[ZH["eval"]] == [(0, 3), (10, 2.9)] and drawn[ZH["train"]][-1][0] == 15
+    assert texts(page)[1] == "第10步"
+
+
+def test_files_are_kept_between_looks(
+    tracker: Any, open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between visitors, though Streamlit runs the script anew each time."""
+    log(tracker(), range(0, 11))
+    open_page("training")
+    parsed: list[bytes] = []
+    monkeypatch.setattr(json, "loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    open_page("training")
+    assert not [line for line in parsed if isinstance(line, bytes) and line.startswith(b'{"step"')]
+
+
+def test_no_runs(root: Path, open_page: Callable[..., Any]) -> None:
+    page = open_page("training", locale="en")
+    assert [info.value for info in page.info] == [EN["no_runs"]]
+    assert [code.value for code in page.code] == ["bash deepspeed_ft/run.sh"]
+
+
+def test_runs_the_newest_first(root: Path, open_page: Callable[..., Any]) -> None:
+    for age, name in enumerate(("deepspeed_ft/output/DS-a", "deepspeed_dpo/output/x/DS-b/c", "deepspeed_x/output")):
+        (root / name).mkdir(parents=True)
+        (root / name / "metrics.jsonl").write_text('{"step": 1}\n')
+        os.utime(root / name / "metrics.jsonl", (1000 - age, 1000 - age))
+    page = open_page("training")
+    assert page.get_by_key("run").options == [
+        "deepspeed_ft/output/DS-a", "deepspeed_dpo/output/x/DS-b/c", "deepspeed_x/output"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("", "no_lines"), ("nonsense\n", "bad_lines"), ("[1]\n", "bad_lines"), (None, "no_metrics")]
+)
+def test_odd_runs(run_dir: Path, open_page: Callable[..., Any], content: str | None, text: str) -> None:
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text(content or "")
+    page = open_page("training")
+    if content is None:
+        (run_dir / "metrics.jsonl").unlink()
+        page.run()
+    assert [element.value for element in [*page.info, *page.warning]] == [ZH[text]]
+
+
+@pytest.mark.parametrize("typed", ["~nobody-of-this-name/x", "nowhere", "/", "metrics.jsonl/x"])
+def test_a_typed_path_that_is_no_run(tracker: Any, open_page: Callable[..., Any], typed: str) -> None:
+    log(tracker(), range(0, 2))
+    page = open_page("training", state={"run": typed})
+    assert not page.exception and [warning.value for warning in page.warning] == [ZH["no_metrics"]]
+
+
+def test_a_typed_path(tracker: Any, open_page: Callable[..., Any], tmp_path: Path) -> None:
+    log(tracker(), range(0, 2))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/metrics.jsonl").write_text('{"step": 7, "train/loss": 1.0}\n')
+    page = open_page("training", state={"run": "elsewhere"})
+    assert curves(page)[ZH["train"]] == [(7, 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+OUTPUT = ROOT / "tests/output"  # Where the screenshots stay.
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts the page as people do, from another folder and as a user who never started Streamlit; gives its address.
+
+    What it sent to places that are not on this machine is found out at the end.
+    """
+    outside = Api()  # As a proxy it would see any request.
+    environment = {name: text for name, text in os.environ.items() if name.lower() != "no_proxy"}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), outside.url)
+    environment["HOME"] = str(tmp_path)
+    processes = []
+    log = (tmp_path / "log").open("w+")
+
+    def start(*arguments: str) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "streamlit", "run", SCRIPT, "--server.port", str(port), "--", *arguments]
+        options = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        processes.append(subprocess.Popen(command, **options))
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+    outside.shutdown()
+    log.seek(0)
+    said = log.read()
+    assert "Traceback" not in said and "mail" not in said and "URL: http://127.0.0.1" in said, said
+    assert not outside.paths and not outside.requests and not (tmp_path / ".streamlit/credentials.toml").exists()
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Waits for something that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+    return found
+
+
+class Visitor:
+    """Somebody with a browser."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def find(self, selector: str) -> list[Any]:
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def script(self, code: str) -> Any:
+        return self.driver.execute_script(f"return {code}")
+
+    def page(self) -> str:
+        """All that can be read."""
+        return self.script("document.body.innerText")
+
+    def texts(self) -> list[str]:
+        """What stands where text is shown as it is; looked up in one step, since the page may change meanwhile."""
+        return self.script("[...document.querySelectorAll('[data-testid=stText]')].map(e => e.innerText.trim())")
+
+    def reads(self, text: str, seconds: float = 60) -> None:
+        """Waits for a text."""
+        try:
+            until(lambda: text in self.page(), seconds)
+        except AssertionError:
+            raise AssertionError(f"{text!r} is not in {self.page()!r}") from None
+
+    def press(self, label: str) -> None:
+        """Presses a button; again, if the page was being drawn anew."""
+        from selenium.common.exceptions import WebDriverException
+
+        def pressed() -> bool:
+            try:
+                buttons = [button for button in self.find("button") if button.text.strip() == label]
+                buttons[0].click() if buttons else None
+            except WebDriverException:
+                return False
+            return bool(buttons)
+
+        until(pressed)
+
+    def can_stop(self) -> bool:
+        """Whether something is being written."""
+        return bool(self.find(".st-key-stop button"))
+
+    def fill_in(self, label: str, text: str) -> None:
+        (box,) = until(lambda: self.find(f"[aria-label='{label}']"))
+        box.send_keys("\ue009a\ue000" + text)  # Instead of what is there (Ctrl-A).
+
+    def calm(self) -> None:
+        """Waits until the page has been drawn."""
+        until(lambda: not self.find("[data-testid=stApp][data-test-script-state=running], [data-stale=true]"))
+        time.sleep(0.5)  # Of fading.
+
+    def screenshot(self, name: str) -> None:
+        self.calm()
+        OUTPUT.mkdir(exist_ok=True)
+        self.driver.save_screenshot(OUTPUT / name)
+
+    def requests(self) -> list[str]:
+        """Where the pages' requests went, without those of the browser's own start page."""
+        entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome:")]
+
+
+@pytest.fixture
+def visitor(tmp_path: Path) -> Iterator[Visitor]:
+    """Somebody whose browser speaks Chinese."""
+    if not (CHROMIUM and CHROMEDRIVER):
+        missing = "no Chromium with its driver: sudo apt-get install chromium chromium-driver"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",  # Which root needs.
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1400,1100",
+        "--no-proxy-server",
+        f"--user-data-dir={tmp_path / 'browser'}",
+    ):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"intl.accept_languages": "zh-CN"})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    with webdriver.Chrome(options, Service(CHROMEDRIVER)) as driver:
+        yield Visitor(driver)
+
+
+@pytest.mark.slow
+def test_from_opening_the_page_to_reading_replies(api: Api, demo: Callable[..., str], visitor: Visitor) -> None:
+
+    def reply(request: dict[str, Any]) -> list[str]:
+        return [f"{request['model']}：门板够厚就不晃。\n第{n + 1}个：{WILD}" for n in range(request["n"])]
+
+    api.piece_sec, api.reply = 0.2, reply
+    url = demo("--api", api.url)
+    visitor.driver.get(url)
+    visitor.reads(ZH["comments_lead"])
+    visitor.press("English")
+    visitor.reads(EN["comments_lead"])
+    visitor.driver.refresh()
+    visitor.reads(EN["comments_lead"])
+    assert visitor.driver.current_url == f"{url}/?lang=en"
+    visitor.press("中文")
+    visitor.reads(ZH["comments_lead"])
+    visitor.press(ZH["example"])
+    until(lambda: visitor.find(f"[aria-label='{ZH['title']}']")[0].get_property("value") == script.EXAMPLE["title"])
+    visitor.fill_in(ZH["parent"], WILD.replace("\n", " "))
+    visitor.press(ZH["write"])
+    visitor.reads("small：门")
+    assert visitor.can_stop() and "第3个" not in visitor.page(), "text is read as it comes"
+    until(lambda: not visitor.can_stop())
+    visitor.calm()
+    expected = [reply({"model": name, "n": 3}) for name in ("small", "tuned")]
+    assert visitor.texts()[:8] == ["small", *expected[0], "tuned", *expected[1]]
+    assert visitor.driver.title == f"llm-train-playground · {ZH['comments']}", "no script ran"
+    assert not visitor.find("img, .katex, [data-testid=stText] a, [data-testid=stText] h1, [data-testid=stText] b")
+    visitor.screenshot("web_demo_comments.png")
+    assert {request["messages"][-1]["content"] for request in api.requests} == {
+        comment_prompt(script.EXAMPLE["title"], script.EXAMPLE["desc"], WILD.replace("\n", " "))
+    }
+    assert all(sent.startswith((url, "ws" + url[4:], "data:")) for sent in visitor.requests())
+
+
+@pytest.mark.slow
+def test_a_conversation_in_the_browser(api: Api, demo: Callable[..., str], visitor: Visitor) -> None:
+    api.piece_sec = 0.1
+    api.reply = lambda request: ["不晃。" * 1000 if len(api.requests) == 1 else WILD]
+    visitor.driver.get(demo("--api", api.url) + "/chat")
+    visitor.reads(ZH["chat_lead"])
+    (box,) = until(lambda: visitor.find("[data-testid=stChatInput] textarea"))
+    box.send_keys("会晃吗？\n")
+    visitor.reads("不晃。不晃。不晃。")
+    visitor.press(ZH["stop"])
+    until(lambda: not visitor.can_stop())
+    until(lambda: api.left == 1)
+    visitor.calm()
+    visitor.reads(ZH["stopped"])
+    kept = visitor.texts()[1]
+    assert 3 <= kept.count("不晃。") < 100, "what had come stays"
+    box.send_keys(WILD.replace("\n", " ") + "\n")
+    until(lambda: visitor.texts()[2:] == [WILD.replace("\n", " "), WILD] and not visitor.can_stop())
+    assert [message["content"] for message in api.requests[1]["messages"]] == [
+        "调过的设定", "会晃吗？", kept, WILD.replace("\n", " ")
+    ]  # fmt: skip
+    assert not visitor.find("img, .katex, [data-testid=stText] a")
+    visitor.screenshot("web_demo_chat.png")
+    visitor.press(ZH["clear"])
+    until(lambda: not visitor.texts())
+
+
+@pytest.mark.slow
+def test_a_run_in_the_browser(tracker: Any, run_dir: Path, demo: Callable[..., str], visitor: Visitor) -> None:
+    """Curves and samples come by themselves; nothing but the page's own files is asked for."""
+    run = tracker()
+    log(run, range(0, 3))
+    url = demo()
+    visitor.driver.get(url + "/training")
+    visitor.reads(ZH["training_lead"].format(seconds=script.FOLLOW_SEC))
+    (box,) = until(lambda: visitor.find("[data-testid=stSelectbox] input"))
+    box.send_keys(f"{run_dir}\n")
+    visitor.reads(ZH["at_step"].format(step=2))
+    until(lambda: len(visitor.find("[data-testid=stVegaLiteChart] svg")) == 4)
+    visitor.reads("第0步")
+    log(run, range(3, 41))
+    visitor.reads(ZH["at_step"].format(step=40))
+    visitor.reads("第40步")
+    lines = "document.querySelector('[data-testid=stVegaLiteChart] svg').querySelectorAll('.mark-line path').length"
+    until(lambda: visitor.script(lines) == 3)
+    assert f"提示0\n{WILD}" in visitor.texts() and not visitor.find("img, .katex")
+    visitor.screenshot("web_demo_training.png")
+    assert all(sent.startswith((url, "ws" + url[4:], "data:")) for sent in visitor.requests())
+
+
+@pytest.mark.slow
+def test_wrong_arguments_in_the_browser(demo: Callable[..., str], visitor: Visitor) -> None:
+    visitor.driver.get(demo("--modle", "a"))
+    visitor.reads(EN["wrong_arguments"])
+    visitor.reads("unrecognized arguments: --modle a")

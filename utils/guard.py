@@ -1,0 +1,236 @@
+"""Who may ask the server, how much at once and for how long: limits around either engine's application."""
+
+import asyncio
+import hmac
+import json
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+DISCARDED_BYTES = 32_000_000  # The most that is read of a refused request.
+LAST_WORD_SEC = 5  # For clients that are slow to take, or to send, what is no longer wanted.
+
+
+class Refused(Exception):
+    """A request that is not answered; `status` is HTTP's, the message is written for the client."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        key: That clients must give; none: everybody may ask.
+        max_body_bytes: The largest request.
+        max_requests: Being answered or waiting at once; more are told to come again (429).
+        timeout_sec: The longest that one may take.
+        body_timeout_sec: The longest that sending one may take.
+    """
+
+    key: str | None = None
+    max_body_bytes: int = 1_000_000
+    max_requests: int = 256
+    timeout_sec: float = 600
+    body_timeout_sec: float = 30
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Takes the port before a model is loaded for nothing.
+
+    Raises:
+        SystemExit: if it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.socket(family)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+        # Connections are taken from now on, and wait until the model is there.
+        opened.listen(2048)
+    except OSError as error:
+        raise SystemExit(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Give another --port, or --host."
+        ) from error
+    return opened
+
+
+def problem_json(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return JSONResponse(body, status, headers)
+
+
+def sse(event: dict[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+async def _next_part(receive: Receive) -> tuple[bytes, bool]:
+    """A part of a body, and whether there are more."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ConnectionError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what a client still sends, for a while: many look for an answer only when all is sent."""
+    read, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORD_SEC):
+            while more and read < DISCARDED_BYTES:
+                part, more = await _next_part(receive)
+                read += len(part)
+
+
+class Guard:
+    """ASGI middleware that enforces `Limits`, and ends the work on a request whose client has gone.
+
+    `/health` is always answered.
+    """
+
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self.app = app
+        self.limits = limits
+        self.at_work = 0
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Ends all answers at work with a sentence, as the server is to end."""
+        self._ending.set()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Passes a request on, or refuses it."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or scope["path"] == "/health":
+            scope.setdefault("state", {})["knows_key"] = scope["type"] == "http" and self._knows_key(scope)
+            await self.app(scope, receive, send)
+            return
+        if self.at_work >= self.limits.max_requests:
+            waiting = f"{self.at_work} requests are at work or waiting, as many as this server takes. Try again soon."
+            await problem_json(429, waiting, {"Retry-After": "1"})(scope, receive, send)
+            return
+        self.at_work += 1
+        try:
+            body = await self._read_body(scope, receive)
+            await self._answer(scope, body, receive, send)
+        except Refused as refusal:
+            with suppress(ConnectionError):
+                if refusal.status != 408:
+                    await _discard(receive)
+                # What of the body was not read would be taken for the next request.
+                await problem_json(refusal.status, str(refusal), {"Connection": "close"})(scope, receive, send)
+        except ConnectionError:
+            pass  # The client went while it was sending.
+        finally:
+            self.at_work -= 1
+
+    def _knows_key(self, scope: MutableMapping[str, Any]) -> bool:
+        if self.limits.key is None:
+            return True
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.limits.key.encode())
+
+    def _refusal(self, scope: MutableMapping[str, Any]) -> Refused | None:
+        """What the headers alone tell."""
+        headers, most = dict(scope["headers"]), self.limits.max_body_bytes
+        if not self._knows_key(scope):
+            return Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
+        # Other kinds can be sent by any page that is open in a browser on this machine.
+        if scope["method"] == "POST" and b"json" not in headers.get(b"content-type", b""):
+            return Refused(415, "Send the header `Content-Type: application/json`.")
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > most:
+            return Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
+        return None
+
+    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
+        if refusal := self._refusal(scope):
+            raise refusal
+        body, more, most = bytearray(), True, self.limits.max_body_bytes
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_sec):
+                while more:
+                    part, more = await _next_part(receive)
+                    body += part
+                    if len(body) > most:
+                        raise Refused(413, f"The request is larger than {most:,} bytes.")
+        except TimeoutError:
+            seconds = self.limits.body_timeout_sec
+            raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
+        return bytes(body)
+
+    async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        started, ended, gone, given, late = False, False, asyncio.Event(), False, False
+
+        async def replay() -> MutableMapping[str, Any]:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal started, ended
+            if late:
+                return
+            started = True
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        async def until_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        answer = asyncio.ensure_future(self.app(scope, replay, noted))
+        watch, ending = asyncio.ensure_future(until_gone()), asyncio.ensure_future(self._ending.wait())
+        try:
+            waited = {answer, watch, ending}
+            await asyncio.wait(waited, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                late = not gone.is_set()
+                # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
+                gone.set()
+                await asyncio.wait({answer}, timeout=0.3)
+                if late and not ended:
+                    await self._last_word(started, scope, receive, send)
+            elif started and not ended and answer.exception():
+                event = {"error": {"message": "The answer could not be finished.", "code": 500}}
+                await send({"type": "http.response.body", "body": sse(event)})
+                await answer
+            else:
+                await answer
+        finally:
+            for task in (answer, watch, ending):
+                task.cancel()
+            # An engine is told to stop while its route is cancelled.
+            await asyncio.gather(answer, watch, ending, return_exceptions=True)
+
+    async def _last_word(self, started: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        status = 503 if self._ending.is_set() else 504
+        message = f"The answer was not ready within {self.limits.timeout_sec:g} seconds. Ask for fewer tokens."
+        if status == 503:
+            message = "The server ends, and the answer was not ready. Try again later."
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_SEC):
+                if started:
+                    event = {"error": {"message": message, "code": status}}
+                    await send({"type": "http.response.body", "body": sse(event)})
+                else:
+                    await problem_json(status, message)(scope, receive, send)

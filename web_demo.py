@@ -1,0 +1,997 @@
+"""A page in the browser: replies to comments, a conversation, and how a training run is getting on.
+
+    streamlit run web_demo.py -- --model output_hf/BiliComments
+    streamlit run web_demo.py -- --model output_hf/BiliComments --base model/Qwen/Qwen2.5-3B      # side by side
+    streamlit run web_demo.py -- --model model/Qwen/Qwen2.5-3B --adapter deepspeed_ft/output/DS-Qwen/Qwen2.5-3B/1
+    streamlit run web_demo.py --server.address 127.0.0.1 --server.port 6006 -- --api http://127.0.0.1:8000
+    streamlit run web_demo.py -- --api https://api.example.com/v1 --api_key_env MY_KEY
+
+Streamlit's own arguments stand before `--`. The page is a client of an OpenAI-compatible API; with --model it starts
+this project's server (serve.py) in the same process, on a free port of this machine. Everything that people or models
+wrote is shown as the text it is, never as HTML or Markdown.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shlex
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.files import from_root, shown
+
+TUNED = "tuned"  # What the adapter is called.
+DRAW_SEC = 0.1  # Between two looks at what has come of a reply.
+FOLLOW_SEC = 3  # Between two looks at a run's files.
+MOST_POINTS = 1500  # Of a curve.
+MOST_REPLIES = 8
+TOO_LONG = re.compile(r"token|length|long|长", re.IGNORECASE)  # How servers refuse what does not fit.
+NEWEST = -1  # Whichever step it is.
+START = "streamlit run web_demo.py --"
+# What the openai client would send to any server, the last one even in place of the key.
+OPENAI_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
+
+EXAMPLE = {
+    "title": "【木工】用一块旧门板做书桌，零基础七天完工",
+    "desc": "门板是楼下捡的，工具加木蜡油一共花了两百三。图纸在最后，想抄作业的自取。",
+    "parent": "桌腿只用木榫不打螺丝，压两台显示器真的不会晃吗？",
+}
+
+TEXTS = {
+    "zh": {
+        "comments": "评论区",
+        "chat": "对话",
+        "training": "训练",
+        "sampling": "采样设置",
+        "temperature": "温度",
+        "temperature_help": "越高越随意；0 表示每次都取最可能的词。",
+        "top_p": "top_p",
+        "top_p_help": "只在概率之和达到这个值的最可能的词里选。",
+        "top_k": "top_k",
+        "top_k_help": "只在最可能的 k 个词里选；0 表示由服务器决定。",
+        "penalty": "重复惩罚",
+        "penalty_help": "大于 1 时不爱重复；1 表示由服务器决定。",
+        "max_tokens": "回复最长（token）",
+        "seed": "随机种子",
+        "seed_help": "种子相同，回复就相同；留空则每次不同。",
+        "tuned_model": "微调后的模型",
+        "base_model": "原模型",
+        "no_base": "（不对比）",
+        "reload": "重新连接",
+        "comments_lead": "填入视频的标题、简介和一条评论，看看模型会怎么回复，微调前后并排对比。",
+        "title": "视频标题",
+        "desc": "视频简介（可以不填）",
+        "parent": "要回复的评论（不填则直接评论视频）",
+        "system": "系统提示词",
+        "count": "回复条数",
+        "example": "填入示例",
+        "write": "生成回复",
+        "no_title": "请先填写视频标题。",
+        "greedy_one": "温度为 0 时每次回复都一样，因此只生成一条。",
+        "tuned": "微调后",
+        "base": "微调前",
+        "prompt_shown": "模型看到的内容",
+        "stop": "停止",
+        "cut": "（到了最长限制）",
+        "empty": "（空回复）",
+        "stopped": "（已停止）",
+        "left_out": "（对话太长：最早的 {count} 轮模型已经看不到）",
+        "chat_lead": "和模型多聊几轮。每一轮它都能看到前面的对话。",
+        "speaker": "和谁聊",
+        "say": "说点什么…",
+        "clear": "清空对话",
+        "loading": "正在加载模型，请稍候…",
+        "training_lead": "曲线和样例会随着训练自动更新，每 {seconds} 秒看一次文件。",
+        "run": "训练目录",
+        "run_help": "可以选择，也可以直接输入路径后回车。",
+        "no_runs": "还没有训练记录。用下面的命令开始一次训练，这里会自动出现：",
+        "no_metrics": "这个目录里没有 metrics.jsonl：",
+        "no_lines": "训练刚开始，还没有写下任何一步。",
+        "bad_lines": "这个目录里的文件不是本项目写的，无法读取：",
+        "at_step": "已到第 {step} 步",
+        "loss": "损失",
+        "lr": "学习率",
+        "grad_norm": "梯度范数",
+        "speed": "每秒 token 数",
+        "train": "训练，每一步",
+        "smooth": "训练，平滑",
+        "eval": "留出集",
+        "step": "步",
+        "samples": "留出样例的回复",
+        "no_samples": "还没有样例。每次在留出集上测损失时，模型会回复几条样例。",
+        "sample_step": "第几步",
+        "newest": "最新（第 {step} 步）",
+        "prompt": "提示",
+        "reply": "模型的回复",
+        "real": "真实的回复",
+        "no_arguments": "启动时还没有指定模型。请用下面的一种方式重新启动：",
+        "wrong_arguments": "启动参数有误，请在终端里改正后重新启动。",
+        "no_server": "模型没有加载成功。",
+        "error_key": "服务器不接受密钥（HTTP {status}）。请检查 --api_key_env 指定的环境变量，然后重新启动。",
+        "error_missing": "服务器上没有这个模型或地址（HTTP 404）。请检查 --api 和选中的模型。",
+        "error_busy": "服务器太忙，或额度已用完（HTTP 429）。请过一会儿再试。",
+        "error_loading": "服务器还没有准备好，模型可能仍在加载（HTTP 503）。请过一会儿再试。",
+        "error_request": "服务器不接受这个请求（HTTP {status}）。它说：",
+        "error_server": "服务器出错了（HTTP {status}）。它说：",
+        "error_connection": "连不上服务器 {url}。它可能没有启动，或模型仍在加载。",
+        "error_timeout": "服务器太久没有回答。",
+        "error_broken": "服务器的回答中断了，或者看不懂。它说：",
+        "error_no_models": "服务器没有列出任何模型。",
+    },
+    "en": {
+        "comments": "Comments",
+        "chat": "Chat",
+        "training": "Training",
+        "sampling": "Sampling",
+        "temperature": "Temperature",
+        "temperature_help": "Higher is wilder; 0 always takes the likeliest token.",
+        "top_p": "top_p",
+        "top_p_help": "Choose among the likeliest tokens that have this weight together.",
+        "top_k": "top_k",
+        "top_k_help": "Choose among the k likeliest tokens; 0 leaves it to the server.",
+        "penalty": "Repetition penalty",
+        "penalty_help": "Above 1 the model repeats itself less; 1 leaves it to the server.",
+        "max_tokens": "Longest reply (tokens)",
+        "seed": "Seed",
+        "seed_help": "The same seed gives the same replies; empty: others each time.",
+        "tuned_model": "Tuned model",
+        "base_model": "Base model",
+        "no_base": "(none)",
+        "reload": "Connect again",
+        "comments_lead": (
+            "Give a video's title, its description and a comment, and "
+            "read what the model replies, before and after tuning."
+        ),
+        "title": "Video title",
+        "desc": "Video description (may be empty)",
+        "parent": "Comment to answer (empty: a comment on the video itself)",
+        "system": "System prompt",
+        "count": "Replies",
+        "example": "Fill in an example",
+        "write": "Write replies",
+        "no_title": "Please give the video's title first.",
+        "greedy_one": "At temperature 0 all replies would be equal, so one is written.",
+        "tuned": "Tuned",
+        "base": "Base",
+        "prompt_shown": "What the model reads",
+        "stop": "Stop",
+        "cut": "(cut at the longest reply)",
+        "empty": "(an empty reply)",
+        "stopped": "(stopped)",
+        "left_out": "(The conversation is long: the model no longer sees its oldest exchanges, {count}.)",
+        "chat_lead": "Talk with the model. It sees what was said before.",
+        "speaker": "Talk with",
+        "say": "Say something…",
+        "clear": "Clear",
+        "loading": "The model is being loaded …",
+        "training_lead": "Curves and samples follow the run: its files are looked at every {seconds} seconds.",
+        "run": "Folder of the run",
+        "run_help": "Choose one, or type a path and press Enter.",
+        "no_runs": "There is no training run yet. This command starts one, and it will show up here:",
+        "no_metrics": "There is no metrics.jsonl in this folder:",
+        "no_lines": "The run has just begun and has not written a step yet.",
+        "bad_lines": "The files in this folder are not what this project writes:",
+        "at_step": "At step {step}",
+        "loss": "Loss",
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "speed": "Tokens per second",
+        "train": "training, each step",
+        "smooth": "training, smoothed",
+        "eval": "held out",
+        "step": "step",
+        "samples": "Replies to held-out samples",
+        "no_samples": "No samples yet. The model answers a few whenever the held-out loss is measured.",
+        "sample_step": "Step",
+        "newest": "newest (step {step})",
+        "prompt": "Prompt",
+        "reply": "Reply of the model",
+        "real": "Real reply",
+        "no_arguments": "No model was named at the start. Start again in one of these ways:",
+        "wrong_arguments": "The arguments are not right. Please correct them in the terminal and start again.",
+        "no_server": "The model could not be loaded.",
+        "error_key": (
+            "The server refuses the key (HTTP {status}). Check the environment "
+            "variable that --api_key_env names, and start again."
+        ),
+        "error_missing": "The server does not know this model or address (HTTP 404). Check --api and the chosen model.",
+        "error_busy": "The server is busy, or the account is empty (HTTP 429). Please try again in a while.",
+        "error_loading": (
+            "The server is not ready, it may still be loading the "
+            "model (HTTP 503). Please try again in a while."
+        ),
+        "error_request": "The server refuses this request (HTTP {status}). It says:",
+        "error_server": "The server failed (HTTP {status}). It says:",
+        "error_connection": "No connection to {url}. The server may not run, or still be loading the model.",
+        "error_timeout": "The server took too long to answer.",
+        "error_broken": "The server's answer broke off, or makes no sense. It says:",
+        "error_no_models": "The server lists no models.",
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong, so that the page can show it as well as the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with what is wrong and what is expected."""
+        raise SystemExit(f"{message}\n{self.format_usage().strip()}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = Parser(
+        prog=START,
+        usage=f"{START} --model DIR [--adapter DIR | --base DIR]\n       {START} --api URL [--api_key_env NAME]",
+        description="A page in the browser: replies to comments, a conversation, and how training runs get on.",
+        epilog="Streamlit's own arguments, such as --server.address 127.0.0.1 --server.port 6006, go before the --. "
+        "Without --model and --api there are training runs to look at.",
+    )
+    parser.add_argument("--model", help="folder of a model, such as output_hf/BiliComments; it is served from here")
+    parser.add_argument("--adapter", help="folder of an adapter on --model, which is the base then")
+    parser.add_argument("--base", help="folder of the model to compare --model with")
+    parser.add_argument("--api", help="an OpenAI-compatible API to use instead, such as http://127.0.0.1:8000")
+    parser.add_argument("--api_key_env", help="environment variable that holds the key of --api")
+    return parser
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Reads the arguments.
+
+    Raises:
+        SystemExit: with what is wrong with them.
+    """
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.api and (args.model or args.adapter or args.base):
+        parser.error("--api: --model, --adapter and --base cannot be given too. The page lets choose what it offers.")
+    if (args.adapter or args.base) and not args.model:
+        parser.error("--adapter and --base belong to a --model.")
+    if args.adapter and args.base:
+        parser.error("--base: --model without its --adapter is the base already.")
+    if args.api and not is_address(args.api):
+        parser.error("--api: expected an address such as http://127.0.0.1:8000 or https://api.example.com/v1.")
+    if args.api_key_env and not args.api:
+        parser.error("--api_key_env belongs to an --api.")
+    if args.api_key_env:
+        key = os.environ.get(args.api_key_env, "")
+        if not (key and key.isascii() and key.isprintable()):
+            parser.error(f"{args.api_key_env} holds no key. Set it before the start: export {args.api_key_env}=...")
+    return args
+
+
+def is_address(text: str) -> bool:
+    """Whether a server can be found there."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The API
+
+
+class Model(NamedTuple):
+    """What can be asked.
+
+    Attributes:
+        url: Of the API.
+        key: For it.
+        name: There.
+        system_prompt: Of its training data; None if it was not trained by this project.
+    """
+
+    url: str
+    key: str
+    name: str
+    system_prompt: str | None
+
+
+class Problem(NamedTuple):
+    """What went wrong: a text of `TEXTS` with what is to be put in, and what the server said."""
+
+    text: str
+    values: dict[str, Any]
+    said: str = ""
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine, where no proxy leads."""
+    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def make_client(url: str, key: str) -> Any:
+    """An openai client that does not retry: whoever reads the page sees what is going on."""
+    import openai
+
+    for variable in OPENAI_VARIABLES:
+        os.environ.pop(variable, None)
+    direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_local(url) else None
+    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=direct)
+
+
+def problem_of(error: Exception, url: str, key: str) -> Problem:
+    """Finds the words for an error of the client, or for what came from a server that is none of these APIs."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return Problem("error_timeout", {})
+    if isinstance(error, openai.APIConnectionError):
+        return Problem("error_connection", {"url": urlsplit(url).netloc.rpartition("@")[2]})
+    said = str(error) or type(error).__name__
+    if isinstance(error, openai.APIError):
+        said = str((isinstance(error.body, dict) and error.body.get("message")) or error.message)
+    said = re.sub(r"\bsk-\S+", "***", said.replace(key, "***"))[:500]
+    if not isinstance(error, openai.APIStatusError):
+        return Problem("error_broken", {}, said)
+    status = error.status_code
+    if status in (401, 403):
+        return Problem("error_key", {"status": status})  # What it says may repeat a part of the key.
+    known = {404: "error_missing", 429: "error_busy", 503: "error_loading"}
+    return Problem(known.get(status, "error_server" if status >= 500 else "error_request"), {"status": status}, said)
+
+
+def offered(url: str, key: str) -> dict[str, str | None]:
+    """Asks a server what it offers.
+
+    Args:
+        url: Of the API, with /v1.
+        key: For it.
+
+    Returns:
+        Models' names and the system prompts that they were trained with. Only this project's server tells these (None
+        for models that were not trained here); of others it is taken for granted that they serve what was trained here.
+    """
+
+    async def names() -> list[str]:
+        async with make_client(url, key).with_options(timeout=20) as client:
+            return [model.id async for model in client.models.list()]
+
+    prompts: dict[str, str | None] = dict.fromkeys(asyncio.run(names()), SYSTEM_PROMPT)
+    proxies = urllib.request.ProxyHandler({} if is_local(url) else None)
+    try:
+        with urllib.request.build_opener(proxies).open(url.removesuffix("/v1") + "/health", timeout=5) as answer:
+            told = {model["name"]: model["system_prompt"] for model in json.load(answer)["models"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        told = {}
+    return prompts | {name: told[name] for name in prompts.keys() & told.keys()}
+
+
+def messages_of(system: str, *texts: str) -> list[dict[str, str]]:
+    """Writes a conversation: a system text, if any, then user and assistant by turns."""
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def request_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes the sampling settings as the API's options; what says nothing is left out, as not every server knows it.
+
+    Args:
+        settings: temperature, top_p, top_k (0: none), penalty (1: none), max_tokens and seed (None: none).
+    """
+    options = {name: settings[name] for name in ("temperature", "top_p", "max_tokens")}
+    if settings["seed"] is not None:
+        options["seed"] = settings["seed"]
+    more = {"top_k": settings["top_k"]} if settings["top_k"] else {}
+    more |= {"repetition_penalty": settings["penalty"]} if settings["penalty"] != 1 else {}
+    return options | ({"extra_body": more} if more else {})
+
+
+def new_answer(model: Model, count: int) -> dict[str, Any]:
+    """Room for replies that are going to come.
+
+    Returns:
+        "texts", as far as they have come; "ends", why each of them ended, None before; "problem", if there is one.
+    """
+    return {"model": model.name, "texts": [""] * count, "ends": [None] * count, "problem": None, "left_out": 0}
+
+
+async def ask(model: Model, messages: list[dict[str, str]], options: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Asks a model and writes down what it says, piece by piece.
+
+    Args:
+        model: What to ask.
+        messages: A conversation.
+        options: From `request_options`.
+        answer: From `new_answer`; it is filled.
+    """
+    from openai import BadRequestError
+
+    count = len(answer["texts"])
+    try:
+        async with make_client(model.url, model.key) as client:
+            create = partial(client.chat.completions.create, model=model.name, stream=True)
+            several = {"n": count} if count > 1 else {}
+            while True:
+                try:
+                    stream = await create(**options, **several, messages=messages)
+                    break
+                except BadRequestError as error:
+                    shorter = without_oldest(messages)
+                    if not TOO_LONG.search(str(error)) or shorter is None:
+                        raise
+                    messages, answer["left_out"] = shorter, answer["left_out"] + 1
+            await _read(stream, answer, 0)
+            # Some servers know nothing of n. Another seed, or each would say the same.
+            for number in range(1, count):
+                if answer["ends"][number] is None and not answer["texts"][number]:
+                    seed = {"seed": options["seed"] + number} if "seed" in options else {}
+                    await _read(await create(**options | seed, messages=messages), answer, number)
+    except Exception as error:  # Whatever server there is, and whatever it sends, the page goes on.
+        answer["problem"] = problem_of(error, model.url, model.key)
+
+
+def without_oldest(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """A conversation without its oldest exchange; None if there is only the question."""
+    first = messages[0]["role"] == "system"
+    return [*messages[:first], *messages[first + 2 :]] if len(messages) > first + 2 else None
+
+
+async def _read(stream: Any, answer: dict[str, Any], first: int) -> None:
+    async with stream:
+        async for chunk in stream:
+            for choice in chunk.choices or []:
+                number = first + choice.index
+                answer["texts"][number] += (choice.delta and choice.delta.content) or ""
+                answer["ends"][number] = choice.finish_reason or answer["ends"][number]
+
+
+def working(jobs: list[Coroutine[Any, Any, None]]) -> Iterator[None]:
+    """Lets jobs work, and the caller have a look every now and then. Closing the iterator ends them."""
+    with asyncio.Runner() as runner:
+        tasks = [runner.get_loop().create_task(job) for job in jobs]
+        while not all(task.done() for task in tasks):
+            runner.run(asyncio.wait(tasks, timeout=DRAW_SEC))
+            yield
+        for task in tasks:
+            task.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all pages have
+
+
+def choose_language() -> str:
+    """The language switch; the address carries the choice, so that it outlives a reload and goes with a link."""
+    import streamlit as st
+
+    if "lang" not in st.session_state:
+        asked, browser = st.query_params.get("lang"), (st.context.locale or "").lower()
+        st.session_state["lang"] = asked if asked in TEXTS else "zh" if browser.startswith("zh") else "en"
+    lang = st.sidebar.segmented_control(
+        "语言 / Language", [*TEXTS], key="lang", format_func={"zh": "中文", "en": "English"}.get, required=True
+    )
+    st.query_params["lang"] = lang
+    return lang
+
+
+def show_problem(t: dict[str, str], problem: Problem) -> None:
+    """Says what went wrong; the server's own words as plain text."""
+    import streamlit as st
+
+    st.error(t[problem.text].format(**problem.values))
+    if problem.said:
+        st.text(problem.said)
+
+
+def sampling(t: dict[str, str]) -> dict[str, Any]:
+    """The controls of how is sampled, in the sidebar."""
+    import streamlit as st
+
+    kept = {"persist_state": "session"}
+    with st.sidebar:
+        st.subheader(t["sampling"])
+        return {
+            "temperature": st.slider(
+                t["temperature"], 0.0, 2.0, 0.8, 0.05, key="temperature", help=t["temperature_help"], **kept
+            ),
+            "top_p": st.slider("top_p", 0.05, 1.0, 0.95, 0.05, key="top_p", help=t["top_p_help"], **kept),
+            "top_k": st.number_input("top_k", 0, 1000, 0, key="top_k", help=t["top_k_help"], **kept),
+            "penalty": st.slider(t["penalty"], 0.5, 2.0, 1.0, 0.05, key="penalty", help=t["penalty_help"], **kept),
+            "max_tokens": st.number_input(t["max_tokens"], 1, 8192, 256, key="max_tokens", **kept),
+            "seed": st.number_input(t["seed"], 0, 2**53 - 1, None, key="seed", help=t["seed_help"], **kept),
+        }
+
+
+def start_server(arguments: tuple[str, ...]) -> str:
+    """Starts this project's server in this process; returns its address."""
+    from serve import serve_in_background
+
+    return serve_in_background([*arguments])
+
+
+def served(t: dict[str, str], folder: str, adapter: str | None = None) -> list[Model]:
+    """Serves a model's folder, once for all visitors; the last of the models is the tuned one, if there is one."""
+    import streamlit as st
+
+    arguments = ["--model", str(from_root(folder))]
+    arguments += ["--adapter", f"{TUNED}={from_root(adapter)}"] if adapter else []
+    with st.spinner(t["loading"]):
+        try:
+            url = st.cache_resource(start_server, show_spinner=False)(tuple(arguments))
+        except SystemExit as end:
+            print(end.code, file=sys.stderr)
+            st.error(t["no_server"])
+            st.text(end.code)
+            st.stop()
+    names = list_models(t, url, "none")
+    return sorted(names, key=lambda model: model.name == TUNED)
+
+
+def list_models(t: dict[str, str], address: str, key: str) -> list[Model]:
+    """What a server offers; without an answer the page ends here."""
+    import streamlit as st
+
+    url = address.rstrip("/") + ("" if urlsplit(address).path.strip("/") else "/v1")
+    try:
+        names = st.cache_resource(offered, ttl=60, show_spinner=False)(url, key)
+    except Exception as error:  # As in `ask`.
+        show_problem(t, problem_of(error, url, key))
+        st.button(t["reload"])
+        st.stop()
+    if not names:
+        show_problem(t, Problem("error_no_models", {}))
+        st.stop()
+    return [Model(url, key, name, system_prompt) for name, system_prompt in names.items()]
+
+
+def find_models(t: dict[str, str], args: argparse.Namespace) -> tuple[Model, Callable[[], Model] | None]:
+    """The tuned model, and what gives the base model, if there is one; with --api both are chosen by whoever looks."""
+    import streamlit as st
+
+    if args.model:
+        models = served(t, args.model, args.adapter)
+        if args.base:
+            return models[-1], lambda: served(t, args.base)[-1]
+        return models[-1], (lambda: models[0]) if len(models) > 1 else None
+    if not args.api:
+        st.info(t["no_arguments"])
+        st.code(f"{START} --model output_hf/BiliComments\n{START} --api http://127.0.0.1:8000", language="sh")
+        st.stop()
+    models = list_models(t, args.api, os.environ[args.api_key_env] if args.api_key_env else "none")
+    names = [model.name for model in models]
+    with st.sidebar:
+        # Servers list an adapter behind its base.
+        kept = {"persist_state": "session"}
+        tuned = st.selectbox(t["tuned_model"], names, len(names) - 1, key="tuned_model", **kept)
+        base = ""
+        if len(names) > 1:
+            choices = ["", *names]
+            base = st.selectbox(
+                t["base_model"], choices, 1, key="base_model", format_func=lambda name: name or t["no_base"], **kept
+            )
+    by_name = dict(zip(names, models, strict=True))
+    return by_name[tuned], (lambda: by_name[base]) if base else None
+
+
+def show_answer(t: dict[str, str], answer: dict[str, Any], ended: bool, border: bool) -> list[tuple[Any, Any]]:
+    """Shows the replies of one model, as far as they have come, each with or without a border.
+
+    Returns:
+        Where each of them and a note on it stand, for `draw_answer`.
+    """
+    import streamlit as st
+
+    places = []
+    for text, end in zip(answer["texts"], answer["ends"], strict=True):
+        missing = answer["problem"] and not text and end is None
+        with st.container(border=border and not missing):
+            places.append((st.empty(), st.empty()))
+    draw_answer(t, answer, places, ended)
+    if answer["problem"]:
+        show_problem(t, answer["problem"])
+    return places
+
+
+def draw_answer(t: dict[str, str], answer: dict[str, Any], places: list[tuple[Any, Any]], ended: bool) -> None:
+    """Writes replies as they are by now."""
+    for text, end, (place, note) in zip(answer["texts"], answer["ends"], places, strict=True):
+        coming = end is None and not ended
+        # Servers may send the two halves of an emoji one by one; half of one cannot be shown.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        place.text(text + "▌" if coming else text)
+        if answer["left_out"] and ended:
+            note.caption(t["left_out"].format(count=answer["left_out"]))
+        elif end == "length":
+            note.caption(t["cut"])
+        elif end is not None and not text.strip():
+            note.caption(t["empty"])
+        elif end is None and not coming and not answer["problem"]:
+            note.caption(t["stopped"])
+
+
+def follow(
+    t: dict[str, str], answers: list[dict[str, Any]], places: list[Any], jobs: list[Coroutine[Any, Any, None]]
+) -> None:
+    """Draws what comes until all of it is there, or the reader presses a button (Streamlit then leaves this function).
+
+    Args:
+        t: The texts.
+        answers: What is to be drawn.
+        places: Where, from `show_answer`.
+        jobs: Which fill the answers.
+    """
+    import streamlit as st
+
+    with st.session_state["following"], closing(working(jobs)) as looks:
+        for _ in looks:
+            for answer, place in zip(answers, places, strict=True):
+                draw_answer(t, answer, place, ended=False)
+    st.rerun()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comments
+
+
+def fill_in_example() -> None:
+    """Puts an example into the form."""
+    import streamlit as st
+
+    st.session_state.update(EXAMPLE)
+
+
+def comment_form(t: dict[str, str], model: Model) -> tuple[str, bool]:
+    """Asks for a video and a comment, into the session's state.
+
+    Returns:
+        The system text for the model, and whether replies are asked for now.
+    """
+    import streamlit as st
+
+    kept = {"persist_state": "session"}
+    with st.form("comment"):
+        st.text_input(t["title"], key="title", **kept)
+        st.text_area(t["desc"], key="desc", height=110, **kept)
+        st.text_area(t["parent"], key="parent", height=80, **kept)
+        with st.expander(t["system"]):
+            trained = SYSTEM_PROMPT if model.system_prompt is None else model.system_prompt
+            key = f"comment system of {model.name}"
+            system = st.text_area(t["system"], trained, key=key, label_visibility="collapsed", **kept)
+        st.slider(t["count"], 1, MOST_REPLIES, 3, key="count", **kept)
+        with st.container(horizontal=True):
+            written = st.form_submit_button(t["write"], type="primary")
+            st.form_submit_button(t["example"], on_click=fill_in_example)
+    return system, written
+
+
+def comments_page(args: argparse.Namespace, t: dict[str, str]) -> None:
+    """Replies to a comment, before and after tuning."""
+    import streamlit as st
+
+    st.title(t["comments"])
+    st.write(t["comments_lead"])
+    tuned, base = find_models(t, args)
+    settings = sampling(t)
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        system, written = comment_form(t, tuned)
+    with right:
+        state = st.session_state
+        if written and not state["title"].strip():
+            st.warning(t["no_title"])
+            return
+        jobs = []
+        if written:
+            models = ([("base", base())] if base else []) + [("tuned", tuned)]
+            # Where nothing is left to chance all of them would be the same, and some servers refuse to write several.
+            state["greedy"] = state["count"] > 1 and not settings["temperature"]
+            count = 1 if state["greedy"] else state["count"]
+            question = comment_prompt(state["title"], state["desc"], state["parent"])
+            messages, options = messages_of(system, question), request_options(settings)
+            state["prompt"], state["sides"] = messages, [side for side, _ in models]
+            state["replies"] = [new_answer(model, count) for _, model in models]
+            jobs = [
+                ask(model, messages, options, answer)
+                for (_, model), answer in zip(models, state["replies"], strict=True)
+            ]
+        if "replies" in state:
+            show_replies(t, jobs)
+
+
+def show_replies(t: dict[str, str], jobs: list[Coroutine[Any, Any, None]]) -> None:
+    """Shows the replies to a comment side by side, those that `jobs` are fetching as they come."""
+    import streamlit as st
+
+    state, stop = st.session_state, st.empty()
+    if jobs:
+        stop.button(t["stop"], key="stop")
+    if state["greedy"]:
+        st.caption(t["greedy_one"])
+    places = []
+    for column, side, answer in zip(st.columns(len(state["sides"])), state["sides"], state["replies"], strict=True):
+        with column:
+            st.markdown(f"#### {t[side]}")
+            st.text(answer["model"])
+            places.append(show_answer(t, answer, ended=not jobs, border=True))
+    with st.expander(t["prompt_shown"]):
+        for message in state["prompt"]:
+            st.text(message["content"])
+    if jobs:
+        follow(t, state["replies"], places, jobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+
+
+def clear_chat() -> None:
+    """Forgets the conversation."""
+    import streamlit as st
+
+    st.session_state["turns"] = []
+
+
+def chat_page(args: argparse.Namespace, t: dict[str, str]) -> None:
+    """A conversation."""
+    import streamlit as st
+
+    st.title(t["chat"])
+    st.write(t["chat_lead"])
+    model, base = find_models(t, args)
+    kept = {"persist_state": "session"}
+    with st.sidebar:
+        if base:
+            sides = ["tuned", "base"]
+            side = st.radio(t["speaker"], sides, key="speaker", format_func=t.get, horizontal=True, **kept)
+            model = base() if side == "base" else model
+        system = st.text_area(t["system"], model.system_prompt or "", key=f"system of {model.name}", **kept)
+        st.button(t["clear"], on_click=clear_chat)
+    settings = sampling(t)
+    turns = st.session_state.setdefault("turns", [])
+    for turn in turns:
+        show_turn(t, turn)
+    if text := st.chat_input(t["say"]):
+        # A question without an answer, since it was stopped or something went wrong, is not part of what was said.
+        replies = [(turn["question"], turn["answer"]["texts"][0]) for turn in turns]
+        left_out = max((turn["answer"]["left_out"] for turn in turns), default=0)
+        said = [part for question, reply in replies if reply for part in (question, reply)][2 * left_out :]
+        answer = new_answer(model, 1) | {"left_out": left_out}
+        turns.append({"question": text, "answer": answer})
+        job = ask(model, messages_of(system, *said, text), request_options(settings), answer)
+        places = show_turn(t, turns[-1], ended=False)
+        st.button(t["stop"], key="stop")
+        follow(t, [answer], [places], [job])
+
+
+def show_turn(t: dict[str, str], turn: dict[str, Any], ended: bool = True) -> list[tuple[Any, Any]]:
+    """Shows a question and its answer; returns where the answer stands."""
+    import streamlit as st
+
+    with st.chat_message("user"):
+        st.text(turn["question"])
+    with st.chat_message("assistant"):
+        return show_answer(t, turn["answer"], ended, border=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Tail:
+    """The lines of a JSON-lines file that grows: what was read is not read again.
+
+    A line that is not finished is left for the next time. A file that was replaced, as a run does that goes on from an
+    earlier step, is read anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._file: tuple[int, int] | None = None
+        self._read_bytes = 0
+        self._lines: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines up to now.
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: if it is not what `utils.track` writes.
+        """
+        with self._lock, self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if self._file != (status.st_dev, status.st_ino) or status.st_size < self._read_bytes:
+                self._file, self._read_bytes, self._lines = (status.st_dev, status.st_ino), 0, []
+            file.seek(self._read_bytes)
+            whole = file.read()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+            if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
+                raise ValueError("a line without a step")
+            self._lines += lines
+            self._read_bytes += len(whole)
+            return [*self._lines]
+
+
+def runs() -> list[Path]:
+    """The folders of all runs below deepspeed_*/output, the newest first."""
+    found = from_root("").glob("deepspeed_*/output/**/metrics.jsonl")
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def curve(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """The steps at which something was measured, and what; null, which stands for an infinite number, is left out."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A running mean, as in loss.png."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for step, value in points:
+        mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
+        smooth.append((step, mean / weight))
+    return smooth
+
+
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Not more points than a chart can show, the last one among them."""
+    stride = -(-len(points) // MOST_POINTS) or 1
+    return points[::-1][::stride][::-1]
+
+
+def chart(t: dict[str, str], title: str, curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    """Describes a chart for Vega-Lite.
+
+    Args:
+        t: The texts.
+        title: Above it.
+        curves: Name -> points; drawn in grey, blue and orange where there are three, in blue where it is one. The last
+            one's points are marked, if there are not too many.
+    """
+    several = len(curves) > 1
+    colours = ["#b8bcc4", "#1f77b4", "#ff7f0e"] if several else ["#1f77b4"]
+    values = [
+        {"step": step, "value": value, "curve": name}
+        for name, points in curves.items()
+        for step, value in thinned(points)
+    ]
+    last = [*curves][-1]
+    marked = {"field": "curve", "oneOf": [last] if len(curves[last]) < 100 else []}
+    step = {"field": "step", "type": "quantitative", "title": t["step"] if several else None}
+    return {
+        "title": title,
+        "data": {"values": values},
+        "layer": [
+            {"mark": {"type": "line", "tooltip": True}},
+            {"mark": {"type": "point", "filled": True, "tooltip": True}, "transform": [{"filter": marked}]},
+        ],
+        "encoding": {
+            "x": step | {"axis": {"tickMinStep": 1}},
+            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "color": {
+                "field": "curve",
+                "type": "nominal",
+                "scale": {"domain": [*curves], "range": colours},
+                "legend": {"orient": "top", "title": None} if several else None,
+            },
+        },
+    }
+
+
+def training_page(t: dict[str, str]) -> None:
+    """Curves and samples of a run, as it goes on."""
+    import streamlit as st
+
+    st.title(t["training"])
+    st.write(t["training_lead"].format(seconds=FOLLOW_SEC))
+    options = [shown(path) for path in runs()]
+    chosen = st.selectbox(
+        t["run"], options, accept_new_options=True, key="run", help=t["run_help"], persist_state="session"
+    )
+    if chosen is None:
+        st.info(t["no_runs"])
+        st.code("bash deepspeed_ft/run.sh", language="sh")
+
+    @st.fragment(run_every=FOLLOW_SEC)
+    def follow_run() -> None:
+        if chosen is not None:
+            show_run(t, chosen)
+        elif runs():
+            st.rerun()  # The first one has begun.
+
+    follow_run()
+
+
+def show_run(t: dict[str, str], folder: str) -> None:
+    """Draws what there is of a run by now."""
+    import streamlit as st
+
+    tail = st.cache_resource(Tail, max_entries=32, show_spinner=False)
+    try:
+        path = from_root(folder)
+        metrics = tail(path / "metrics.jsonl").read()
+        samples = tail(path / "samples.jsonl").read() if (path / "samples.jsonl").exists() else []
+    except (OSError, RuntimeError):  # The latter for ~ and a name that nobody has.
+        st.warning(t["no_metrics"])
+        st.text(folder)
+        return
+    except ValueError:
+        st.warning(t["bad_lines"])
+        st.text(folder)
+        return
+    if not metrics:
+        st.info(t["no_lines"])
+        return
+    st.caption(t["at_step"].format(step=metrics[-1]["step"]))
+    train = curve(metrics, "train/loss")
+    losses = {t["train"]: train, t["smooth"]: smoothed(train), t["eval"]: curve(metrics, "eval/loss")}
+    st.vega_lite_chart(spec=chart(t, t["loss"], losses), height=320, key="loss")
+    others = {"lr": "train/lr", "grad_norm": "train/grad_norm", "speed": "train/tokens_per_sec"}
+    for column, (text, name) in zip(st.columns(len(others)), others.items(), strict=True):
+        column.vega_lite_chart(spec=chart(t, t[text], {t[text]: curve(metrics, name)}), height=200, key=text)
+    show_samples(t, samples)
+
+
+def show_samples(t: dict[str, str], samples: list[dict[str, Any]]) -> None:
+    """Shows what the model replied at a step beside what was really said."""
+    import streamlit as st
+
+    st.subheader(t["samples"])
+    if not samples:
+        st.info(t["no_samples"])
+        return
+    steps = sorted({row["step"] for row in samples}, reverse=True)
+    newest = t["newest"].format(step=steps[0])
+    step = st.selectbox(
+        t["sample_step"], [NEWEST, *steps], key="step", format_func=lambda step: newest if step == NEWEST else str(step)
+    )
+    for row in samples:
+        if row["step"] == (steps[0] if step == NEWEST else step):
+            with st.container(border=True):
+                for column, name in zip(st.columns(3), ("prompt", "reply", "real"), strict=True):
+                    column.caption(t[name])
+                    column.text(row.get(name, ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Draws the page, for each visitor and each thing that one does."""
+    import streamlit as st
+
+    try:
+        args = read_arguments(sys.argv[1:])
+    except SystemExit as end:
+        print(end.code or "", file=sys.stderr)
+        if end.code:
+            st.error(" ".join(texts["wrong_arguments"] for texts in TEXTS.values()))
+        st.text(end.code or build_parser().format_help())
+        return
+    # Streamlit runs this anew while the last run, which a button has ended, may still be writing down what has come.
+    with st.session_state.setdefault("following", threading.Lock()):
+        t = TEXTS[choose_language()]
+    pages = {
+        "comments": st.Page(partial(comments_page, args, t), title=t["comments"], url_path="comments", default=True),
+        "chat": st.Page(partial(chat_page, args, t), title=t["chat"], url_path="chat"),
+        "training": st.Page(partial(training_page, t), title=t["training"], url_path="training"),
+    }
+    page = st.navigation([*pages.values()])
+    layout = "centered" if page.title == t["chat"] else "wide"
+    st.set_page_config(page_title=f"llm-train-playground · {page.title}", page_icon="💬", layout=layout)
+    page.run()
+
+
+if __name__ == "__main__":
+    if "streamlit" in sys.modules:
+        main()
+    else:
+        read_arguments(sys.argv[1:])
+        raise SystemExit(f"This is a page for the browser. Start it with:\n    {START} {shlex.join(sys.argv[1:])}")
