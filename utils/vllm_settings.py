@@ -105,6 +105,11 @@ def set_defaults(settings: Any, eager_said: bool) -> None:
     on_cpu = current_platform.is_cpu()
     if settings.max_num_batched_tokens is None:
         settings.max_num_batched_tokens = max(512 if on_cpu else 2048, settings.max_num_seqs)
+    if on_cpu and settings.enable_chunked_prefill is None:
+        # On CPUs a request with a seed whose prompt is computed in parts ends vLLM's engine (0.32.0: a CPU's random
+        # numbers have no place to go back to).
+        settings.enable_chunked_prefill = False
+        settings.max_num_batched_tokens = max(settings.max_num_batched_tokens, settings.max_model_len or 0)
     if on_cpu and settings.dtype == "auto":
         settings.dtype = "bfloat16" if settings.quantization == "bitsandbytes" else "float32"
     if on_cpu and settings.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
