@@ -28,7 +28,7 @@ from textwrap import shorten
 from typing import Any
 
 from utils.data import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
-from utils.engine import boolean
+from utils.engine import boolean, underscored
 from utils.files import from_root, replacing, shown
 from utils.held_out import parts_of, read_held_out
 
@@ -98,11 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses arguments. In the names of options, dashes are as good as underscores."""
-    name = re.compile(r"--[\w-]+(?==|\Z)")
-    return build_parser().parse_args(
-        [f"--{found[0][2:].replace('-', '_')}{text[found.end():]}" if (found := name.match(text)) else text
-         for text in arguments]
-    )  # fmt: skip
+    return build_parser().parse_args(underscored(arguments))
 
 
 def check_arguments(args: argparse.Namespace) -> bool:

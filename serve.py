@@ -1,7 +1,7 @@
 """Serves a finished model over HTTP: OpenAI's API, and this project's own route.
 
     python serve.py --model output_hf/BiliComments --port 8080
-    python serve.py --model model/Qwen/Qwen2.5-0.5B --adapter tuned=deepspeed_ft/output/DS-Qwen2.5-0.5B/24
+    python serve.py --model model/Qwen/Qwen2.5-0.5B --adapter tuned=deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/24
     API_KEY=… python serve.py --model output_hf/BiliComments --host 0.0.0.0 --api_key
 
 On vLLM where it is installed (requirements_vllm.txt, an environment of its own), on transformers otherwise.
@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import math
 import os
-import re
 import signal
 import sys
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from socket import socket
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
+from utils.engine import underscored
 from utils.files import explained, from_root, shown
 
 
@@ -262,13 +262,8 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         engine.close()
 
 
-def normalise(arguments: list[str]) -> list[str]:
-    """Lets dashes in arguments' names stand for underscores; values are left alone."""
-    return [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), one) for one in arguments]
-
-
 if __name__ == "__main__":
     try:
-        main(*build_parser().parse_known_args(normalise(sys.argv[1:])))
+        main(*build_parser().parse_known_args(underscored(sys.argv[1:])))
     except KeyboardInterrupt:
         sys.exit(130)

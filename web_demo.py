@@ -365,8 +365,9 @@ def offered(url: str, key: str) -> dict[str, str | None]:
 
     prompts: dict[str, str | None] = dict.fromkeys(asyncio.run(names()), SYSTEM_PROMPT)
     proxies = urllib.request.ProxyHandler({} if is_local(url) else None)
+    health = urllib.request.Request(url.removesuffix("/v1") + "/health", headers={"Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.build_opener(proxies).open(url.removesuffix("/v1") + "/health", timeout=5) as answer:
+        with urllib.request.build_opener(proxies).open(health, timeout=5) as answer:
             told = {model["name"]: model["system_prompt"] for model in json.load(answer)["models"]}
     except (OSError, ValueError, LookupError, TypeError):
         told = {}

@@ -172,6 +172,8 @@ def vllm(args: argparse.Namespace) -> Any:
     port = free_port()
     command = [args.vllm_python, "-m", "vllm.entrypoints.cli.main", "serve", str(from_root(args.model))]
     flags = ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    # Those of CPUs, from utils/vllm_settings.py.
+    flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", LENGTH[1]]
     return process([*command, *flags, *[flag.replace("_", "-") for flag in LENGTH]], port, **VLLM)
 
 

@@ -378,7 +378,7 @@ def test_a_signal_as_soon_as_it_serves(model: Path) -> None:
 
 def refusal(serve: ModuleType, *arguments: str) -> str:
     with pytest.raises(SystemExit) as error:
-        serve.main(*serve.build_parser().parse_known_args(serve.normalise([*arguments])))
+        serve.main(*serve.build_parser().parse_known_args(serve.underscored(arguments)))
     return str(error.value)
 
 

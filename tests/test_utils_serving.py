@@ -425,6 +425,6 @@ def test_health(parrot: tuple[Parrot, int]) -> None:
     assert health() == (503, {"error": {"message": "no card", "type": "server_error", "param": None, "code": 503}})
 
 
-def test_numbers_that_are_none(parrot: tuple[Parrot, int]) -> None:
+def test_numbers_that_are_none() -> None:
     with pytest.raises(ValueError):
         Sampling(temperature=math.nan)

@@ -86,7 +86,9 @@ class Answering(BaseHTTPRequestHandler):
             self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
         elif self.path == "/health" and self.server.health:
             told = [{"name": name, "system_prompt": text} for name, text in self.server.models.items()]
-            self.send(200, {"status": "ok", "engine": "test", "models": told})
+            # As this project's server: what models were trained with is told to those who know the key.
+            known = {"models": told} if self.headers["Authorization"] in ("Bearer none", f"Bearer {KEY}") else {}
+            self.send(200, {"status": "ok", "engine": "test"} | known)
         else:
             self.send(404, {"error": {"message": "no such page"}})
 
@@ -594,8 +596,6 @@ def test_greedy_replies_are_generates(
     if server == "stand-in":
         api.models, api.reply = {kind: None}, generated
         page = open_page("comments", "--api", api.url)
-    elif not (ROOT / "serve.py").exists():
-        pytest.skip("serve.py is not there")
     else:
         page = open_page("comments", "--model", str(folder))
     write(page, desc="简介", parent="前排", count=2, temperature=0.0, max_tokens=24)

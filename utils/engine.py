@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ def boolean(text: str) -> bool:
     if text not in values:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected True, False, 1 or 0")
     return values[text]
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """Lets dashes in the names of options stand for underscores; values are left alone."""
+    name = re.compile(r"--[\w-]+(?==|\Z)")
+    return [name.sub(lambda found: "--" + found[0][2:].replace("-", "_"), text, count=1)
+            if name.match(text) else text for text in arguments]  # fmt: skip
 
 
 def shard_size(text: str) -> str:
