@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 
 from utils.data import SYSTEM_PROMPT, comment_prompt
 from utils.files import from_root, shown
+from utils.track import curve, smoothed
 
 TUNED = "tuned"  # What the adapter is called.
 DRAW_SEC = 0.1  # Between two looks at what has come of a reply.
@@ -825,20 +826,6 @@ def runs() -> list[Path]:
     """The folders of all runs below deepspeed_*/output, the newest first."""
     found = from_root("").glob("deepspeed_*/output/**/metrics.jsonl")
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
-
-
-def curve(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """The steps at which something was measured, and what; null, which stands for an infinite number, is left out."""
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-
-def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A running mean, as in loss.png."""
-    mean, weight, smooth = 0.0, 0.0, []
-    for step, value in points:
-        mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
-        smooth.append((step, mean / weight))
-    return smooth
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

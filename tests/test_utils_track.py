@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from utils.engine import argument_problems
-from utils.track import Tracker, plot_metrics, read_lines
+from utils.track import Tracker, plot_metrics, read_lines, smoothed
 
 LOSS = {"loss": "loss (nats a token)"}
 
@@ -206,3 +206,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     folder = min((path.parent for path in tmp_path.rglob("events.out.*")), key=lambda path: len(path.parts))
     events = EventAccumulator(str(folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+
+
+def test_the_smoothed_curve_is_a_weighted_mean() -> None:
+    points = [(step, float(step * step % 7)) for step in range(1, 30)]
+    for number, (step, value) in enumerate(smoothed(points)):
+        weights = [0.9 ** (number - earlier) for earlier in range(number + 1)]
+        mean = sum(w * v for w, (_, v) in zip(weights, points, strict=False)) / sum(weights)
+        assert step == points[number][0] and value == pytest.approx(mean)

@@ -745,14 +745,6 @@ def test_curves_and_samples(tracker: Any, open_page: Callable[..., Any]) -> None
     assert texts(page)[1] == "第30步"
 
 
-def test_the_smoothed_curve_is_a_weighted_mean() -> None:
-    points = [(step, float(step * step % 7)) for step in range(1, 30)]
-    for number, (step, value) in enumerate(script.smoothed(points)):
-        weights = [0.9 ** (number - earlier) for earlier in range(number + 1)]
-        mean = sum(w * v for w, (_, v) in zip(weights, points, strict=False)) / sum(weights)
-        assert step == points[number][0] and value == pytest.approx(mean)
-
-
 @pytest.mark.parametrize("number", [0, 1, 1500, 1501, 100_000])
 def test_long_curves_are_thinned(number: int) -> None:
     points = [(step, 0.0) for step in range(number)]

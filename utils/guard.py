@@ -127,7 +127,8 @@ class Guard:
         self.at_work += 1
         try:
             body = await self._read_body(scope, receive)
-            await self._answer(scope, body, receive, send)
+            exchange = _Exchange(self.app, self.limits, self._ending, scope, receive, send)
+            await exchange.run(body)
         except Refused as refusal:
             with suppress(ConnectionError):
                 if refusal.status != 408:
@@ -174,45 +175,48 @@ class Guard:
             raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
         return bytes(body)
 
-    async def _answer(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        started, ended, gone, given, late = False, False, asyncio.Event(), False, False
 
-        async def replay() -> MutableMapping[str, Any]:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
+class _Exchange:
+    """One request that was read, and its answer.
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal started, ended
-            if late:
-                return
-            started = True
-            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
+    Attributes:
+        started: The client was sent a beginning.
+        ended: It was sent everything.
+        late: Time is up: what the app still sends is nobody's.
+    """
 
-        async def until_gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
+    def __init__(
+        self,
+        app: Any,
+        limits: Limits,
+        ending: asyncio.Event,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        self._app, self._limits, self._ending = app, limits, ending
+        self._scope, self._receive, self._send = scope, receive, send
+        self._body: bytes | None = None
+        self._gone = asyncio.Event()
+        self.started = self.ended = self.late = False
 
-        answer = asyncio.ensure_future(self.app(scope, replay, noted))
-        watch, ending = asyncio.ensure_future(until_gone()), asyncio.ensure_future(self._ending.wait())
+    async def run(self, body: bytes) -> None:
+        """Lets the app answer until that is done, the client goes, time is up or the server ends."""
+        self._body = body
+        answer = asyncio.ensure_future(self._app(self._scope, self._replay, self._noted))
+        watch, ending = asyncio.ensure_future(self._until_gone()), asyncio.ensure_future(self._ending.wait())
         try:
             waited = {answer, watch, ending}
-            await asyncio.wait(waited, timeout=self.limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, timeout=self._limits.timeout_sec, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                late = not gone.is_set()
+                self.late = not self._gone.is_set()
                 # An app may work in tasks of its own, which it ends when its client goes, not when it is cancelled.
-                gone.set()
+                self._gone.set()
                 await asyncio.wait({answer}, timeout=0.3)
-                if late and not ended:
-                    await self._last_word(started, scope, receive, send)
-            elif started and not ended and answer.exception():
-                event = {"error": {"message": "The answer could not be finished.", "code": 500}}
-                await send({"type": "http.response.body", "body": sse(event)})
+                if self.late and not self.ended:
+                    await self._last_word()
+            elif self.started and not self.ended and answer.exception():
+                await self._send_error(500, "The answer could not be finished.")
                 await answer
             else:
                 await answer
@@ -222,15 +226,40 @@ class Guard:
             # An engine is told to stop while its route is cancelled.
             await asyncio.gather(answer, watch, ending, return_exceptions=True)
 
-    async def _last_word(self, started: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _replay(self) -> MutableMapping[str, Any]:
+        """What the app receives: the body once, then that its client has gone."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _noted(self, message: MutableMapping[str, Any]) -> None:
+        """Passes on what the app sends."""
+        if self.late:
+            return
+        self.started = True
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+    async def _until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+
+    async def _send_error(self, status: int, message: str) -> None:
+        """Ends an answer, or begins and ends it."""
+        if self.started:
+            event = {"error": {"message": message, "code": status}}
+            await self._send({"type": "http.response.body", "body": sse(event)})
+        else:
+            await problem_json(status, message)(self._scope, self._receive, self._send)
+
+    async def _last_word(self) -> None:
         status = 503 if self._ending.is_set() else 504
-        message = f"The answer was not ready within {self.limits.timeout_sec:g} seconds. Ask for fewer tokens."
+        message = f"The answer was not ready within {self._limits.timeout_sec:g} seconds. Ask for fewer tokens."
         if status == 503:
             message = "The server ends, and the answer was not ready. Try again later."
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORD_SEC):
-                if started:
-                    event = {"error": {"message": message, "code": status}}
-                    await send({"type": "http.response.body", "body": sse(event)})
-                else:
-                    await problem_json(status, message)(scope, receive, send)
+                await self._send_error(status, message)

@@ -87,6 +87,20 @@ def _open_service(service: str, folder: Path, settings: dict[str, Any]) -> Any:
     return tracker
 
 
+def curve(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """The steps at which something was measured, and what; null, which stands for an infinite number, is left out."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """An exponentially weighted mean, whose weights sum to one from the first point on."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for step, value in points:
+        mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
+        smooth.append((step, mean / weight))
+    return smooth
+
+
 def plot_metrics(folder: Path, panels: Mapping[str, str]) -> None:
     """Draws what is in metrics.jsonl as loss.png, a panel a metric, one below the other."""
     import matplotlib
@@ -112,17 +126,9 @@ def plot_metrics(folder: Path, panels: Mapping[str, str]) -> None:
 
 def _draw(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
     """Draws a metric in training, as it was and smoothed, and on held-out samples."""
-    # A value is missing where it was not measured, and null where it was not finite.
-    train, held_out = (
-        [(line["step"], line[f"{when}/{name}"]) for line in lines if line.get(f"{when}/{name}") is not None]
-        for when in ("train", "eval")
-    )
+    train, held_out = curve(lines, f"train/{name}"), curve(lines, f"eval/{name}")
     if train:
         axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training, each step")
-        mean, weight, smooth = 0.0, 0.0, []
-        for step, value in train:
-            mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
-            smooth.append((step, mean / weight))
-        axes.plot(*zip(*smooth, strict=True), color="tab:blue", label="training, smoothed")
+        axes.plot(*zip(*smoothed(train), strict=True), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
