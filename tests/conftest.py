@@ -248,6 +248,11 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def slow(value: Any) -> Any:
+    """A parameter that only CI tries."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def run(script: ModuleType, arguments: list[str]) -> None:
     """Trains in this process."""
     script.main(script.build_parser().parse_args(arguments))

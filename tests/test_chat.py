@@ -685,6 +685,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_conversation(endless: Path) -> None:
     assert (process.returncode, err) == (0, b"") and out.endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_single_answer_quietly(endless: Path) -> None:
     with start(endless, "--prompt", "问") as process:
         process.stdout.read(20)
@@ -865,6 +866,7 @@ def test_arguments_that_are_no_utf8(finished: Path, tokenizer: Any, asked: list[
     ]
 
 
+@pytest.mark.slow
 def test_a_piped_conversation_with_bytes_that_are_no_utf8(finished: Path) -> None:
     command = [sys.executable, str(ROOT / "chat.py"), "--model", str(finished), "--max_new_tokens", "4"]
     done = subprocess.run([*command, "--system", GBK], input=GBK + b"\n", capture_output=True)

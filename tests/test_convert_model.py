@@ -39,7 +39,7 @@ for folder, probe, out in json.loads(sys.argv[1]):
 """
 
 # An environment of its own: vLLM pins other versions than requirements.txt.
-VLLM = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+VLLM = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python")).absolute()
 VLLM_USER = """
 import json, sys, torch
 from safetensors.torch import save_file
@@ -105,7 +105,8 @@ def check_as_a_plain_user(jobs: list[tuple[Path, Path]], model_names: list[str])
         assert (untrained - probe["logits_0"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("model", [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2")) for name in MODELS])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_a_new_process_gets_the_training_models_logits(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, model: str
 ) -> None:

@@ -29,6 +29,7 @@ from conftest import (
     make_tokenizer,
     read_metrics,
     run,
+    slow,
 )
 from torch.nn.functional import kl_div
 
@@ -36,11 +37,6 @@ from utils.packing import draw_windows
 
 Build = Callable[..., list[str]]
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
-
-
-def slow(value: Any) -> Any:
-    """A parameter that only CI tries."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -434,6 +430,7 @@ def test_two_ranks_equal_one(
     assert_same_numbers(tmp_path / "one", tmp_path / "two", rel=1e-3 if flags["kd"] == "topk" else 2e-5)
 
 
+@pytest.mark.slow
 def test_all_favourites_are_the_teacher(
     distill: ModuleType, distill_args: Build, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -16,17 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, adapter, distance, launch, load_script, read_metrics, run
+from conftest import ROOT, adapter, distance, launch, load_script, read_metrics, run, slow
 from safetensors.torch import load_file
 
 from utils.packing import draw_windows
 
 Build = Callable[..., list[str]]
-
-
-def slow(value: Any) -> Any:
-    """A parameter that only CI tries."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +316,7 @@ def plain_pytorch(model_dir: Path, kind: str, steps: int) -> dict[str, Any]:
     return {"losses": losses, "accuracies": accuracies, "weights": weights}
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2", *map(slow, ["gemma3", "llama", "mistral"])])
+@pytest.mark.parametrize("kind", ["qwen2", *map(slow, ["gemma2", "gemma3", "llama", "mistral"])])
 def test_equals_plain_pytorch(
     dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, kind: str, capsys: Any
 ) -> None:
@@ -342,12 +337,12 @@ def test_equals_plain_pytorch(
     [
         {"batch_size": 1, "grad_accum": 8},
         {"pack_tokens": 256},
-        {"share_prefix": False, "group_size": 8},
+        slow({"share_prefix": False, "group_size": 8}),
         slow({"gradient_checkpointing": True}),
-        {"precompute_reference": True},
+        slow({"precompute_reference": True}),
         slow({"zero_stage": 0}),
         slow({"zero_stage": 1}),
-        {"zero_stage": 3},
+        slow({"zero_stage": 3}),
         slow({"offload": "optimizer"}),
         slow({"zero_stage": 3, "offload": "param"}),
         slow({"zero_stage": 3, "precompute_reference": True}),
@@ -367,7 +362,7 @@ def test_cutting_changes_nothing(
 @pytest.mark.parametrize(
     "flags",
     [
-        {},
+        slow({}),
         slow({"zero_stage": 3}),
         slow({"precompute_reference": True}),
         slow({"adapter": True}),
@@ -392,7 +387,7 @@ def test_two_ranks_equal_one(
         assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("loss", ["simpo", "orpo", *map(slow, ["robust", "hinge", "ipo"])])
+@pytest.mark.parametrize("loss", ["simpo", *map(slow, ["orpo", "robust", "hinge", "ipo"])])
 def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, loss: str) -> None:
     run(dpo, dpo_args(loss=loss, max_steps=4, epochs=2))
     losses = [line["train/loss"] for line in read_metrics(tmp_path) if "train/loss" in line]

@@ -90,6 +90,7 @@ FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_new_process_gets_what_peft_says(merge: ModuleType, root: Path, tokenizer: Any, model_dir: Path) -> None:
     """DoRA, whole modules and larger vocabularies on all kinds of models; nothing of this project reads the result."""
     jobs, expected = [], {}

@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, slow
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -110,7 +110,7 @@ def post(url: str, route: str, body: dict[str, Any]) -> tuple[int, Any]:
 # OpenAI's client
 
 
-@pytest.mark.parametrize("name", ["BiliComments", "tuned"])
+@pytest.mark.parametrize("name", ["BiliComments", slow("tuned")])
 def test_greedy_answers_are_generates(client: openai.OpenAI, written: Any, name: str) -> None:
     """20 questions, 64 tokens, whole and as streams, all at the same time."""
 
@@ -324,7 +324,7 @@ def start(model: Path, *arguments: str, **environment: str) -> tuple[subprocess.
     raise AssertionError("".join(lines))
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [slow(signal.SIGTERM), signal.SIGINT])
 def test_a_signal_lets_answers_end(model: Path, ending: signal.Signals) -> None:
     """No new ones are taken, and the process ends without an error."""
     process, address = start(model, "--api-key", "MY_KEY", MY_KEY="secret-key")
@@ -342,6 +342,7 @@ def test_a_signal_lets_answers_end(model: Path, ending: signal.Signals) -> None:
     assert "secret-key" not in said and "Traceback" not in said and "Error" not in said
 
 
+@pytest.mark.slow
 def test_answers_that_take_too_long_do_not_hold_the_end_up(model: Path) -> None:
     """Those who wait are told so: a whole answer's client and a stream's."""
     process, address = start(model, "--shutdown_sec", "1")

@@ -44,6 +44,7 @@ def fake(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_broken_environments_are_made_anew(copy: Path, tmp_path: Path) -> None:
     """Each with the stamp of a finished installation; in one test, since making an environment takes long."""
     venv, elsewhere = copy / ".venv", tmp_path / "disk/env"

@@ -308,6 +308,7 @@ def test_an_engine_that_says_something_else_is_noticed(
         check_engine(engines(make_model("llama", len(tokenizer)).eval(), chat))
 
 
+@pytest.mark.slow
 def test_small_rooms(tokenizer: Any, chat: Chat, prompts: list[list[int]], engines: Any) -> None:
     """One answer at a time, few tokens: the trial at the start fits, and so does the longest answer there may be."""
     args = argparse.Namespace(max_num_batched_tokens=None, gpu_memory_utilization=0.85)

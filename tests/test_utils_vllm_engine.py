@@ -35,7 +35,7 @@ from utils.vllm_rendering import typed_as_text
 from utils.vllm_settings import lora_rank, startup_problem
 
 # An environment of its own: vLLM pins other versions than requirements.txt.
-VLLM = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+VLLM = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python")).absolute()
 CACHE = ("--kv_cache_memory_bytes", "1G")
 KEY = "key-of-the-tests"
 OWN, CHAT, PLAIN = "/ai/llm/generation_stream", "/v1/chat/completions", "/v1/completions"
@@ -611,6 +611,7 @@ def test_control_tokens_that_users_typed_are_text(tokenizer: Any, texts: list[st
     assert ours.count(starts) == len(messages) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct-from-q4", "google/gemma-3-270m-from-q4"])
 def test_control_tokens_of_real_models(name: str) -> None:
     folder = ROOT / "model" / name
