@@ -143,10 +143,11 @@ class Server:
         return True
 
     def end(self) -> int:
-        """Waits for the process; all that it started must be gone as well."""
-        code = self.process.wait(60)
-        left = [number for number in processes_of(self.process.pid)]
-        assert not left
+        """Waits for the process; all that it started must be gone as well, the last of it a moment later."""
+        code, until = self.process.wait(60), time.monotonic() + 5
+        while left := processes_of(self.process.pid):
+            assert time.monotonic() < until, left
+            time.sleep(0.05)
         return code
 
 
