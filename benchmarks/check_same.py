@@ -67,7 +67,7 @@ class Expected:
 
     def verdict(self, text: str) -> str:
         """ "same", "rounding" or "different"."""
-        if text.strip().rstrip(CUT) == self.texts[-1].strip().rstrip(CUT):
+        if text.strip().rstrip(CUT).strip() == self.texts[-1].strip().rstrip(CUT).strip():
             return "same"
         # The first token whose text the other one does not begin with any more.
         parted = (n for n, part in enumerate(self.texts) if not text.startswith(part.rstrip(CUT)))
