@@ -675,6 +675,7 @@ def start(model: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, "--temperature", "0", *arguments], **pipes)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_reply_and_not_the_conversation(endless: Path) -> None:
     with start(endless) as process:
         process.stdin.write("问\n".encode())

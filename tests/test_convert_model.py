@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, llama_cpp, load_script, make_model
+from conftest import ROOT, launch, llama_cpp, load_script, make_model, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,9 +150,8 @@ def bf16_run(ft: ModuleType, train_args: Any, loud: str, root: Path) -> Callable
     return run
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "qlora")) for kind in SIXTEEN_BITS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
 def test_a_bf16_run_is_the_trained_model(
     convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, capsys: Any, kind: str
 ) -> None:
@@ -199,7 +198,7 @@ def halved(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value * ("layers.0" in name) for name, value in adapter.items()}
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", slow("qlora")])
 def test_another_model_of_a_bf16_run_is_refused(
     convert: ModuleType, bf16_run: Callable[[str], Path], model_dir: Path, loud: str, root: Path, kind: str
 ) -> None:
@@ -295,7 +294,7 @@ def test_what_goes_along(convert: ModuleType, lora_run: Path, model_dir: Path, r
     assert json.loads((folder / "run.json").read_text())["progress"]["step"] == 3
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", [slow("f16"), "q8_0"])
 def test_llama_cpp_answers_as_the_model_does(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kind: str
 ) -> None:

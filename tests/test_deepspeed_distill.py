@@ -463,7 +463,7 @@ def test_a_resumed_run_is_the_same(distill: ModuleType, distill_args: Build, tmp
     "flags",
     [
         {"kd": "logits", "kd_loss": "reverse_kl"},
-        {"kd": "topk", "kd_loss": "jsd", "answers": "big"},
+        slow({"kd": "topk", "kd_loss": "jsd", "answers": "big"}),
         slow({"kd": "logits", "teacher_bnb_enabled": True, "train_bnb_enabled": True}),
         slow({"kd": "logits", "tuner": "full", "lr": 1e-3}),
         slow({"kd": "logits", "teacher_model_name": "tiny/gemma2", "model_name": "tiny/qwen3"}),
@@ -481,7 +481,7 @@ def test_the_student_comes_nearer(
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"kd": "logits", "train_bnb_enabled": True}, slow({"kd": "topk", "tuner": "full", "lr": 1e-3})],
+    [slow({}), {"kd": "logits", "train_bnb_enabled": True}, slow({"kd": "topk", "tuner": "full", "lr": 1e-3})],
     ids=str,
 )
 def test_test_mode_and_conversion(

@@ -392,7 +392,8 @@ def wait_for_lines(path: Path, lines: int, seconds: float = 60) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_killed_at_any_moment(build: Build, tmp_path: Path, kills: int) -> None:
     """No line is lost, and no more is paid twice than was under way."""
     path, draw, concurrency = tmp_path / "out/data_train_teacher_kind.jsonl", random.Random(kills), 8
@@ -459,6 +460,7 @@ def test_a_full_disk_ends_the_run(prepare: ModuleType, build: Build, tmp_path: P
     assert len(rows(tmp_path)) > 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_inside_a_line(build: Build, tmp_path: Path) -> None:
     """What had no room any more is not written later on, when there is room again."""
     with TeacherServer() as server:
@@ -493,6 +495,7 @@ def test_a_torn_line_is_asked_again(prepare: ModuleType, build: Build, tmp_path:
             assert len(rows(tmp_path)) == 2 and len({row["id"] for row in rows(tmp_path)}) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_what_is_paid(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "out/data_train_teacher_kind.jsonl"
     with TeacherServer((0.5, 0.8)) as server:

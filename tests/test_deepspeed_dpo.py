@@ -336,7 +336,7 @@ def test_equals_plain_pytorch(
     "changes",
     [
         {"batch_size": 1, "grad_accum": 8},
-        {"pack_tokens": 256},
+        slow({"pack_tokens": 256}),
         slow({"share_prefix": False, "group_size": 8}),
         slow({"gradient_checkpointing": True}),
         slow({"precompute_reference": True}),
@@ -396,7 +396,7 @@ def test_every_loss_learns(dpo: ModuleType, dpo_args: Build, tmp_path: Path, los
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, slow({"train_bnb_enabled": True}), slow({"precompute_reference": True}), slow({"zero_stage": 3})],
+    [slow({}), slow({"train_bnb_enabled": True}), slow({"precompute_reference": True}), slow({"zero_stage": 3})],
     ids=str,
 )
 def test_goes_on_from_an_adapter(
@@ -418,6 +418,7 @@ def test_goes_on_from_an_adapter(
     assert run_json["data"]["files"]["adapter"]
 
 
+@pytest.mark.slow
 def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Build, tmp_path: Path) -> None:
     flags = {"tuner": "full", "lr": 1e-3, "save_steps": 2}
     run(dpo, dpo_args(output_dir=tmp_path / "one", **flags))
@@ -431,7 +432,8 @@ def test_full_training_has_its_reference_on_disk(dpo: ModuleType, dpo_args: Buil
     assert read_metrics(tmp_path / "one")[-1]["train/loss"] == lines[-1]["train/loss"]
 
 
-@pytest.mark.parametrize("goes_on", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_a_resumed_run_is_the_same(
     dpo: ModuleType, dpo_args: Build, sft_adapter: Path, tmp_path: Path, goes_on: bool
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from conftest import LocalServer
+from conftest import LocalServer, slow
 
 import download_pt
 from utils.files import ROOT
@@ -197,6 +197,8 @@ def fails(tmp_path: Path, *args: str) -> str:
 
 
 SOURCES = pytest.mark.parametrize("source", ["hf", "modelscope"])
+# Where ModelScope's client takes some seconds.
+SLOW_SOURCES = pytest.mark.parametrize("source", ["hf", slow("modelscope")])
 
 
 def use(source: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
@@ -298,7 +300,7 @@ def test_damaged_and_missing_files_are_fetched_again(hub, monkeypatch, tmp_path,
     assert set(hub.sent) == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-@SOURCES
+@SLOW_SOURCES
 def test_file_that_arrives_damaged(hub, monkeypatch, tmp_path, capsys, source):
     where = use(source, hub, monkeypatch)
     hub.damaged = 1
@@ -557,7 +559,7 @@ def test_address_that_is_none(hub, monkeypatch, tmp_path, capsys, address):
     assert f"{address}: cannot be reached (" in error and "Traceback" not in error and error.count("\n") == 1
 
 
-@SOURCES
+@SLOW_SOURCES
 def test_next_command_keeps_the_options(hub, monkeypatch, tmp_path, source):
     where = use(source, hub, monkeypatch)
     hub.status = (500, "")

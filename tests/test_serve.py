@@ -324,7 +324,8 @@ def start(model: Path, *arguments: str, **environment: str) -> tuple[subprocess.
     raise AssertionError("".join(lines))
 
 
-@pytest.mark.parametrize("ending", [slow(signal.SIGTERM), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_end(model: Path, ending: signal.Signals) -> None:
     """No new ones are taken, and the process ends without an error."""
     process, address = start(model, "--api-key", "MY_KEY", MY_KEY="secret-key")

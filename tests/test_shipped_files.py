@@ -109,11 +109,13 @@ def cpu_seconds(command: list[str], **options: object) -> tuple[float, int, str]
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_help_is_quick(path: Path, tmp_path: Path) -> None:
-    """From any folder, in less than half a second; the best of three, since the machine may be busy."""
-    runs = [cpu_seconds([sys.executable, str(path), "--help"], cwd=tmp_path) for _ in range(3)]
-    assert all(code == 0 for _, code, _ in runs), runs[0][2]
-    assert "usage:" in runs[0][2] and "Traceback" not in runs[0][2]
-    assert min(seconds for seconds, _, _ in runs) < 0.5
+    """From any folder, in less than half a second; three times at most, since the machine may be busy."""
+    for _ in range(3):
+        seconds, code, said = cpu_seconds([sys.executable, str(path), "--help"], cwd=tmp_path)
+        assert code == 0 and "usage:" in said and "Traceback" not in said, said
+        if seconds < 0.5:
+            break
+    assert seconds < 0.5
 
 
 @pytest.mark.parametrize("path", [path for path in PYTHON if path.parent.name == "utils"], ids=name)

@@ -179,8 +179,13 @@ def test_any_tries_compute_what_their_samples_do(samples: list[Sample], kind: st
 
 @pytest.mark.parametrize(
     ("kind", "tuner", "zero_stage", "checkpointing"),
-    [*product(["gemma3"], ["lora", "qlora", "full"], [0, 2, 3], [False, True])]
-    + [(kind, "lora", stage, stage == 3) for kind in KINDS if kind != "gemma3" for stage in (2, 3)],
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[2:] != (3, True)))
+        for case in [
+            *product(["gemma3"], ["lora", "qlora", "full"], [0, 2, 3], [False, True]),
+            *[(kind, "lora", stage, stage == 3) for kind in KINDS if kind != "gemma3" for stage in (2, 3)],
+        ]
+    ],
 )
 def test_gradients_through_the_engine(
     kind: str,

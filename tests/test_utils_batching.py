@@ -117,6 +117,7 @@ def test_answers_written_together_are_those_written_alone(
     assert len(set(expected)) > 5
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_small_for_all(
     tokenizer: Any, chat: Chat, prompts: list[list[int]], engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def with_adapters(folder: Path, base: Path, names: tuple[str, ...]) -> dict[str,
     return folders
 
 
+@pytest.mark.slow
 def test_adapters_answer_at_the_same_time(
     model_dir: Path, prompts: list[list[int]], engines: Any, tmp_path: Path
 ) -> None:
@@ -298,6 +300,7 @@ def test_attention_that_is_not_known_is_noticed(tokenizer: Any, chat: Chat, engi
         check_engine(engines(model, chat))
 
 
+@pytest.mark.slow
 def test_an_engine_that_says_something_else_is_noticed(
     tokenizer: Any, chat: Chat, engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

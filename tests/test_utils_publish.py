@@ -774,6 +774,7 @@ def test_a_merged_models_card_is_one_that_hubs_take(base: str, named: str | None
     assert f"\n{base}, its weights own" in card.text
 
 
+@pytest.mark.slow
 def test_from_training_to_the_hub(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, hub: Hub, monkeypatch: Any
 ) -> None:

@@ -323,6 +323,7 @@ def test_a_body_that_does_not_arrive() -> None:
         assert connection.getresponse().status == 408
 
 
+@pytest.mark.slow
 def test_no_more_than_can_be_answered(parrot: tuple[Parrot, int]) -> None:
     """With three at work the fourth is told to come again, and can when one has ended."""
     engine, port = parrot
