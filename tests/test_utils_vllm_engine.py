@@ -649,6 +649,11 @@ def test_control_tokens_of_real_models(name: str) -> None:
             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
             ["--bits 4", "--max_num_seqs, now 32", "--max_model_len"],
         ),
+        (
+            "INFO Free memory on device (7.51/7.78 GiB) on startup. Desired GPU memory utilization is (0.85, 6.61 GiB)."
+            "\nRuntimeError: CUDA out of memory occurred when warming up sampler with 32 dummy requests.",
+            ["The card's memory does not suffice", "--max_num_seqs, now 32", "--bits 4"],
+        ),
         ("(EngineCore pid=7) KeyError: 'layers.0.strange'", ["vLLM did not start: KeyError: 'layers.0.strange'"]),
     ],
 )

@@ -215,7 +215,8 @@ def startup_problem(error: Exception, heard: Iterable[str], settings: Any) -> st
     more = f"--gpu_memory_utilization up to 0.95 (now {used})"
     if settings.kv_cache_memory_bytes is not None:
         more = f"--kv_cache_memory_bytes (now {settings.kv_cache_memory_bytes})"
-    if found := re.search(r"Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\) on startup", said):
+    # vLLM begins so, too, what it tells of a start that went well so far.
+    if found := re.search(r"Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\) on startup is less", said):
         free, whole = map(float, found.groups())
         return (
             f"Other programs use the card: {free:g} of {whole:g} GiB are free, and --gpu_memory_utilization {used} "
