@@ -6,8 +6,8 @@
 Every request has to get its answer, or a 4xx with a reason; nobody who stays may be forgotten, and the server's memory
 must not grow once it has seen the crowd. Prints what came back, and ends with an error if that is not so.
 
-On vLLM this is asked of the process that serves. What vLLM's own processes hold is printed: on CPUs theirs grows for
-some minutes, with or without this server, as oneDNN keeps kernels of 32 shapes for each matrix.
+On vLLM this is asked of the process that serves. What vLLM's own processes hold is printed: on CPUs its worker's heap
+grows for many minutes, ever more slowly, and does so under vLLM's own server too.
 """
 
 import argparse
