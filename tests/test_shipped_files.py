@@ -46,7 +46,7 @@ def shipped() -> list[Path]:
 FILES = shipped()
 PYTHON = [path for path in FILES if path.suffix == ".py"]
 SHELL = [path for path in FILES if path.suffix == ".sh"]
-SCRIPTS = [path for path in PYTHON if path.parent.name not in ("utils", "tests")]
+SCRIPTS = [path for path in PYTHON if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "tests"]
 PINS = dict(
     re.findall(r"^([A-Za-z0-9_.-]+)==([^\s#;]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
 )
@@ -64,6 +64,7 @@ def normal(distribution: str) -> str:
 def test_something_is_looked_at() -> None:
     names = {name(path) for path in FILES}
     assert {"chat.py", "deepspeed_ft/train.py", "utils/data.py", "setup_env.sh", "tests/run.sh"} <= names
+    assert {"chat.py", "prepare_data.py", "deepspeed_dpo/train.py", "benchmarks/gpu/run.py"} <= {*map(name, SCRIPTS)}
     assert any(text.startswith("examples/data/") for text in names)
     assert not any(text.startswith(("data/", "model/", ".venv")) for text in names - {"data/README.md"})
 
@@ -142,6 +143,10 @@ def test_what_is_imported_is_pinned(path: Path) -> None:
         # Runs in an environment of its own, where what it compares with is installed.
         assert "trl==" in (ROOT / "benchmarks/bench_sft.py").read_text(encoding="utf-8")
         third_party -= {"trl"}
+    if path.parent.name == "gpu":
+        # Optional, for the loop that ours is compared with.
+        assert "liger-kernel==" in (ROOT / "benchmarks/gpu/wheels.sh").read_text(encoding="utf-8")
+        third_party -= {"liger_kernel"}
     if path.name.startswith("vllm_"):
         # The same for the server on vLLM.
         lines = (ROOT / "requirements_vllm.txt").read_text(encoding="utf-8").splitlines()
