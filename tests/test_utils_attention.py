@@ -240,6 +240,12 @@ def test_gradients_through_the_engine(
     del sharding
 
 
+def test_the_kernel_that_makes_nan_under_a_mask_is_not_used() -> None:
+    """cuDNN's; on a CPU it shows in the switch alone."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "mistral"])
 def test_the_window_is_seen(kind: str) -> None:
     """The tests above can fail: without its window the model says something else."""
@@ -318,6 +324,18 @@ def test_models_that_take_no_masks_are_found(precision: str, monkeypatch: pytest
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda attention_mask=None, **rest: forward(**rest))
     assert usable_masks(Engine(model), {"full_attention": None}, 256, "fp32")[0] is None
+
+
+def test_too_little_memory_says_nothing_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends; it would go on slowly, sample by sample, in less memory."""
+    model = make_model("llama", 800)
+
+    def forward(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        usable_masks(Engine(model), {"full_attention": None}, 256, "fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,10 @@ def attention_in_blocks(
     return torch.cat(parts, dim=1), None
 
 
+# On Hopper cards cuDNN's kernel is PyTorch's first choice. Under a mask its gradients can be NaN where L % 128 is 64
+# (pytorch/pytorch issue 196678), and it prepares anew for every length.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 AttentionInterface.register(BLOCKWISE, attention_in_blocks)
 AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
 
@@ -144,6 +148,8 @@ def usable_masks(
         use_blocks(getattr(engine, "module", engine))
         error = _mask_error(engine, windows, depth)
         problem = "" if error < (1e-3 if precision == "fp32" else 0.05) else f"logits differ by {error:.1%}"
+    except torch.OutOfMemoryError:
+        raise  # Says nothing of masks.
     except Exception as failure:  # Whatever a model makes of a mask that it does not know.
         problem = f"{type(failure).__name__}: {failure}"
     engine.train()

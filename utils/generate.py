@@ -100,7 +100,8 @@ def load_finished(
     if bits:
         compute = torch.float32
         if on_gpu:
-            compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            compute = torch.bfloat16 if has_bf16 else torch.float16
         options = {"dtype": compute, "device_map": {"": 0 if on_gpu else "cpu"}}
         options["quantization_config"] = nf4_config(compute) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
     if offload_folder is not None:
