@@ -115,13 +115,14 @@ def sample_replies(run: Path, record: dict[str, Any]) -> list[str]:
     Returns:
         Title and reply, four at most.
     """
-    from utils.track import read_lines
+    from utils.files import read_lines
 
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # A card does without what is damaged.
         if read_json(run / "run.json")["settings"] != record["settings"]:
             return []  # Another run's, started in the same folder since then.
         found = {}  # In order, and once: held-out comments on one video ask for the same.
-        for line in read_lines(run / "samples.jsonl"):
+        fields = {"step": int, "prompt": str, "reply": str, "real": str}
+        for line in read_lines(run / "samples.jsonl", fields):
             prompt, reply, real = line["prompt"], line["reply"].strip(), line["real"].strip()
             title = re.search(r"^视频标题：.*", prompt, re.MULTILINE)
             own_words = title and "父评论：" not in prompt and not (real and real in reply)

@@ -348,6 +348,13 @@ def problem_of(error: Exception, url: str, key: str) -> Problem:
     return Problem(known.get(status, "error_server" if status >= 500 else "error_request"), {"status": status}, said)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would send the key along to wherever an answer redirects."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None  # The redirect is an error then.
+
+
 def offered(url: str, key: str) -> dict[str, str | None]:
     """Asks a server what it offers.
 
@@ -368,7 +375,7 @@ def offered(url: str, key: str) -> dict[str, str | None]:
     proxies = urllib.request.ProxyHandler({} if is_local(url) else None)
     health = urllib.request.Request(url.removesuffix("/v1") + "/health", headers={"Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.build_opener(proxies).open(health, timeout=5) as answer:
+        with urllib.request.build_opener(proxies, _NoRedirects).open(health, timeout=5) as answer:
             told = {model["name"]: model["system_prompt"] for model in json.load(answer)["models"]}
     except (OSError, ValueError, LookupError, TypeError):
         told = {}

@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
@@ -36,22 +36,23 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
-from utils.files import answers_path, from_root, shown
-from utils.track import read_lines
+from utils.files import ANSWER_FIELDS, answers_path, from_root, only_writer, read_lines, shown
 
 INSTRUCTION = (
     "你是一名B站用户。请根据视频的标题、简介和父评论（如果有），模仿B站用户的语气写一条评论或回复，不超过50个字。只写评论本身，不要解释。"
 )
 THOUGHT = "</think>"
-ATTEMPTS, PAID_ATTEMPTS = 8, 4
+# How often a question is sent at most: after failures that cost nothing, such that tokens were paid for, and responses
+# that cannot be understood, which may have been.
+ATTEMPTS, PAID_ATTEMPTS, ODD_ATTEMPTS = 8, 4, 2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Answers under way are taken before the process ends.
 LONGEST_BACKOFF_SEC = 60
 LONGEST_WAIT_SEC = 600  # The teacher may ask for more; then the run ends.
 FAILED_IN_A_ROW = 20  # So many failures with no answer between them: the teacher is not going to answer.
-FINISHED = {"stop", "eos", "end_turn", "", None}  # Why an answer ended, if it is whole.
+FINISHED = ["stop", "eos", "end_turn", "", None]  # Why an answer ended, if it is whole.
 # What the openai client would send to any teacher, the last one even in place of the configured key.
 OPENAI_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
 KINDS = {
@@ -99,16 +100,30 @@ class NoAnswer(Exception):
 
     Attributes:
         again: Whether it is worth another attempt.
+        odd: Whether the response cannot be understood.
         busy: Whether the teacher is asked too much at a time.
         wait_sec: How long the teacher asked to wait; None if it did not.
         usage: Tokens that it cost all the same.
     """
 
     def __init__(
-        self, reason: str, again: bool, busy: bool = False, wait_sec: float | None = None, usage: Any = None
+        self,
+        reason: str,
+        again: bool,
+        busy: bool = False,
+        wait_sec: float | None = None,
+        usage: Any = None,
+        odd: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.again, self.busy, self.wait_sec, self.usage = again, busy, wait_sec, usage or Counter()
+        self.again, self.busy, self.wait_sec, self.usage, self.odd = again, busy, wait_sec, usage or Counter(), odd
+
+    @property
+    def attempts(self) -> int:
+        """After how many such failures a question is given up."""
+        if not self.again:
+            return 1
+        return ODD_ATTEMPTS if self.odd else PAID_ATTEMPTS if self.usage.total() else ATTEMPTS
 
 
 class Hopeless(Exception):
@@ -216,22 +231,10 @@ def read_questions(path: Path, teacher: Teacher, instruction: str) -> list[Quest
 # The answers' file
 
 
-@contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """Keeps a second run from asking for the same answers at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise SystemExit(f"Another run is writing {shown(path)}. Wait for it to end.") from None
-
-
 def read_answers(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Reads answers by id and key, the newest last; a last line torn by a kill is left out."""
+    """Reads answers by id and key, the newest last; torn and damaged lines are left out."""
     known: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in read_lines(path):
+    for row in read_lines(path, ANSWER_FIELDS):
         known.pop((row["id"], row["key"]), None)  # So that the newest stands last.
         known[row["id"], row["key"]] = row
     return known
@@ -312,39 +315,47 @@ class Pace:
 
 
 def usage_of(completion: Any) -> Counter[str]:
-    """The tokens of a request, as far as the server says."""
+    """The tokens of a request, as far as the server says so in numbers that can be."""
     usage = getattr(completion, "usage", None)
+    said = {"in": getattr(usage, "prompt_tokens", None), "out": getattr(usage, "completion_tokens", None)}
     return Counter({
-        "in": int(getattr(usage, "prompt_tokens", None) or 0),
-        "out": int(getattr(usage, "completion_tokens", None) or 0),
+        name: int(number) for name, number in said.items() if isinstance(number, int | float) and 0 <= number < 1e9
     })  # fmt: skip
 
 
+def text_of(content: Any) -> str:
+    """The text of a message, which some servers send in parts; "" if there is none."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str)).strip()
+
+
 def to_answer(completion: Any) -> Answer:
-    """Takes the answer out of what the server sent.
+    """Takes the answer out of what the server sent. A whole text counts, whatever else is odd about the response.
 
     Raises:
         NoAnswer: if there is none that a student should learn.
     """
     usage, choices = usage_of(completion), getattr(completion, "choices", None)
-    if not choices:
-        raise NoAnswer("no choices in the response", again=True, usage=usage)
-    choice = choices[0]
-    if choice.finish_reason == "content_filter":
+    if not isinstance(choices, list) or not choices:
+        raise NoAnswer("no choices in the response", again=True, usage=usage, odd=bool(choices))
+    reason, message = getattr(choices[0], "finish_reason", None), getattr(choices[0], "message", None)
+    reason = reason.lower() if isinstance(reason, str) else reason
+    if reason == "content_filter":
         raise NoAnswer("content filter", again=False, usage=usage)
-    if choice.finish_reason == "length":
+    if reason == "length":
         advice = "raise max_tokens in the teacher's options (another option asks all comments again)"
         raise NoAnswer(f"cut off: {advice}", again=False, usage=usage)
-    if choice.finish_reason not in FINISHED:  # Such as a server that ran out of memory in the middle.
-        raise NoAnswer(f"ended by {choice.finish_reason!r}", again=True, usage=usage)
-    text = (getattr(choice.message, "content", None) or "").strip()
-    thoughts = [getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning")]
-    reasoning = next(filter(None, thoughts), "")
+    if reason not in FINISHED:  # Such as a server that ran out of memory in the middle.
+        raise NoAnswer(f"ended by {reason!r}", again=True, usage=usage, odd=not isinstance(reason, str))
+    content = getattr(message, "content", ...)
+    text = text_of(content)
+    reasoning = text_of(getattr(message, "reasoning_content", None)) or text_of(getattr(message, "reasoning", None))
     if THOUGHT in text:  # Some servers leave the tags in, or only the closing one.
         thought, _, text = text.rpartition(THOUGHT)
         reasoning, text = reasoning or thought.replace("<think>", "", 1).strip(), text.strip()
     if not text or "<think>" in text:
-        raise NoAnswer("an empty answer", again=True, usage=usage)
+        raise NoAnswer("an empty answer", again=True, usage=usage, odd=not isinstance(content, str | list | None))
     return Answer(text, reasoning, usage)
 
 
@@ -392,7 +403,7 @@ async def ask(client: Any, teacher: Teacher, messages: list[Message], timeout_se
     except openai.APIConnectionError as error:
         raise NoAnswer(f"connection: {type(error.__cause__ or error).__name__}", again=True) from None
     except (openai.APIError, ValueError, AttributeError, TypeError, LookupError) as error:
-        raise NoAnswer(f"a broken response ({type(error).__name__})", again=True) from None
+        raise NoAnswer(f"a broken response ({type(error).__name__})", again=True, odd=True) from None
 
 
 class Collector:
@@ -420,17 +431,31 @@ class Collector:
         self.pending: dict[Path, list[dict[str, Any]]] = {self.answers: [], self.failures: []}
         left, loop = iter(questions), asyncio.get_running_loop()
         with tqdm(total=len(questions), desc="asking", unit="answer", smoothing=0.05) as self.bar:
-            loop.add_signal_handler(signal.SIGINT, self.interrupt)
+            terminals = [number for number in (1, 2) if os.isatty(number)]
+            # What the process was told to ignore, as by nohup, it goes on ignoring.
+            self.signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            for number in self.signals:
+                loop.add_signal_handler(number, self.interrupt, number, terminals)
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.args.concurrency, len(questions))):
                     group.create_task(self.work(left))
-            loop.remove_signal_handler(signal.SIGINT)
+            self.let_signals_end()
 
-    def interrupt(self) -> None:
-        """Ctrl-C: the first one waits for the answers under way, the second one ends the process."""
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    def interrupt(self, number: int, terminals: list[int]) -> None:
+        """Ctrl-C, SIGTERM or a closed terminal: the first waits for the answers under way, the second ends it all."""
+        self.let_signals_end()
+        if number == signal.SIGHUP:  # What is printed to a terminal that is gone fails.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in terminals:
+                os.dup2(nowhere, terminal)
         tqdm.write("Waiting for the answers that are under way; Ctrl-C again gives them up.")
-        self.stop("interrupted")
+        self.stop(f"interrupted by {signal.Signals(number).name}")
+
+    def let_signals_end(self) -> None:
+        """From now on signals do what they always do."""
+        for number in self.signals:
+            asyncio.get_running_loop().remove_signal_handler(number)
+        self.signals = []
 
     def stop(self, reason: str) -> None:
         """Sends no more requests."""
@@ -488,7 +513,7 @@ class Collector:
                     self.usage += answer.usage
                     self.pace.answered()
                     return answer
-            if not failure.again or attempt == (PAID_ATTEMPTS if failure.usage.total() else ATTEMPTS):
+            if attempt >= failure.attempts:
                 raise failure
             if (failure.wait_sec or 0) > LONGEST_WAIT_SEC:
                 self.stop(f"the teacher asks to wait {failure.wait_sec:,.0f} s")
@@ -600,7 +625,7 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
     answers, other = (answers_path(place, split, args.model_name) for split in (args.d_type, other_type))
     failures = answers.with_name(f"{answers.stem}_failures.jsonl")
     client = make_client(teacher, args.model_name, args.timeout)
-    with sole_writer(answers):
+    with only_writer(answers):
         cut_torn_line(answers)
         left, again = answered_before(questions, answers, other)
         append(answers, again)

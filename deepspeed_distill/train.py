@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
+from utils.data import DataError, Message, find_split, read_records, to_messages
 from utils.engine import (
     add_run_arguments,
     argument_problems,
@@ -54,9 +54,19 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import answers_path, from_root, made_once, missing_model, read_json, replacing, sha256, shown
+from utils.files import (
+    ANSWER_FIELDS,
+    answers_path,
+    from_root,
+    made_once,
+    missing_model,
+    read_json,
+    read_lines,
+    replacing,
+    sha256,
+    shown,
+)
 from utils.samples import Samples, load_splits
-from utils.track import read_lines
 
 PANELS = {"loss": "loss (nats a token)", "kd": "distance from the teacher (nats a token)"}
 LORA_LR, FULL_LR = 2e-4, 2e-5
@@ -251,16 +261,16 @@ def join_answers(data: Path, answers: Path, cache: Path) -> Path:
     path = cache / f"learnt-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
     with made_once(path) as temporary:
         if temporary:
-            newest = {row["id"]: row for row in read_lines(answers)}
+            newest = {row["id"]: row for row in read_lines(answers, ANSWER_FIELDS)}
             lines, settings = [], Counter()
             for record in read_records(data):
                 row = newest.get(str(record.get("id"))) if isinstance(record, dict) else None
                 if row is None:
                     continue
-                *prompt, answer = to_messages(row)
                 try:
+                    *prompt, answer = to_messages(row)
                     *asked, real = to_messages(record)
-                except UnusableRecord:  # As it was when the teacher was asked.
+                except DataError:  # A damaged line; or the record is unusable, as it was when the teacher was asked.
                     continue
                 if spoken(prompt) == spoken(asked):
                     turns = [{"from": turn["role"], "value": turn["content"]} for turn in (*asked, answer)]
@@ -672,7 +682,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     student = show_replies(model.to(device), chat, samples, args.max_new_tokens, progress="student")
     del trained, model
     if answers_name(args):  # What is learnt is the teacher's; what is real stands in the data.
-        real = {row["id"]: row["real"] for file in files if file for row in read_lines(file)}
+        real = {row["id"]: row["real"] for file in files if file for row in read_lines(file, {"id": str, "real": str})}
         others = [{"teacher": row["real"], "real": real[row["id"]]} for row in student]
     else:
         decode = partial(chat.tokenizer.decode, skip_special_tokens=True)

@@ -38,7 +38,8 @@ class TeacherServer:
             faults: What goes wrong, one after the other.
             fault_every: Of so many requests one fails; 0: none.
             retry_after: Seconds that "429 with Retry-After" asks for.
-            reply: (messages) -> a "message" and "finish_reason", or an HTTP status; not given: a text.
+            reply: (messages) -> a "message" and "finish_reason", and perhaps the response's "usage", or an HTTP status;
+                not given: a text.
         """
         self.latency, self.reply, self.retry_after = latency, reply or self._echo, retry_after
         self.faults, self.fault_every = itertools.cycle(faults), fault_every
@@ -121,6 +122,8 @@ class TeacherServer:
         if fault == "no content":
             choice = choice | {"message": choice["message"] | {"content": None}}
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        if choice and "usage" in choice:
+            usage, choice = choice["usage"], {name: part for name, part in choice.items() if name != "usage"}
         completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "teacher", "usage": usage}
         completion["choices"] = [] if fault == "no choices" else [choice and {"index": 0} | choice]
         if fault in LOST:

@@ -4,11 +4,15 @@ python -m pytest tests/test_deepspeed_distill_prepare_data.py
 """
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -417,17 +421,82 @@ def test_killed_at_any_moment(build: Build, tmp_path: Path, kills: int) -> None:
     assert sum(paid) <= 60 * kills + kills * concurrency and max(paid) <= 1 + kills
 
 
-def test_odd_responses_are_no_answers(prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any) -> None:
-    """Whatever a server calls a completion, the other answers are kept."""
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        {"message": None},
+        {"message": "好"},
+        {"message": {"content": {"a": "好"}}},
+        {"message": {"content": 7}, "finish_reason": "stop"},
+        {"message": {"content": "好"}, "finish_reason": ["stop"]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_understood_is_asked_once_more(
+    prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any, odd: Any
+) -> None:
+    """It may have been paid. The other answers are kept."""
     monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
-    odd = iter([None, {"message": None}, {"message": {"content": [{"text": "好"}]}}, {"message": "好"}] * 2)
 
     def reply(messages: list[dict[str, str]]) -> Any:
-        return next(odd, say(content="好")) if "第2个" in messages[-1]["content"] else say(content="好")
+        return odd if "第2个" in messages[-1]["content"] else say(content="好")
 
     with TeacherServer(reply=reply) as server, pytest.raises(SystemExit, match="1 failed"):
         run(prepare, build(server, count=6, concurrency=2))
     assert len(rows(tmp_path)) == 5 and len(rows(tmp_path, kind="_failures")) == 1
+    assert sorted(len(happened) for happened in server.log.values()) == [1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": "12.0", "completion_tokens": 5},
+        {"prompt_tokens": float("nan"), "completion_tokens": 5},
+        {"prompt_tokens": -(10**9), "completion_tokens": 5},
+        {"prompt_tokens": 10**30, "completion_tokens": 5.0},
+        {"prompt_tokens": [1], "completion_tokens": 5},
+    ],
+    ids=str,
+)
+def test_a_whole_text_is_kept_whatever_its_usage(
+    prepare: ModuleType, build: Build, tmp_path: Path, usage: dict[str, Any]
+) -> None:
+    """Asked once each; of the tokens those count that are numbers."""
+
+    def reply(messages: list[dict[str, str]]) -> Any:
+        return say(content="好") | {"usage": usage}
+
+    with TeacherServer(reply=reply) as server:
+        run(prepare, build(server, count=3))
+    assert [row["usage"] for row in rows(tmp_path)] == [{"out": 5}] * 3
+    assert all(happened == ["answered"] for happened in server.log.values())
+
+
+@pytest.mark.parametrize("usage", [[1, 2], "7", 7, None], ids=str)
+def test_a_usage_that_is_none(prepare: ModuleType, build: Build, tmp_path: Path, usage: Any) -> None:
+    with TeacherServer(reply=lambda _: say(content="好") | {"usage": usage}) as server:
+        run(prepare, build(server, count=2))
+    assert [row["usage"] for row in rows(tmp_path)] == [{}, {}] and server.outcomes()["answered"] == 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"finish_reason": "STOP"},
+        {"message": {"content": [{"type": "text", "text": "好"}, {"type": "image"}, "呀"]}},
+        {"message": {"content": "好呀", "reasoning": [{"text": "想"}], "reasoning_content": {"a": 1}}},
+        {"index": "x", "logprobs": 3},
+    ],
+    ids=str,
+)
+def test_a_whole_text_is_kept_whatever_stands_beside_it(
+    prepare: ModuleType, build: Build, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    with TeacherServer(reply=lambda _: say(content="好呀") | odd) as server:
+        run(prepare, build(server, count=2))
+    assert [row["conversations"][-1]["value"] for row in rows(tmp_path)] == ["好呀"] * 2
+    assert server.outcomes()["answered"] == 2
 
 
 def test_a_past_date_is_no_word_of_waiting(prepare: ModuleType, build: Build, monkeypatch: Any) -> None:
@@ -495,17 +564,87 @@ def test_a_torn_line_is_asked_again(prepare: ModuleType, build: Build, tmp_path:
             assert len(rows(tmp_path)) == 2 and len({row["id"] for row in rows(tmp_path)}) == 2
 
 
+DAMAGED = {
+    "torn": lambda line: line[:30],
+    "nul": lambda line: b"\0" * 300,
+    "list": lambda line: b"[1]",
+    "no id": lambda line: b'{"key": "x"}',
+    "number": lambda line: line.replace(b'"id": "', b'"id": 1, "other": "'),
+    "binary": lambda line: line[:20] + b"\xff\xfe" + line[22:],
+    "empty": lambda line: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_is_named_and_asked_again(
+    prepare: ModuleType, build: Build, tmp_path: Path, capsys: Any, damage: str
+) -> None:
+    """What was paid behind it is kept."""
+    path = tmp_path / "out/data_train_teacher_kind.jsonl"
+    with TeacherServer() as server:
+        run(prepare, build(server))
+        lines = path.read_bytes().split(b"\n")
+        lines[5] = DAMAGED[damage](lines[5])
+        path.write_bytes(b"\n".join(lines))
+        capsys.readouterr()
+        run(prepare, build(server))
+        assert server.outcomes()["answered"] == 9
+    assert f"{path}: damaged and left out: line 6." in capsys.readouterr().out
+    assert path.read_bytes().split(b"\n")[:8] == lines[:8], "nothing is removed"
+    assert {row["id"] for row in prepare.read_answers(path).values()} == {str(number) for number in range(8)}
+
+
 @pytest.mark.slow
-def test_ctrl_c_waits_for_what_is_paid(build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_what_is_paid(build: Build, tmp_path: Path, number: int) -> None:
     path = tmp_path / "out/data_train_teacher_kind.jsonl"
     with TeacherServer((0.5, 0.8)) as server:
         process = start(build(server, count=200, concurrency=8))
         wait_for_lines(path, 4)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, error = process.communicate(timeout=30)
-        assert process.returncode == 1 and "Stopped: interrupted. The same command goes on" in error
+        name = signal.Signals(number).name
+        assert process.returncode == 1 and f"Stopped: interrupted by {name}. The same command goes on" in error
         assert "Traceback" not in error and "answers in" in out
         assert len(rows(tmp_path)) == server.outcomes()["answered"] < 100
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_waits_for_what_is_paid(build: Build, tmp_path: Path) -> None:
+    """A real one, which takes no more output after it was closed."""
+    path = tmp_path / "out/data_train_teacher_kind.jsonl"
+    with TeacherServer((0.5, 0.8)) as server:
+        arguments = build(server, count=200, concurrency=8)
+        process, terminal = pty.fork()
+        if process == 0:
+            os.execv(sys.executable, [sys.executable, str(ROOT / SCRIPT), *arguments])
+        reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)
+        reader.start()
+        wait_for_lines(path, 4)
+        os.kill(process, signal.SIGHUP)
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+        assert len(rows(tmp_path)) == server.outcomes()["answered"] < 100
+
+
+def read_all(terminal: int) -> None:
+    """Reads what a program prints, as a terminal does."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1024):
+            pass
+
+
+@pytest.mark.slow
+def test_what_is_ignored_stays_ignored(build: Build, tmp_path: Path) -> None:
+    """Under nohup a closed terminal does not stop the run."""
+    path = tmp_path / "out/data_train_teacher_kind.jsonl"
+    with TeacherServer((0.1, 0.2)) as server:
+        command = ["nohup", sys.executable, str(ROOT / SCRIPT), *build(server, count=40, concurrency=8)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for_lines(path, 4)
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=60)
+        assert process.returncode == 0 and len(rows(tmp_path)) == 40
 
 
 def test_two_runs_do_not_write_at_once(prepare: ModuleType, build: Build, tmp_path: Path) -> None:
@@ -513,7 +652,7 @@ def test_two_runs_do_not_write_at_once(prepare: ModuleType, build: Build, tmp_pa
         arguments = build(server, count=200, concurrency=2)
         process = start(arguments)
         wait_for_lines(tmp_path / "out/data_train_teacher_kind.jsonl", 1)
-        with pytest.raises(SystemExit, match="Another run is writing"):
+        with pytest.raises(SystemExit, match="Another process is writing"):
             run(prepare, arguments)
         process.kill()
         process.communicate()

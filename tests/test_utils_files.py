@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils.files import check_manifest, from_root, missing_model, replacing, sha256, shown, write_manifest
+from utils.files import (
+    check_manifest,
+    from_root,
+    made_once,
+    missing_model,
+    only_writer,
+    replacing,
+    sha256,
+    shown,
+    write_manifest,
+)
 
 KINDS = ("file", "folder", "symlink")
 
@@ -117,7 +127,7 @@ def test_a_kill_leaves_the_old_and_is_cleaned_up(tmp_path: Path, kind: str) -> N
     )
     killed = subprocess.run([sys.executable, "-c", program, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
-    assert content(path) == "old" and len(beside(path)) == 1
+    assert content(path) == "old" and sorted(beside(path)) == [".name.lock", ".name.partial"]
     with replacing(path) as temporary:
         put(temporary, kind, "new")
     assert content(path) == "new" and beside(path) == []
@@ -131,6 +141,114 @@ def test_a_kill_between_the_two_moves_of_a_folder_is_cleaned_up(tmp_path: Path) 
     with replacing(path) as temporary:
         put(temporary, "folder", "newer")
     assert content(path) == "newer" and beside(path) == []
+
+
+def test_replacing_waits_for_another_process_and_then_says_so(tmp_path: Path) -> None:
+    """The other's work comes to its end as if nobody had asked."""
+    path = tmp_path / "name"
+    program = (
+        "import sys, time; from pathlib import Path; from utils.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.mkdir(); print('at work', flush=True); sys.stdin.readline(); (temporary / 'inner').mkdir()\n"
+        "    (temporary / 'inner/file').write_text('theirs')\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "at work\n"
+    with pytest.raises(SystemExit, match="Another process is writing .*name"), replacing(path) as temporary:
+        put(temporary, "folder", "ours")
+    with pytest.raises(SystemExit, match="Another process is writing"), only_writer(path):
+        pass
+    other.communicate("go on\n")
+    assert other.returncode == 0 and content(path) == "theirs" and beside(path) == []
+    with replacing(path) as temporary:
+        put(temporary, "folder", "ours")
+    assert content(path) == "ours" and beside(path) == []
+
+
+def test_blocks_for_one_place_may_stand_in_one_another(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "name"), only_writer(tmp_path / "name"), replacing(tmp_path / "name") as temporary:
+        temporary.write_text("new")
+    assert content(tmp_path / "name") == "new" and beside(tmp_path / "name") == []
+
+
+def test_many_processes_write_one_after_the_other(tmp_path: Path) -> None:
+    """Who waits for a lock whose file is removed makes another, and nobody is in it together with somebody else."""
+    program = (
+        "import sys; from pathlib import Path; from utils.files import only_writer\n"
+        "path = Path(sys.argv[1])\n"
+        "for _ in range(100):\n"
+        "    with only_writer(path, wait_sec=-1):\n"
+        "        path.write_text(str(int(path.read_text()) + 1))\n"
+    )
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", program, str(tmp_path / "count")]
+    others = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(4)]
+    assert [other.wait() for other in others] == [0] * 4
+    assert (tmp_path / "count").read_text() == "400" and beside(tmp_path / "count") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Made once
+
+
+def make_folder(path: Path) -> list[str]:
+    """Makes a folder of two files, or finds it; what was done."""
+    with made_once(path) as temporary:
+        if temporary is None:
+            return []
+        put(temporary, "folder", "new")
+        (temporary / "other").write_bytes(b"\0" * 100)
+    return ["made"]
+
+
+def test_made_once(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "name") == ["made"] and make_folder(tmp_path / "name") == []
+    assert beside(tmp_path / "name") == ["name.contents.json"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["changed", "shorter", "gone", "another", "no contents", "contents torn", "contents changed"]
+)
+def test_what_was_damaged_is_made_anew(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path, contents = tmp_path / "name", tmp_path / "name.contents.json"
+    make_folder(path)
+    {
+        "changed": lambda: (path / "other").write_bytes(b"\0" * 99 + b"\1"),
+        "shorter": lambda: (path / "other").write_bytes(b"\0" * 99),
+        "gone": (path / "other").unlink,
+        "another": (path / "third").touch,
+        "no contents": contents.unlink,
+        "contents torn": lambda: contents.write_text(contents.read_text()[:-9]),
+        "contents changed": lambda: contents.write_text("[1]"),
+    }[damage]()
+    assert make_folder(path) == ["made"]
+    assert capsys.readouterr().out.count("is damaged") == 1
+    assert make_folder(path) == [] and capsys.readouterr().out == ""
+    assert sorted(file.name for file in path.iterdir()) == ["inner", "other"]
+
+
+def test_a_file_that_is_made_once(tmp_path: Path) -> None:
+    path, made = tmp_path / "name.jsonl", []
+    for text in (None, None, "changed", None):
+        if text:
+            path.write_text(text)
+        with made_once(path) as temporary:
+            if temporary:
+                temporary.write_text("right")
+                made.append(text)
+        assert path.read_text() == "right"
+    assert made == [None, "changed"]
+
+
+def test_a_kill_before_the_contents_are_written_is_noticed(tmp_path: Path) -> None:
+    put(tmp_path / "name", "folder", "whole, but nobody can know")
+    assert make_folder(tmp_path / "name") == ["made"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

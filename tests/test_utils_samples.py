@@ -89,9 +89,35 @@ def test_the_same_file_is_rendered_once(tmp_path: Path, chat: Chat, monkeypatch:
         again = load_samples(path, chat, 100, cache)
     assert again.counts == first.counts and np.array_equal(again.samples.tokens, first.samples.tokens)
     load_samples(path, chat, 50, cache)
-    assert len(list(cache.glob("samples-*"))) == 2
+    assert sum(path.is_dir() for path in cache.iterdir()) == 2
     write(path, RECORDS[:1])
     assert load_samples(path, chat, 100, cache).samples.ids == ["a"]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin", "index.npz", "facts.json"])
+@pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "gone"])
+def test_damaged_renderings_are_made_anew(tmp_path: Path, chat: Chat, name: str, damage: str, capsys: Any) -> None:
+    """Nobody trains on what a full disk or a power cut has left."""
+    path, cache = write(tmp_path / "train.json", RECORDS), tmp_path / "cache"
+    first = load_samples(path, chat, 100, cache)
+    (file,) = cache.glob(f"samples-*/{name}")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    {
+        "changed": lambda: file.write_bytes(data),
+        "shorter": lambda: file.write_bytes(data[:-1]),
+        "longer": lambda: file.write_bytes(bytes(data) + b"\0"),
+        "gone": file.unlink,
+    }[damage]()
+    capsys.readouterr()
+    again = load_samples(path, chat, 100, cache)
+    assert "is damaged, or an earlier version made it: it is made anew" in capsys.readouterr().out
+    assert again.samples.ids == first.samples.ids and np.array_equal(again.samples.end, first.samples.end)
+    assert [sample.input_ids.tolist() for sample in again.samples] == [
+        sample.input_ids.tolist() for sample in load_samples(path, chat, 100, tmp_path / "other").samples
+    ]
+    load_samples(path, chat, 100, cache)
+    assert capsys.readouterr().out == ""
 
 
 def test_another_template_is_another_rendering(tmp_path: Path, chat: Chat, tokenizer: Any) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from utils.engine import argument_problems
-from utils.track import Tracker, plot_metrics, read_lines, smoothed
+from utils.files import read_lines
+from utils.track import LINE, Tracker, plot_metrics, smoothed
 
 LOSS = {"loss": "loss (nats a token)"}
 
@@ -27,7 +28,7 @@ def test_lines_are_there_as_soon_as_they_are_logged(tmp_path: Path) -> None:
     tracker.log(1, {"train/loss": 2.5, "train/lr": 1e-4})
     tracker.log_samples(1, [{"id": "a", "reply": "好看\u2028！\n"}, {"id": "b", "reply": "😂"}])
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.5, "train/lr": 1e-4}]
-    assert read_lines(tmp_path / "samples.jsonl") == [
+    assert read_lines(tmp_path / "samples.jsonl", LINE) == [
         {"step": 1, "id": "a", "reply": "好看\u2028！\n"},
         {"step": 1, "id": "b", "reply": "😂"},
     ]
@@ -60,7 +61,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     for cut in range(1, len(torn)):
         path.write_bytes(whole + torn[:cut])
-        assert read_lines(path) == [{"step": 1, "reply": "好"}], cut
+        assert read_lines(path, LINE) == [{"step": 1, "reply": "好"}], cut
         tracker = Tracker(tmp_path, 1, "none", {}, LOSS)
         tracker.log_samples(2, [{"reply": "新"}])
         assert lines(path) == [{"step": 1, "reply": "好"}, {"step": 2, "reply": "新"}]
@@ -68,8 +69,33 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
             file.close()
 
 
+DAMAGED = [b'{"step": 2, "train/lo', b"\0" * 40, b"[1]", b'{"train/loss": 1.0}', b'{"step": "2"}',
+           b'{"step": 2, "x": "\xff"}', b"[" * 100_000, b""]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:12]))
+def test_damaged_lines_are_left_out(tmp_path: Path, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that goes on writes on behind the others, and draws."""
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "train/loss": 2.0}', b'{"step": 3, "train/loss": 1.0}']
+    path.write_bytes(b"\n".join([good[0], line, good[1], b""]))
+    tracker = Tracker(tmp_path, 3, "none", {}, LOSS)
+    told = capsys.readouterr().out
+    assert "metrics.jsonl" in told and "damaged and left out: line 2." in told
+    tracker.log(4, {"train/loss": 0.5, "eval/loss": 0.7})
+    tracker.close()
+    assert [row["step"] for row in lines(path)] == [1, 3, 4] and (tmp_path / "loss.png").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_many_damaged_lines_are_told_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"{}\n" * 12 + b'{"step": 1}\n')
+    assert read_lines(tmp_path / "x.jsonl", LINE) == [{"step": 1}]
+    assert "lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more." in capsys.readouterr().out
+
+
 def test_no_file_no_lines(tmp_path: Path) -> None:
-    assert read_lines(tmp_path / "metrics.jsonl") == []
+    assert read_lines(tmp_path / "metrics.jsonl", LINE) == []
 
 
 # The colours of the picture's lines, 0 to 1.

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,10 @@ def shown(path: str | Path) -> str:
     """
     path = Path(path)
     return os.fsencode(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).decode(errors="backslashreplace")
+
+
+# What every line of a teacher's collected answers has.
+ANSWER_FIELDS = {"id": str, "key": str, "conversations": list}
 
 
 def answers_path(folder: Path, split: str, teacher: str) -> Path:
@@ -78,6 +82,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file that is appended to.
+
+    A last line torn by a kill is left out, and so are damaged lines, whose numbers are printed.
+
+    Args:
+        path: The file; one that is not there has no lines.
+        fields: What every line has at least, and of which types.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, damaged = [], []
+    # What follows the last line break is empty, or a line that was not finished.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            rows.append(row)
+        else:
+            damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:10])) + (f" and {len(damaged) - 10} more" if damaged[10:] else "")
+        print(f"{shown(path)}: damaged and left out: line{'s' if damaged[1:] else ''} {numbers}.")
+    return rows
+
+
 def reason_of(error: Exception) -> str:
     """What a library's error says, in a few lines: of places where sizes differ, which may be hundreds, the first."""
     lines = [line.strip()[:300] for line in str(error).splitlines() if line.strip()]
@@ -98,6 +129,34 @@ def explained(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def only_writer(path: Path, wait_sec: float = 0) -> Iterator[None]:
+    """Keeps other processes from writing to a place until the block ends.
+
+    Args:
+        path: A file or folder, which need not exist. Its parent folder is made.
+        wait_sec: How long to wait for another one; -1: until it ends.
+
+    Raises:
+        SystemExit: if another process is writing there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One lock a place and process: blocks for the same place may stand in one another.
+    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    try:
+        lock.acquire(timeout=wait_sec)
+    except Timeout:
+        raise SystemExit(
+            f"Another process is writing {shown(path)}. Wait until it has ended, or name another place."
+        ) from None
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)  # Who waits for it notices, and makes another.
+        lock.release()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Lets the caller write a file or a folder beside its place and moves it there when the block ends well.
 
@@ -109,30 +168,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         A path in the same folder that does not exist yet.
+
+    Raises:
+        SystemExit: if another process is writing there, and does so for a second.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("partial", "old"))
-    _remove(temporary)
-    if old.exists() and not path.exists():
-        old.rename(path)  # A kill came between the two renames below.
-    try:
-        yield temporary
-        if path.is_dir() and not path.is_symlink() and temporary.exists():
-            # A non-empty folder cannot be replaced in one step: it is moved aside first.
-            _remove(old)
-            path.rename(old)
-            temporary.rename(path)
-        else:
-            os.replace(temporary, path)
-    finally:
+    with only_writer(path, wait_sec=1):
         _remove(temporary)
-        if path.exists():
-            _remove(old)
+        if old.exists() and not path.exists():
+            old.rename(path)  # A kill came between the two renames below.
+        try:
+            yield temporary
+            if path.is_dir() and not path.is_symlink() and temporary.exists():
+                # A non-empty folder cannot be replaced in one step: it is moved aside first.
+                _remove(old)
+                path.rename(old)
+                temporary.rename(path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            _remove(temporary)
+            if path.exists():
+                _remove(old)
 
 
 @contextmanager
 def made_once(path: Path) -> Iterator[Path | None]:
     """Lets one of all processes that ask for a file or folder make it, while the others wait.
+
+    Sizes and hashes are kept beside it: what has changed since it was made is made anew.
 
     Args:
         path: The place.
@@ -140,13 +204,39 @@ def made_once(path: Path) -> Iterator[Path | None]:
     Yields:
         Where to make it, as `replacing` does; None if it is there already.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with only_writer(path, wait_sec=-1):
+        drop_damaged(path)
         if path.exists():
             yield None
         else:
             with replacing(path) as temporary:
                 yield temporary
+            with replacing(_contents_file(path)) as temporary:
+                temporary.write_text(json.dumps(_contents(path)), encoding="utf-8")
+
+
+def drop_damaged(path: Path) -> None:
+    """Removes what `made_once` has made if it is not what it was, and says so."""
+    with only_writer(path, wait_sec=-1):
+        if not path.exists():
+            return
+        try:
+            whole = json.loads(_contents_file(path).read_text(encoding="utf-8")) == _contents(path)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            print(f"{shown(path)} is damaged, or an earlier version made it: it is made anew.")
+            _remove(path)
+
+
+def _contents_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.contents.json")
+
+
+def _contents(path: Path) -> dict[str, list[Any]]:
+    """Size and hash of a file, or of each of a folder's files by its name there."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): [file.stat().st_size, sha256(file)] for file in files}
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from utils.attention import model_inputs
-from utils.files import made_once, sha256
+from utils.files import drop_damaged, made_once, sha256
 from utils.packing import Layout, Pack, make_plan, rank_packs
 from utils.samples import Samples
 from utils.tensors import all_reduced, token_logprobs
@@ -117,6 +117,7 @@ def computed_once(
     for array in (samples.begin, samples.end, samples.tokens, samples.supervised, units):
         digest.update(np.ascontiguousarray(array))
     folder = cache / f"computed-{digest.hexdigest()[:16]}"
+    drop_damaged(folder)
     if all_reduced(not folder.exists()) > 0:
         begin, results = target_begin(samples), []
         layout, compute = make_ready()

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.files import replacing
+from utils.files import read_lines, replacing
+
+LINE = {"step": int}  # What every line of metrics.jsonl and samples.jsonl has.
 
 
 class Tracker:
@@ -54,13 +56,6 @@ class Tracker:
             self._service.finish()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file; a last line torn by a kill is left out."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    # What follows the last line break is empty, or a line that was not finished.
-    return [json.loads(line) for line in lines[:-1]]
-
-
 def _as_json(line: dict[str, Any]) -> str:
     """Writes a line; infinities and NaN, which JSON does not know, as null."""
     known = {
@@ -70,7 +65,7 @@ def _as_json(line: dict[str, Any]) -> str:
 
 
 def _continue_file(path: Path, first_step: int) -> Any:
-    kept = [line for line in read_lines(path) if line["step"] <= first_step]
+    kept = [line for line in read_lines(path, LINE) if line["step"] <= first_step]
     with replacing(path) as temporary:
         temporary.write_text("".join(map(_as_json, kept)), encoding="utf-8")
     return path.open("a", encoding="utf-8")
@@ -108,7 +103,7 @@ def plot_metrics(folder: Path, panels: Mapping[str, str]) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl", LINE)
     size = (7, 1 + 3 * len(panels))
     figure, rows = plt.subplots(len(panels), figsize=size, dpi=120, layout="constrained", sharex=True, squeeze=False)
     for axes, (name, label) in zip(rows[:, 0], panels.items(), strict=True):
