@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, Message, find_split, read_records, to_messages
+from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
 from utils.engine import (
     add_run_arguments,
     argument_problems,
@@ -269,8 +269,12 @@ def join_answers(data: Path, answers: Path, cache: Path) -> Path:
                     continue
                 try:
                     *prompt, answer = to_messages(row)
+                except DataError as error:
+                    print(f"{shown(answers)}: the answer to {row['id']} is left out: {error}")
+                    continue
+                try:
                     *asked, real = to_messages(record)
-                except DataError:  # A damaged line; or the record is unusable, as it was when the teacher was asked.
+                except UnusableRecord:  # As it was when the teacher was asked.
                     continue
                 if spoken(prompt) == spoken(asked):
                     turns = [{"from": turn["role"], "value": turn["content"]} for turn in (*asked, answer)]

@@ -287,6 +287,23 @@ def test_answers_are_joined_to_their_comments(distill: ModuleType, tmp_path: Pat
     assert distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache") == path
 
 
+def test_damaged_answers_are_named_and_left_out(distill: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    records = make_records(1)
+    (tmp_path / "data_train.json").write_text(json.dumps(records), encoding="utf-8")
+    rows = answers_of(records)
+    rows[1]["conversations"] = [{"from": "human"}]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    lines = (tmp_path / "answers.jsonl").read_bytes().split(b"\n")
+    lines[2] = lines[2][:40]
+    (tmp_path / "answers.jsonl").write_bytes(b"\n".join(lines))
+    path = distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
+    told = capsys.readouterr().out
+    assert "answers.jsonl: damaged and left out: line 3." in told
+    assert f"the answer to {rows[1]['id']} is left out" in told
+    joined = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert joined == [rows[0]["id"], rows[3]["id"]]
+
+
 def test_answers_to_other_comments_are_no_data(distill: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "data_train.json").write_text(json.dumps(make_records(1)), encoding="utf-8")
     write_rows(tmp_path / "answers.jsonl", answers_of(make_records(1, first=7)))

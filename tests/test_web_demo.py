@@ -5,6 +5,7 @@ Most tests run the page without a browser; the slow ones go a person's way throu
 python -m pytest tests/test_web_demo.py
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from string import Formatter
@@ -190,6 +191,68 @@ def write(page: Any, title: str = "标题", desc: str = "", parent: str = "", co
     for key, value in {"title": title, "desc": desc, "parent": parent, "count": count, **settings}.items():
         page.get_by_key(key).set_value(value)
     press(page, ZH["write"])
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Another host; it writes down what comes."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.came.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+
+class Redirecting(Answering):
+    """An API whose /health, or every page, is elsewhere."""
+
+    def do_GET(self) -> None:
+        if self.path == "/health" or self.server.all_of_it:
+            self.redirect()
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.redirect()
+
+    def redirect(self) -> None:
+        self.send_response(self.server.status)
+        self.send_header("Location", self.server.elsewhere + self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_the_key_stays_with_its_host(status: int, all_of_it: bool) -> None:
+    """Wherever /health, the models or a request for text are redirected to."""
+    elsewhere = LocalServer(Elsewhere)
+    elsewhere.came = []
+    api = Api(status=status, elsewhere=elsewhere.url.replace("127.0.0.1", "localhost"), all_of_it=all_of_it)
+    api.RequestHandlerClass = Redirecting
+    try:
+        with suppress(Exception):  # What comes of it is no answer of an API.
+            assert script.offered(api.url + "/v1", KEY) == dict.fromkeys(api.models, script.SYSTEM_PROMPT)
+
+        async def write() -> None:
+            async with script.make_client(api.url + "/v1", KEY) as client:
+                await client.chat.completions.create(model="small", messages=[{"role": "user", "content": "问"}])
+
+        with suppress(Exception):
+            asyncio.run(write())
+    finally:
+        api.shutdown()
+        elsewhere.shutdown()
+    assert elsewhere.came, "the openai client follows"
+    assert not [came for came in elsewhere.came if KEY in str(came)]
+    assert not [path for path, _ in elsewhere.came if path == "/health"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
