@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from utils.data import SYSTEM_PROMPT
 from utils.engine import boolean
-from utils.files import from_root, replacing, shown
+from utils.files import from_root, replacing_all, shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -44,6 +44,8 @@ COLUMNS = {
 }
 REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
 SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
+# DuckDB takes no JSON object above 16 MB, and no comment or description has a thousandth of this.
+LONGEST_RECORD_CHARS = 1 << 20
 OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
 # How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
 BEGINNINGS = {
@@ -132,7 +134,7 @@ def tables_or_problem(path: Path) -> Iterator[Table | str]:
         yield f"{type(error).__name__}: {error}"
 
 
-def scan_json(file: IO[str], chunk_chars: int = 1 << 20) -> Iterator[Record | None]:
+def scan_json(file: IO[str], chunk_chars: int = LONGEST_RECORD_CHARS) -> Iterator[Record | None]:
     """Reads the objects of a JSON array or of JSON lines one by one, going on after whatever cannot be parsed.
 
     A killed crawl leaves a truncated array, and two that write at once leave pieces of records.
@@ -363,7 +365,11 @@ def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> t
                     torn += 1
                     continue
                 values = {key: record[key] for key in columns if record.get(key) is not None}
-                file.write(json.dumps(values, ensure_ascii=False, default=text) + "\n")
+                line = json.dumps(values, ensure_ascii=False, default=text)
+                if len(line) > LONGEST_RECORD_CHARS:
+                    torn += 1
+                    continue
+                file.write(line + "\n")
                 count += 1
         except Exception as error:  # whatever a broken file makes a parser raise: what came before it is still good
             return count, torn, f"{type(error).__name__}: {error}"
@@ -431,6 +437,9 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
         tell(skipped(error.filename, f"cannot be listed ({error.strerror})"))
 
     for path in find_files(data_dir, unlisted):
+        if not path.is_file():  # A pipe or a device would be read for ever.
+            tell(skipped(path, "no regular file"))
+            continue
         for table in tables_or_problem(path):
             if isinstance(table, str):
                 tell(skipped(path, f"not readable ({table})"))
@@ -755,22 +764,24 @@ def main(args: argparse.Namespace) -> None:
         )
     import duckdb
 
-    # Not in the system's folder for such files, which is often kept in memory. What a killed run left here goes first.
+    # Not in the system's folder for such files, which is often kept in memory.
     work = output_dir / ".prepare_data.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise SystemExit(
-            f"--output_dir: {shown(output_dir)} is no folder that can be written to ({error.strerror}). Name another."
-        ) from None
-    print(f"Reading {shown(data_dir)} ...")
     # For the report's picture; loaded while DuckDB reads.
     Thread(target=import_module, args=["matplotlib.figure"], daemon=True).start()
     # Every thread has read buffers of its own, so many threads would not fit into the memory limit.
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
-    with ExitStack() as results:  # all take their places together at the end, so that a report is of the data beside it
-        paths = {name: results.enter_context(replacing(output_dir / name)) for name in OUR_FILES}
+    with ExitStack() as results:
+        try:
+            temporaries = results.enter_context(replacing_all([output_dir / name for name in OUR_FILES]))
+            shutil.rmtree(work, ignore_errors=True)  # What a killed run left.
+            work.mkdir()
+        except OSError as error:
+            why = "a file is there" if isinstance(error, FileExistsError) else error.strerror
+            raise SystemExit(
+                f"--output_dir: {shown(output_dir)} is no folder that can be written to ({why}). Name another."
+            ) from None
+        paths = dict(zip(OUR_FILES, temporaries, strict=True))
+        print(f"Reading {shown(data_dir)} ...")
         try:
             with duckdb.connect(config=config) as con:
                 con.execute(f"SET enable_progress_bar = {sys.stdout.isatty()}")  # for what takes more than two seconds

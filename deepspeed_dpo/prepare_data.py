@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import find_files, kind_of, tables_or_problem
 from utils.data import DataError, Message, find_split, read_records, to_messages
 from utils.engine import boolean
-from utils.files import from_root, replacing, shown
+from utils.files import from_root, replacing_all, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -319,14 +319,14 @@ def main(args: argparse.Namespace) -> None:
             "answer the training comments and name its file with --replies FILE: python deepspeed_ft/train.py "
             "--train_mode False --test_mode True --test_model base --test_split train"
         )
-    for split in {"train", "test"} - results.keys():  # What an earlier run left would be held out by training.
-        (output_dir / f"data_{split}_pairs.jsonl").unlink(missing_ok=True)
-    for split, pairs in results.items():
-        with replacing(output_dir / f"data_{split}_pairs.jsonl") as temporary:
+    files = {split: output_dir / f"data_{split}_pairs.jsonl" for split in ("train", "test")}
+    with replacing_all([*(files[split] for split in results), output_dir / "report.json"]) as temporaries:
+        for temporary, pairs in zip(temporaries, results.values(), strict=False):
             lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
             temporary.write_text("".join(lines), encoding="utf-8")
-    with replacing(output_dir / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporaries[-1].write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        for split in files.keys() - results.keys():  # What an earlier run left would be held out by training.
+            files[split].unlink(missing_ok=True)
     print(
         f"Written to {shown(output_dir)}: {', '.join(f'{len(pairs):,} {split}' for split, pairs in results.items())} "
         f"pairs.\nNext: bash deepspeed_dpo/run.sh --adapter <run of deepspeed_ft>/<ckpt_id>/adapter"

@@ -4,6 +4,7 @@ python -m pytest tests/test_deepspeed_dpo_prepare_data.py
 """
 
 import json
+import os
 import random
 import sqlite3
 import subprocess
@@ -211,6 +212,36 @@ def test_likes_in_any_form(prepare: ModuleType, value: Any) -> None:
 @pytest.mark.parametrize("value", [None, "", "nan", "many", float("inf")])
 def test_no_likes(prepare: ModuleType, value: Any) -> None:
     assert prepare.as_number(value) is None
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_kill_leaves_no_pairs_of_two_runs(
+    prepare: ModuleType, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Before the first file takes its place, the second, the third: then there are no training pairs."""
+    records = [record(1, "甲甲甲甲"), record(2, "乙乙乙乙"), record(3, "丙丙", video=2), record(4, "丁丁", video=2)]
+    place = folder(records[:2], {1: 12, 2: 3, 3: 12, 4: 3}, test=records[2:])
+    assert len(run(prepare, place)) == 1
+    folder(records[2:], {1: 12, 2: 3, 3: 12, 4: 3}, test=records[:2])
+    replace, left = os.replace, [renames]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*paths: Any) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise Killed
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.files.os.replace", killed)
+        with pytest.raises(Killed):
+            run(prepare, place)
+    assert not (place / "out/data_train_pairs.jsonl").exists()
+    (pair,) = run(prepare, place)
+    (held_out,) = (place / "out/data_test_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert pair["chosen"] == "丙丙" and json.loads(held_out)["chosen"] == "甲甲甲甲"
 
 
 def test_the_example_data(prepare: ModuleType, tmp_path: Path) -> None:

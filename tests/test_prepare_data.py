@@ -1,11 +1,13 @@
 """python -m pytest tests/test_prepare_data.py"""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -726,7 +728,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
     (["--data_dir", "examples/README.md"], "examples/README.md is a file, expected a folder"),
     (["--data_dir", "examples/README.md"], "python prepare_data.py --data_dir examples"),
-    (["--output_dir", "README.md"], "--output_dir: README.md is no folder that can be written to (Not a directory)"),
+    (["--output_dir", "README.md"], "--output_dir: README.md is no folder that can be written to (a file is there)"),
 ])  # fmt: skip
 def test_user_errors(tmp_path: Path, options: list[str], message: str) -> None:
     WRITERS["json"](tmp_path / "crawl")
@@ -783,6 +785,91 @@ def test_results_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "crawl")
     assert {path.name: path.read_bytes() for path in (tmp_path / "crawl_out").iterdir()} == before
+
+
+@pytest.mark.parametrize("renames", range(1, 5))
+def test_a_kill_leaves_no_data_of_two_runs(tmp_path: Path, renames: int) -> None:
+    """Before the first file takes its place, the second ...: without training data the next stage says what to do."""
+    big_crawl(tmp_path / "crawl", range(30))
+    prepare(tmp_path / "crawl", "--test_size", "0.3")
+    program = (
+        "import os, signal, sys; import prepare_data; import utils.files\n"
+        "replace, left = os.replace, [int(sys.argv.pop(1))]\n"
+        "def killed(*paths):\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(*paths)\n"
+        "utils.files.os.replace = killed\n"
+        "prepare_data.main(prepare_data.build_parser().parse_args())\n"
+    )
+    out = tmp_path / "crawl_out"
+    folders = ["--data_dir", str(tmp_path / "crawl"), "--output_dir", str(out)]
+    command = [sys.executable, "-c", program, str(renames), *folders, "--test_size", "0.3", "--seed", "1"]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "data_train.json").exists()
+    _, report = prepare(tmp_path / "crawl", "--test_size", "0.3", "--seed", "1")
+    assert sorted(path.name for path in out.iterdir()) == sorted(prepare_data.OUR_FILES)
+    videos = {}
+    for split in ("train", "test"):
+        records = json.loads((out / f"data_{split}.json").read_text(encoding="utf-8"))
+        videos[split] = {record["video_id"] for record in records}
+        assert len(records) == report["splits"][split]["comments"]
+    assert videos["train"] and videos["test"] and not videos["train"] & videos["test"]
+
+
+def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second says so and ends; the first does not notice."""
+    WRITERS["json"](tmp_path / "crawl")
+    folders = ["--data_dir", tmp_path / "crawl", "--output_dir", tmp_path / "crawl_out"]
+    ended = []
+
+    def second(*_: object) -> None:
+        command = [sys.executable, ROOT / "prepare_data.py", *folders]
+        ended.append(subprocess.run(command, capture_output=True, text=True))
+        (tmp_path / "crawl_out/.report.png.partial").touch()
+
+    monkeypatch.setattr(prepare_data, "plot_report", second)
+    assert set(prepare(tmp_path / "crawl")[0]) == set(EXPECTED)
+    (one,) = ended
+    assert one.returncode == 1 and one.stderr.startswith("Another process is writing") and one.stderr.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "crawl_out").iterdir()) == sorted(prepare_data.OUR_FILES)
+
+
+@pytest.mark.parametrize("name", ["z.json", "z.db", "z.csv", "z.jsonl", "z.xlsx", "z.sqlite3"])
+@pytest.mark.parametrize("kind", ["pipe", "zero", "socket", "nowhere"])
+def test_what_is_no_regular_file_is_skipped(tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe that nobody writes into, a device, a socket, a link to nothing; a link to a file is read."""
+    WRITERS["json"](tmp_path / "crawl")
+    path = tmp_path / "crawl" / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as end, contextlib.chdir(tmp_path / "crawl"):
+            end.bind(name)
+    else:
+        path.symlink_to("/dev/zero" if kind == "zero" else tmp_path / "nowhere")
+    (tmp_path / "elsewhere.json").write_text(json.dumps([comment(30)]))
+    (tmp_path / "crawl/more_comments.json").symlink_to(tmp_path / "elsewhere.json")
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {*EXPECTED, "50030"}
+    assert [line["note"] for line in report["files"] if line["file"].endswith(name)] == ["skipped: no regular file"]
+
+
+@pytest.mark.parametrize("container", ["csv", "json", "jsonl", "db"])
+def test_a_huge_cell_is_a_torn_record(tmp_path: Path, container: str) -> None:
+    """Longer than DuckDB takes; the others of the file are read."""
+    WRITERS["json"](tmp_path / "crawl")
+    records = [comment(30), comment(31, content="长" * 20_000_000), comment(32)]
+    path = tmp_path / f"crawl/more_comments.{container}"
+    if container == "db":
+        write_sqlite(path, {"bilibili_video_comment": records})
+    else:
+        {"csv": write_csv, "json": write_json, "jsonl": write_jsonl}[container](path, records)
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {*EXPECTED, "50030", "50032"}
+    (line,) = [line for line in report["files"] if "more_comments" in line["file"]]
+    assert (line["records"], line["torn"]) == (2, 1) and "skipped" not in line["note"]
 
 
 def test_ctrl_c(tmp_path: Path) -> None:

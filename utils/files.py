@@ -5,8 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,27 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(temporary)
             if path.exists():
                 _remove(old)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Lets the caller write files that belong together, each as `replacing` does.
+
+    The first one is taken away before another one changes, and put in its place last: whatever ends the program, it
+    never stands beside files of another run.
+
+    Args:
+        paths: Their places; the first is of the file without which the others are of no use.
+
+    Yields:
+        Where to write each.
+
+    Raises:
+        SystemExit: if another process is writing there.
+    """
+    with only_writer(paths[0]), ExitStack() as files:
+        yield [files.enter_context(replacing(path)) for path in paths]
+        paths[0].unlink(missing_ok=True)
 
 
 @contextmanager
