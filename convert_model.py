@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.engine import LARGE_PAGES, add_write_arguments, boolean
-from utils.files import check_target, explained, from_root, missing_model, read_json, replacing, shown
+from utils.files import check_target, explained, from_root, missing_model, only_writer, read_json, replacing, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                         help="of the written weights; auto: what the run computed in")  # fmt: skip
     parser.add_argument("--trust_checkpoint", type=boolean, default=False,
-                        help="True: read a checkpoint without manifest.json, which may run code")  # fmt: skip
+                        help="True: read a checkpoint whatever is in it, which may run code of whoever made it; also "
+                        "one without manifest.json")  # fmt: skip
     add_write_arguments(parser)
     publishing = parser.add_argument_group("publishing, also of a model that is in output_hf/ already")
     where = publishing.add_mutually_exclusive_group()
@@ -203,8 +204,10 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     run, org_model = from_root(args.zero_model), from_root(args.org_model)
     if not (org_model / "config.json").is_file():
         raise SystemExit(f"--org_model: {missing_base(org_model)}")
-    check_target("--save_model", target)
+    from utils.finished import check_links
     from utils.trained import check_tag
+
+    check_links(org_model)
 
     record = check_tag(run, args.t, args.trust_checkpoint)
 
@@ -230,7 +233,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     with explained(f"{shown(org_model / 'README.md')} cannot be read"):
         card = ModelCard.load(org_model / "README.md").data.to_dict() if (org_model / "README.md").is_file() else {}
     print(f"Merging {shown(run)}, checkpoint {args.t} (step {record['progress']['step']}) with {shown(org_model)} ...")
-    trained = as_trained(run, args.t, record, org_model, args.base, args.trust_remote_code)
+    trained = as_trained(run, args.t, record, org_model, args.base, args.trust_remote_code, args.trust_checkpoint)
     with base_in_use(org_model, record):
         size, trained_size = trained.model.config.get_text_config().vocab_size, probe["logits_0"].shape[1]
         if size != trained_size:
@@ -263,16 +266,19 @@ def main(args: argparse.Namespace) -> None:
     from utils.publish import check_clone, check_upload, git_commands, lay_out, push
 
     name = Path(args.save_model)
-    if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise SystemExit(f"--save_model: got {args.save_model!r}, expected a name such as BiliComments.")
+    if not name.parts or name.is_absolute() or ".." in name.parts or not args.save_model.isprintable():
+        raise SystemExit(f"--save_model: got {args.save_model[:300]!r}, expected a name such as BiliComments.")
     target = from_root("output_hf") / name
+    if args.zero_model is not None:
+        check_target("--save_model", target)
     check_arguments(args, target)
     if args.publish_dir:
         check_clone(from_root(args.publish_dir))
     if args.push:
         check_upload(args.push, args.hub)
     if args.zero_model is not None:
-        convert(args, target)
+        with only_writer(target):
+            convert(args, target)
     if args.publish_dir:
         with explained(f"Not laid out in {shown(args.publish_dir)}"):
             lay_out(target, from_root(args.publish_dir))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.engine import LARGE_PAGES, add_write_arguments
-from utils.files import check_manifest, check_target, explained, from_root, replacing, shown
+from utils.files import check_manifest, check_target, explained, from_root, only_writer, replacing, shown
 
 # What an adapter of another tool is tried with.
 TEXTS = (
@@ -274,20 +274,20 @@ def public_name(path: Path) -> str:
     return shown(path) if path.is_relative_to(from_root("")) else path.name
 
 
-def main(args: argparse.Namespace) -> None:
+def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
     """Merges, holds what was written against base and adapters, and only then puts it in its place."""
-    os.environ.setdefault(*LARGE_PAGES)
-    base, target = from_root(args.base_model), from_root(args.save_path)
-    check_arguments(args, base, target)
     weights = args.weights or [1.0] * len(args.qlora_model)
     places = [find_adapter(from_root(path), weight) for path, weight in zip(args.qlora_model, weights, strict=True)]
 
     from huggingface_hub import ModelCard
 
     from utils.fidelity import check_written
-    from utils.finished import check_room, write_for_llama_cpp, write_model, write_record
+    from utils.finished import check_links, check_room, write_for_llama_cpp, write_model, write_record
     from utils.model import choose_device
 
+    check_links(base)
+    for place in places:
+        check_links(place.folder)
     device, found = choose_device(args.device), read_parts(args, base, places)
     dtype = found.stored_in if args.dtype == "auto" else args.dtype
     if args.gguf:
@@ -315,6 +315,15 @@ def main(args: argparse.Namespace) -> None:
                 write_for_llama_cpp(folder, found.chat, args.gguf, target.name, prompt)
             write_record(folder, record)
     print(f"Written: {shown(target)} ({dtype}). Next: python chat.py --model {shown(target)}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Checks the arguments, and merges."""
+    os.environ.setdefault(*LARGE_PAGES)
+    base, target = from_root(args.base_model), from_root(args.save_path)
+    check_arguments(args, base, target)
+    with only_writer(target):
+        merge(args, base, target)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -412,9 +413,10 @@ def test_only_an_earlier_conversion_is_replaced(
     converted(convert, lora_run, base, "a/b")
     assert "no earlier conversion" in refusal(convert, lora_run, base, "a")
     converted(convert, lora_run, base, "a/b")
-    converted(convert, lora_run, base, "a/b/c")
+    assert "output_hf/a/b is a model's folder" in refusal(convert, lora_run, base, "a/b/c")
+    assert "output_hf/a/b is a model's folder" in refusal(convert, lora_run, base, "a/b/c/d")
+    (output / "a/b/c").mkdir()
     assert "other things than a conversion: c." in refusal(convert, lora_run, base, "a/b")
-    assert (output / "a/b/c/model.safetensors").is_file()
     converted(convert, lora_run, base, "mine")
     (output / "mine/model-q4_k_m.gguf").write_text("quantised")
     assert "other things than a conversion: model-q4_k_m.gguf." in refusal(convert, lora_run, base, "mine")
@@ -425,6 +427,181 @@ def test_only_an_earlier_conversion_is_replaced(
     for damage in ("[]", "{"):
         (output / "mine/run.json").write_text(damage)
         assert "run.json cannot be read" in refusal(convert, lora_run, base, "mine")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\x1b[31mb", "a\rb", "a\u2028b", "a\udcffb", "b" * 300, "好" * 70, "a\tb/c", "../x", "/x", "."],
+    ids=ascii,
+)  # fmt: skip
+def test_names_that_are_none(convert: ModuleType, tmp_path: Path, root: Path, name: str) -> None:
+    """Before any work: neither run nor base is there."""
+    message = refusal(convert, tmp_path / "no run", tmp_path / "no base", name)
+    assert message.startswith("--save_model: got ") and "expected a name such as BiliComments" in message
+    assert message.isprintable() and len(message) < 400 and not (root / "output_hf").exists()
+
+
+def test_two_at_once(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second says that another one is writing, and the first one's model has its own card and proofs."""
+    from utils import fidelity
+
+    base, check, said = model_dir / "tiny/qwen2", fidelity.check_written, []
+    program = (
+        "import sys; from pathlib import Path; import utils.files; utils.files.ROOT = Path(sys.argv.pop(1))\n"
+        "import convert_model; convert_model.main(convert_model.build_parser().parse_args())\n"
+    )
+    flags = ["--zero_model", str(lora_run), "--org_model", str(base), "--save_model", "kz", "--t", "1"]
+    command = [sys.executable, "-c", program, str(root), *flags]
+
+    def meanwhile(*args: Any) -> str:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True))
+        return check(*args)
+
+    monkeypatch.setattr(fidelity, "check_written", meanwhile)
+    converted(convert, lora_run, base, "kz")
+    (second,) = said
+    assert second.returncode == 1 and second.stderr.startswith("Another process is writing output_hf/kz.")
+    assert "Traceback" not in second.stderr and [path.name for path in (root / "output_hf").iterdir()] == ["kz"]
+    assert (root / "output_hf/kz/model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bases and checkpoints of others
+
+
+@pytest.mark.parametrize("name", ["NOTICE", "LICENSE.txt", "LICENSE", "modeling_own.py", "secret.py"])
+def test_links_that_leave_the_base_are_not_followed(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path, name: str, capsys: Any
+) -> None:
+    base = root / "base"
+    shutil.copytree(model_dir / "tiny/qwen2", base)
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "modeling_own.Own"}})
+    )
+    (root / "key").write_text("SECRET")
+    (base / name).symlink_to(root / "key")
+    (base / "USE_POLICY.md").write_text("be kind")
+    (base / "LICENSE-2").symlink_to("USE_POLICY.md")
+    converted(convert, lora_run, base, "new", "--trust_remote_code", "False")
+    written = [path for path in (root / "output_hf/new").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"SECRET" in path.read_bytes()]
+    assert {"USE_POLICY.md", "LICENSE-2"} <= {path.name for path in written}
+    assert (f"base/{name} is not taken along" in capsys.readouterr().out) == (name != "secret.py")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "vocab.txt", "added_tokens.json"])
+def test_a_base_with_links_in_its_settings_is_refused(
+    convert: ModuleType, lora_run: Path, model_dir: Path, root: Path, name: str
+) -> None:
+    """What is read there is written again. Links within the folder, and of weights, are none of this."""
+    base = root / "base"
+    shutil.copytree(model_dir / "tiny/qwen2", base)
+    (base / "model.safetensors").rename(root / "weights")
+    (base / "model.safetensors").symlink_to(root / "weights")
+    (base / "config.json").rename(base / "real.json")
+    (base / "config.json").symlink_to("real.json")
+    converted(convert, lora_run, base, "first")
+    (root / "key").write_text('{"token": "SECRET"}')
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(root / "key")
+    message = refusal(convert, lora_run, base, "second")
+    assert f"base/{name} is a link to a file outside of its folder" in message and "cp -rL" in message
+    assert "SECRET" not in message and not (root / "output_hf/second").exists()
+
+
+def test_a_base_in_the_hubs_cache(convert: ModuleType, lora_run: Path, model_dir: Path, root: Path) -> None:
+    """All its files are links, and they are its own."""
+    base, blobs = root / "hub/models--tiny--qwen2/snapshots/a1", root / "hub/models--tiny--qwen2/blobs"
+    base.mkdir(parents=True)
+    shutil.copytree(model_dir / "tiny/qwen2", blobs)
+    (blobs / "LICENSE").write_text("free")
+    for file in blobs.iterdir():
+        (base / file.name).symlink_to(Path("../../blobs") / file.name)
+    converted(convert, lora_run, base, "new")
+    assert (root / "output_hf/new/LICENSE").read_text() == "free"
+    (blobs / "LICENSE").unlink()
+    (root / "key").write_text("SECRET")
+    (blobs / "LICENSE").symlink_to(root / "key")
+    converted(convert, lora_run, base, "new")
+    assert not (root / "output_hf/new/LICENSE").exists()
+
+
+def test_only_code_that_a_configuration_names_goes_along(tmp_path: Path) -> None:
+    from utils.finished import code_files
+
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {
+        "AutoConfig": "configuration_own.C", "AutoModel": "org/other--modeling_far.M", "x": "../up.M", "y": None}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["words.Slow", None]}}))
+    (tmp_path / "generation_config.json").write_text("{")
+    for name, text in {
+        "configuration_own": "from .shared import x\nfrom . import missing", "shared": "from .deep import y",
+        "words": "", "deep": "", "other": "", "up": "", "modeling_far": "",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    found = {file.name for file in code_files(tmp_path) if file.is_file()}
+    assert found == {"configuration_own.py", "words.py", "shared.py", "deep.py"}
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.reduced = (call, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def hostile(run: Path, target: Path, where: str, payload: Any, zero_stage: int, legacy: bool = False) -> Path:
+    """A run whose checkpoint has a payload in one of its files, and a manifest that says that all is well."""
+    shutil.copytree((run / "1").resolve(), target / "1")
+    record = json.loads((target / "1/run.json").read_text())
+    record["settings"] |= {"tuner": "full", "zero_stage": zero_stage}
+    (target / "1/run.json").write_text(json.dumps(record))
+    (path,) = (target / "1").glob(where)
+    path.chmod(0o644)
+    torch.save(payload, path, _use_new_zipfile_serialization=not legacy)
+    write_manifest(target / "1")
+    return target
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("where", ["mp_rank_00_model_states.pt", "*_optim_states.pt"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("call", ["os.system", "builtins.exec", "deep"])
+def test_no_code_of_a_checkpoint_runs(
+    convert: ModuleType, lora_run: Path, model_dir: Path, tmp_path: Path, zero_stage: int, where: str, legacy: bool,
+    call: str,
+) -> None:
+    mark = tmp_path / "it ran"
+    if call == "os.system":
+        payload = Payload(os.system, f"touch '{mark}'")
+    else:
+        payload = Payload(exec, f"open({str(mark)!r}, 'w')")
+    if call == "deep":
+        payload = {"module": {}, "optimizer_state_dict": {"partition_count": 1, "loss_scaler": [payload]}}
+    run = hostile(lora_run, tmp_path / "evil", where, payload, zero_stage, legacy)
+    message = refusal(convert, run, model_dir / "tiny/qwen2")
+    assert not mark.exists() and "Traceback" not in message
+    if "could run code" in message:
+        assert "If you know who made it: --trust_checkpoint True" in message
+
+
+def test_a_checkpoint_that_is_trusted_may_hold_anything(
+    convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path
+) -> None:
+    run, base = train(ft, train_args(tuner="full", max_steps=1), root / "output"), model_dir / "tiny/qwen2"
+    (path,) = (run / "1").glob("*_optim_states.pt")
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"mine": datetime(2026, 1, 1)}, path)
+    write_manifest(run / "1")
+    message = refusal(convert, run, base)
+    assert "it holds datetime.datetime, and reading that could run code" in message
+    converted(convert, run, base, "new", "--trust_checkpoint", "True")
+    (run / "1/manifest.json").unlink()
+    assert "--trust_checkpoint True" in refusal(convert, run, base)
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])

@@ -1,6 +1,10 @@
 """Adapters of any tool in PEFT's format: read, put beside a model's layers, and merged layer by layer."""
 
+import json
 import math
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +27,21 @@ KNOWN = set(
     "modules_to_save peft_type peft_version r rank_pattern revision runtime_config target_modules task_type "
     "trainable_token_indices use_dora use_rslora".split()
 )
+# The ways in which PEFT matches patterns; what is no regular expression is PEFT's to refuse.
+TRY_PATTERNS = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for form in ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."):
+        try:
+            matcher = re.compile(form.replace("{}", pattern))
+        except (re.error, OverflowError, RecursionError):
+            continue
+        for name in names:
+            matcher.fullmatch(name)
+            matcher.match(name)
+"""
+PATTERN_SEC = 10
 MAX_DIFFERENCE = 1e-3  # Between a layer with and without merging, of its largest number.
 KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,6 +142,34 @@ def check_sum(adapters: Sequence[Adapter]) -> None:
             )
 
 
+def check_patterns(config: Any, names: Sequence[str]) -> None:
+    """Makes sure that matching an adapter's patterns against a model's layers comes to an end.
+
+    Some regular expressions take longer than anybody lives. They are tried in a process that can be ended.
+
+    Args:
+        config: PEFT's.
+        names: Of the model's layers.
+
+    Raises:
+        ValueError: if it takes more than PATTERN_SEC seconds.
+    """
+    named = [config.target_modules, config.exclude_modules, config.modules_to_save, config.layers_pattern]
+    texts = [[one] if isinstance(one, str) else list(one or ()) for one in named]
+    patterns = [*sum(texts, []), *(config.rank_pattern or ()), *(config.alpha_pattern or ())]
+    unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]{1,300}", str(pattern))]
+    if not unusual:
+        return
+    tried = json.dumps([list(map(str, unusual)), [*names, *(f"base_model.model.{name}" for name in names)]])
+    try:
+        subprocess.run([sys.executable, "-c", TRY_PATTERNS], input=tried.encode(), timeout=PATTERN_SEC, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"its patterns of layers take too long to be matched ({', '.join(map(str, unusual))[:200]}). Name the "
+            "layers in adapter_config.json"
+        ) from None
+
+
 def put_beside(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
     """Puts adapters beside the layers of a model, which may be a skeleton or have weights on the disk.
 
@@ -145,7 +192,9 @@ def put_beside(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
     empty = any(parameter.is_meta for parameter in model.parameters())
     options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": empty}
     tuned = None
+    layers = [name for name, _ in model.named_modules()]
     for name, (config, tensors, _) in adapters.items():
+        check_patterns(config, layers)
         config.inference_mode = True
         config.base_model_name_or_path = None  # PEFT would warn wherever the base lay elsewhere in training.
         try:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.engine import fail, quant_bits
-from utils.files import ROOT, check_manifest, from_root, reason_of, replacing, shown, write_manifest
+from utils.files import ROOT, check_manifest, explained, from_root, reason_of, replacing, shown, write_manifest
+from utils.shards import check_pickles
 
 # What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
 # what it shows, not what an update is. Data is known by its contents.
 FREE_TO_CHANGE = set(
     "epochs max_steps eval_steps save_steps eval_samples max_new_tokens train_mode test_mode test_bnb_enabled "
-    "test_split test_model track resume overwrite local_rank output_dir model_dir data_dir data_path "
+    "test_split test_model track resume overwrite trust_checkpoint local_rank output_dir model_dir data_dir data_path "
     "answers_dir".split()
 )
 
@@ -116,7 +117,10 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
     if args.resume:
         if not (run.last / "run.json").is_file():
             fail(f"--resume: no checkpoint at {shown(run.last)}. Start the run without --resume.")
-        check_manifest(run.last)
+        if not args.trust_checkpoint:
+            check_manifest(run.last)
+            with explained(f"--resume: {shown(run.last)} cannot be used"):
+                check_pickles(run.last)
         previous = json.loads((run.last / "run.json").read_text(encoding="utf-8"))
         before, now = previous["settings"], record["settings"]
         before.setdefault("base", now["base"])  # Runs of earlier versions do not say.

@@ -108,6 +108,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, lora_lr: float, full_lr: 
     add("--eval_samples", type=int, default=200, help="held-out samples to measure the loss on (-1: all)")
     add("--max_new_tokens", type=int, default=64, help="longest reply that is shown")
     add("--resume", type=boolean, nargs="?", const=True, default=False, help="go on from <ckpt_id>-last")
+    add("--trust_checkpoint", type=boolean, default=False,
+        help="True: --resume reads the checkpoint whatever is in it, which may run code of whoever made it")
     add("--overwrite", type=boolean, nargs="?", const=True, default=False, help="start anew where another run has been")
     add("--track", choices=["none", "tensorboard", "swanlab", "wandb"], default="none",
         help="service that gets the metrics besides metrics.jsonl and loss.png")

@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_NAME_BYTES = 200
 
 
 def from_root(path: str | Path) -> Path:
@@ -50,7 +51,7 @@ def missing_model(model_dir: Path, model_name: str) -> str:
 
 
 def check_target(flag: str, target: Path) -> None:
-    """Makes sure that no folder is replaced but a model that was written here before.
+    """Makes sure that a new model's folder has a name, and that nothing is replaced but one that was written here.
 
     Args:
         flag: The argument that named it.
@@ -59,6 +60,17 @@ def check_target(flag: str, target: Path) -> None:
     Raises:
         SystemExit: naming what is in the way.
     """
+    # Line breaks and other control characters, and bytes that are no UTF-8; file systems take 255 bytes, some of which
+    # are for the endings of what is written beside it.
+    too_long = any(len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in target.parts)
+    if too_long or not target.name.isprintable():
+        raise SystemExit(f"{flag}: got {target.name[:300]!r}, expected a name such as BiliComments.")
+    for folder in target.parents:
+        if all((folder / file).is_file() for file in ("run.json", "config.json")):
+            raise SystemExit(
+                f"{flag}: got {shown(target)!r}, expected a name such as BiliComments: {shown(folder)} is a model's "
+                "folder, and another model cannot lie inside of it."
+            )
     if not target.exists() and not target.is_symlink():
         return
     way_out = f"Move it away, or give the new model another name: {flag} NAME"
@@ -75,6 +87,13 @@ def check_target(flag: str, target: Path) -> None:
         )
     if changed := sorted(name for name, size in (sizes or {}).items() if there.get(name, size) != size):
         raise SystemExit(f"{flag}: {shown(target / changed[0])} was changed after it was written. {way_out}")
+
+
+def is_own(folder: Path, file: Path) -> bool:
+    """Whether a file of a folder lies in it, links followed, or in the cache of the Hugging Face Hub."""
+    real = file.resolve()
+    in_cache = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    return in_cache or real.is_relative_to(folder.resolve())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,12 +152,13 @@ def only_writer(path: Path, wait_sec: float = 0) -> Iterator[None]:
     """Keeps other processes from writing to a place until the block ends.
 
     Args:
-        path: A file or folder, which need not exist. Its parent folder is made.
+        path: A file or folder, which need not exist. Its parent folder is made, and removed if nothing stays there.
         wait_sec: How long to wait for another one; -1: until it ends.
 
     Raises:
         SystemExit: if another process is writing there.
     """
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # One lock a place and process: blocks for the same place may stand in one another.
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
@@ -154,6 +174,9 @@ def only_writer(path: Path, wait_sec: float = 0) -> Iterator[None]:
         if lock.lock_counter == 1:
             Path(lock.lock_file).unlink(missing_ok=True)  # Who waits for it notices, and makes another.
         lock.release()
+        with suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()
 
 
 @contextmanager
@@ -275,7 +298,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Makes sure that a folder is complete and unchanged before anything in it is unpickled.
+    """Makes sure that a folder is complete and unchanged. It says nothing of who made it.
 
     Raises:
         SystemExit: naming the first file that is missing or differs.
@@ -283,8 +306,8 @@ def check_manifest(folder: Path) -> None:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise SystemExit(
-            f"{shown(folder)} is not a complete checkpoint: it has no manifest.json, by which its files are known. "
-            "Reading them can run code; if you trust them: convert_model.py --trust_checkpoint True"
+            f"{shown(folder)} is not a complete checkpoint: it has no manifest.json, by which its files are known. If "
+            "you know where they come from: --trust_checkpoint True"
         )
     try:
         hashes = json.loads(manifest.read_text())

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
+import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,49 @@ import torch
 
 from utils.adapters import adapted
 from utils.data import Chat
-from utils.files import shown
+from utils.files import is_own, read_json, shown
 from utils.generate import end_ids
 from utils.merging import Trained, merged_weights, parted_ties
 from utils.model import DTYPES, GIB
 from utils.weights import write_weights
+
+TERMS = ("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")  # How files begin that say what one may do with a model.
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def check_links(base: Path) -> None:
+    """Makes sure that what is read of a base, and written again into a folder that may be published, is the base's.
+
+    A link in a downloaded folder may lead to any file of the user's, and tokenizers and configurations keep what they
+    do not know. Weights are numbers; licences and code are looked at where they are copied.
+
+    Raises:
+        SystemExit: naming a link that leads out of the folder.
+    """
+    for file in sorted(base.rglob("*")):
+        read = file.suffix not in (*WEIGHTS, ".py") and not file.name.upper().startswith((*TERMS, "README"))
+        if read and file.is_file() and not is_own(base, file):
+            raise SystemExit(
+                f"{shown(file)} is a link to a file outside of its folder, whose content could get into the new model. "
+                f"If it belongs to the model, use a copy: cp -rL {shlex.quote(shown(base))} COPY"
+            )
+
+
+def code_files(base: Path) -> set[Path]:
+    """The Python files that a base's configurations name, and those that these import from beside them."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    named: set[str] = set()
+    for config in base.glob("*config.json"):
+        with suppress(OSError, ValueError, AttributeError):  # What cannot be read names nothing.
+            for value in read_json(config).get("auto_map", {}).values():
+                classes = value if isinstance(value, list) else [value]  # Of tokenizers: the slow one and the fast one.
+                named |= {name.rpartition(".")[0] for name in classes if isinstance(name, str) and "--" not in name}
+    files = {base / f"{module}.py" for module in named if re.fullmatch(r"\w+", module)}
+    for file in [file for file in files if file.is_file() and is_own(base, file)]:
+        with suppress(OSError, ValueError):  # One that is missing will be missed when the model is loaded.
+            files |= {Path(other) for other in get_relative_import_files(file) if Path(other).parent == base}
+    return files
 
 
 def write_model(
@@ -45,11 +86,12 @@ def write_model(
     generation.do_sample = generation.do_sample or any((generation.temperature, generation.top_p, generation.top_k))
     generation.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    for file in base.glob("*"):
-        # Code that the configuration names, licences and the like; weights, tokenizer and configuration are written.
-        kept = file.suffix == ".py" or file.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS"))
-        if kept and file.is_file():
+    # Weights, tokenizer and configuration are written; code that a configuration names and licences go along.
+    for file in sorted({*code_files(base), *(file for file in base.iterdir() if file.name.upper().startswith(TERMS))}):
+        if file.is_file() and is_own(base, file):
             shutil.copy(file, folder)
+        elif file.is_symlink():
+            print(f"{shown(file)} is not taken along: it is a link to a file outside of its folder.")
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # Some are written for their owner alone, but a server may be another user.

@@ -117,7 +117,7 @@ def check_tag(run: Path, tag: str, trust_checkpoint: bool = False) -> dict[str, 
     Args:
         run: The run's folder.
         tag: The checkpoint's name.
-        trust_checkpoint: Whether to unpickle files of which no manifest says that a run wrote them.
+        trust_checkpoint: Whether it need not be known to be whole.
 
     Returns:
         Its run.json.
@@ -221,6 +221,7 @@ def as_trained(
     base: Path,
     base_kind: str = "dequant4",
     trust_remote_code: bool = False,
+    trust_checkpoint: bool = False,
 ) -> Trained:
     """Finds the parts of the model that the training run computed with, adapters not merged.
 
@@ -232,24 +233,28 @@ def as_trained(
         base_kind: Of a 4-bit run: "dequant4" is the base that was trained on, "original" the base's own weights in
             fp32.
         trust_remote_code: Whether the model's own Python code may run.
+        trust_checkpoint: Whether reading the checkpoint's files may run code.
 
     Raises:
-        SystemExit: if the base is not whole, or not the run's.
+        SystemExit: if the base is not whole, or not the run's, or the checkpoint cannot be read.
     """
     settings = record["settings"]
     dtype, bits = DTYPES[settings["precision"]], settings["quant_bits"]
     if bits and base_kind == "original":
         dtype, bits = torch.float32, None
-    adapters = []
+    adapters, weights = [], {}
     if settings["tuner"] != "full":
         with explained(f"{shown(run / tag / 'adapter')} cannot be used"):
             adapters = [read_adapter(run / tag / "adapter")]
+    else:
+        with explained(f"{shown(run / tag)} cannot be used"):
+            weights = open_shards(run / tag, settings["zero_stage"], trust_checkpoint)
     with base_in_use(base, record):
         check_base(base, record)
         trained = assemble(base, dtype, bits, adapters, trust_remote_code)
         if adapters:
             return trained
-        weights, shells = open_shards(run / tag, settings["zero_stage"]), trained.model.state_dict()
+        shells = trained.model.state_dict()
         parameters = {name for name, _ in trained.model.named_parameters()}
         if differing := sorted((parameters ^ (weights.keys() & shells.keys())) - set(trained.ties)):
             raise ValueError(f"{differing[0]} is not in both the base and the run.")

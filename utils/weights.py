@@ -6,6 +6,8 @@ Whatever a model's size, no more than a tensor or two is in memory.
 import ctypes
 import json
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,19 +116,29 @@ def _read_safe(file: Any, name: str, rows: slice | None = None) -> torch.Tensor:
     return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
+class UnsafePickle(ValueError):
+    """A file that may run code when it is read."""
+
+
 def load_pickle(path: Path, trusted: bool = False) -> Any:
     """Reads what torch.save wrote, tensors only when they are touched.
 
     Args:
         path: The file.
-        trusted: Whether it may run code, as DeepSpeed's optimizer files do.
+        trusted: Whether anything may be in it; reading it can run code then. Otherwise tensors, containers, numbers and
+            texts, and what `torch.serialization.add_safe_globals` was told of.
 
     Raises:
-        ValueError: if it is no such file, or would run code.
+        UnsafePickle: if it holds something else, or is damaged.
+        ValueError: if it is no such file.
     """
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds {found[1]}, and reading that could run code" if found else "it is damaged, or could run code"
+        raise UnsafePickle(f"{path.name} cannot be read: {what}.") from error
     except Exception as error:  # Damaged pickles raise almost anything.
         raise ValueError(f"{path.name} cannot be read ({reason_of(error)}).") from error
 
