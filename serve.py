@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from socket import socket
 from threading import Thread, main_thread
@@ -58,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shutdown_sec", type=float, default=30, help="time for requests at work when the server is to end")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     return parser
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Plan(NamedTuple):
@@ -137,7 +141,16 @@ def make_limits(args: argparse.Namespace) -> Any:
                 "given), and there is no such variable, or it is empty.\nSet it first: export API_KEY=…   and then: "
                 "python serve.py … --api_key"
             )
-    return Limits(key, args.max_body_bytes, args.max_requests, args.timeout_sec)
+    hosts = frozenset((*LOOPBACK, args.host.lower())) if key is None and is_loopback(args.host) else None
+    return Limits(key, args.max_body_bytes, args.max_requests, args.timeout_sec, hosts=hosts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's for itself."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
@@ -168,6 +181,7 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
+    from utils.connections import BACKLOG, most_connections, patient_protocol, say_once
     from utils.guard import LAST_WORD_SEC, Guard
     from utils.openai_routes import openai_routes
     from utils.serving import add_error_handlers, own_routes
@@ -186,7 +200,12 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
 
     # uvicorn itself would only cut them off.
     patience = math.ceil(args.shutdown_sec + 2 * LAST_WORD_SEC)
-    return Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=patience))
+    protocol = patient_protocol(most_connections())
+    config = uvicorn.Config(
+        guard, http=protocol, ws="none", backlog=BACKLOG, log_level="warning", timeout_graceful_shutdown=patience
+    )
+    say_once()
+    return Server(config)
 
 
 def serve_in_background(arguments: list[str]) -> str:
@@ -229,7 +248,7 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
             ".venv-vllm/bin/python serve.py …"
         )
     use_vllm = args.engine == "vllm" or (args.engine == "auto" and find_spec("vllm"))
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not plan.limits.key:
+    if not is_loopback(args.host) and not plan.limits.key:
         print(f"Note: {args.host} can be reached from other machines, and everybody may ask: consider --api_key.")
     if use_vllm:
         print("Engine: vLLM.", flush=True)

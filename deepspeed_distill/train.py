@@ -60,6 +60,7 @@ from utils.files import (
     from_root,
     made_once,
     missing_model,
+    only_writer,
     read_json,
     read_lines,
     replacing,
@@ -726,7 +727,9 @@ def main(args: argparse.Namespace) -> None:
         train(args, model_path)
         gc.collect()
     if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
-        test(args, model_path)
+        folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
+        with only_writer(folder / "test"):
+            test(args, model_path)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, missing_model, replacing, shown
+from utils.files import from_root, missing_model, only_writer, replacing, shown
 from utils.samples import Samples, load_splits
 
 PANELS = {"loss": "loss (nats a token)"}
@@ -334,7 +334,9 @@ def main(args: argparse.Namespace) -> None:
         train(args, model_path)
         gc.collect()
     if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
-        test(args, model_path)
+        folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
+        with only_writer(folder / "test"):
+            test(args, model_path)
 
 
 if __name__ == "__main__":

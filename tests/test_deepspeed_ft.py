@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import RANK_VARIABLES, ROOT, adapter, distance, launch, read_metrics, run, slow
 
+from utils.files import write_manifest
 from utils.packing import draw_windows
 
 Build = Callable[..., list[str]]
@@ -606,6 +607,89 @@ def test_a_damaged_checkpoint_is_not_unpickled(ft: ModuleType, train_args: Build
     with pytest.raises(SystemExit) as stop:
         run(ft, train_args(max_steps=2, resume=True))
     assert "is damaged" in str(stop.value.code)
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("where", ["mp_rank_00_model_states.pt", "*_optim_states.pt", "random_rank_0.pt", "more.pt"])
+def test_no_code_of_a_checkpoint_runs_when_it_is_resumed(
+    ft: ModuleType, train_args: Build, tmp_path: Path, where: str
+) -> None:
+    """Although its manifest says that it is whole: that says nothing of who made it."""
+    run(ft, train_args(max_steps=1))
+    (tag,) = (tmp_path / "output").glob("*/*/1-last")
+    (path,) = [*tag.glob(where)] or [tag / where]
+    torch.save({"module": Payload(tmp_path / "it ran")}, path)
+    write_manifest(tag)
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(max_steps=2, resume=True))
+    assert not (tmp_path / "it ran").exists()
+    assert "it holds" in stop.value.code and "If you know who made it: --trust_checkpoint True" in stop.value.code
+
+
+def test_a_checkpoint_that_is_trusted_is_resumed(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    run(ft, train_args(max_steps=1))
+    (tag,) = (tmp_path / "output").glob("*/*/1-last")
+    torch.save({"path": Payload(tmp_path / "it ran")}, tag / "more.pt")
+    (tag / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="--trust_checkpoint True"):
+        run(ft, train_args(max_steps=2, resume=True))
+    run(ft, train_args(max_steps=2, resume=True, trust_checkpoint=True))
+    assert len(train_losses(tmp_path)) == 2
+
+
+def test_two_runs_in_one_folder(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
+    """The second says so, whatever it was told, and the first is not disturbed; after its end the folder is free."""
+    said, alone = [], {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    save = ft.save_checkpoint
+
+    def meanwhile(*args: Any) -> None:
+        if not said:
+            command = [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *train_args(max_steps=1)]
+            for flags in (["--overwrite"], ["--ckpt_id", "other"], ["--overwrite", "--ckpt_id", "other"]):
+                said.append(subprocess.run([*command, *flags], env=alone, capture_output=True, text=True))
+        save(*args)
+
+    monkeypatch.setattr(ft, "save_checkpoint", meanwhile)
+    run(ft, train_args(max_steps=2))
+    assert len(said) == 3
+    for second in said:
+        assert second.returncode == 1 and "Traceback" not in second.stderr
+        assert "Another process is writing" in second.stderr.splitlines()[-1]
+    assert len(train_losses(tmp_path)) == 2
+    assert not list((tmp_path / "output").rglob(".*.lock"))
+    command = [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *train_args(max_steps=3), "--resume"]
+    assert subprocess.run(command, env=alone, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_runs_of_several_ranks_in_one_folder(train_args: Build, tmp_path: Path) -> None:
+    """All ranks of the second end."""
+    first = tmp_path / "output"
+    arguments = train_args(output_dir=first, max_steps=200, epochs=99)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *arguments],
+        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: any(first.rglob("metrics.jsonl")))
+        second = launch("deepspeed_ft/train.py", [*arguments, "--overwrite"], 2)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.returncode != 0 and "Another process is writing" in second.stderr
+    run_again = launch("deepspeed_ft/train.py", [*train_args(max_steps=1), "--overwrite"], 2)
+    assert run_again.returncode == 0, run_again.stderr[-2000:]
 
 
 def test_errors_of_the_command_line_have_no_traceback(train_args: Build) -> None:

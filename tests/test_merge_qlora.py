@@ -23,6 +23,7 @@ from test_utils_llama_pth import make_weights, meta_logits, write
 from test_utils_merging import ALL, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils.files import only_writer
 from utils.model import load_model
 
 IDS = torch.arange(5, 45)[None]
@@ -247,6 +248,50 @@ def test_an_old_base_becomes_safetensors(merge: ModuleType, base: Path, root: Pa
     written = load_file(root / "merged/model.safetensors")
     assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
     assert not (root / "merged/pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_patterns_that_never_end_are_refused(
+    merge: ModuleType, base: Path, root: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Matching this one takes twice as long for each letter more of a layer's name."""
+    monkeypatch.setattr("utils.adapters.PATTERN_SEC", 3)
+    adapter_on(plain(base), root / "adapter")
+    path = root / "adapter/adapter_config.json"
+    pattern = r"((\w|\.)+)+!"
+    value = {pattern: 8} if field.endswith("_pattern") else pattern
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(SystemExit, match="patterns of layers take too long"):
+        merged(merge, "--qlora_model", "adapter", "--base", "original")
+    assert not (root / "merged").exists()
+
+
+def test_patterns_are_matched_as_by_peft(merge: ModuleType, base: Path, root: Path) -> None:
+    """Ordinary ones cost a moment."""
+    pattern = r".*layers\.[01]\..*(q|v)_proj"
+    expected = logits_of(adapter_on(plain(base), root / "adapter", target_modules=pattern, rank_pattern={"q.*": 3}))
+    merged(merge, "--qlora_model", "adapter", "--base", "original", "--dtype", "fp32")
+    assert (logits_of(plain(root / "merged")) - expected).abs().max() < 1e-4
+
+
+def test_two_merges_at_once(merge: ModuleType, base: Path, root: Path) -> None:
+    adapter_on(plain(base), root / "adapter")
+    with only_writer(root / "merged"):
+        command = [sys.executable, str(ROOT / "merge_qlora.py"), "--base_model", str(base)]
+        command += ["--qlora_model", str(root / "adapter"), "--save_path", str(root / "merged")]
+        second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and "Another process is writing" in second.stderr
+    assert "Traceback" not in second.stderr and not (root / "merged").exists()
+
+
+def test_a_link_in_an_adapters_folder(merge: ModuleType, base: Path, root: Path) -> None:
+    """Its tokenizer is written into the merged model."""
+    adapter_on(plain(base), root / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(root / "adapter")
+    (root / "key").write_text('{"token": "SECRET"}')
+    (root / "adapter/added_tokens.json").symlink_to(root / "key")
+    with pytest.raises(SystemExit, match="adapter/added_tokens.json is a link to a file outside"):
+        merged(merge, "--qlora_model", "adapter", "--base", "original")
 
 
 def test_user_errors(merge: ModuleType, base: Path, root: Path) -> None:

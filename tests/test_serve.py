@@ -7,6 +7,8 @@ import asyncio
 import http.client
 import json
 import os
+import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -429,6 +431,65 @@ def test_a_damaged_model(serve: ModuleType, model: Path, tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Strangers
+
+
+def test_without_a_key_other_names_are_refused(url: str) -> None:
+    """As a page does whose name leads to this machine (DNS rebinding), or that is another site's."""
+    port = url.rsplit(":", 1)[1]
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    for headers, status in (
+        ({"Host": f"localhost:{port}"}, 200),
+        ({"Host": "evil.example.com"}, 403),
+        ({"Host": f"127.0.0.1:{port}", "Origin": "http://evil.example.com"}, 403),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        headers = {"Content-Type": "application/json"} | headers
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        assert connection.getresponse().status == status
+
+
+def test_which_names_are_answered_to(serve: ModuleType, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loopback's and the one that it was started for; with a key, or for other machines, all."""
+    monkeypatch.setenv("API_KEY", "k")
+
+    def hosts(*arguments: str) -> Any:
+        return serve.make_limits(serve.build_parser().parse_args(["--model", str(model), *arguments])).hosts
+
+    assert hosts() == hosts("--host", "localhost") == {"127.0.0.1", "localhost", "::1"}
+    assert hosts("--host", "127.0.0.5") == {"127.0.0.1", "localhost", "::1", "127.0.0.5"}
+    assert hosts("--api_key") is None and hosts("--host", "0.0.0.0") is None
+
+
+@pytest.mark.slow
+def test_idle_connections_keep_nobody_out(model: Path) -> None:
+    """More than the process may have open files; who asks is answered, and the log says little."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
+    command = [sys.executable, str(ROOT / "serve.py"), "--model", str(model), "--port", "0", "--api_key"]
+    script = "ulimit -n 1024; exec " + shlex.join(command)
+    process = subprocess.Popen(
+        ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+        env=os.environ | {"API_KEY": "k"},
+    )  # fmt: skip
+    address = next(line for line in process.stdout if line.startswith("Serving ")).split()[3]
+    port = int(address.rsplit(":", 1)[1])
+    crowd = []
+    for data in (b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-a: "):
+        for _ in range(1500):
+            crowd.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+            crowd[-1].sendall(data)
+        for _ in range(5):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/v1/models", headers={"Authorization": "Bearer k"})
+            assert connection.getresponse().status == 200
+    for connection in crowd:
+        connection.close()
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and said.count("\n") < 10 and "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Load
 
 
@@ -445,7 +506,7 @@ def test_a_hostile_crowd(url: str) -> None:
             body = bad[(number * 7 + turn) % len(bad)]
             if kind < 4:
                 body = json.dumps({"message": f"问{number}", "stream": kind % 2 == 0, "max_tokens": 20}).encode()
-            head = "POST /ai/llm/generation_stream HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+            head = "POST /ai/llm/generation_stream HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
             if kind < 2:

@@ -184,7 +184,7 @@ def code_lines(path: Path) -> int:
 
 def test_rooms_stay_small() -> None:
     lengths = {name(path): code_lines(path) for path in PYTHON if path.parent.name == "utils"}
-    assert sum(lengths.values()) <= 5000 and max(lengths.values()) <= 300, lengths
+    assert sum(lengths.values()) <= 5400 and max(lengths.values()) <= 300, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -313,6 +313,93 @@ def test_large_bodies(announced: bool, key: str | None) -> None:
         assert not engine.asked
 
 
+@pytest.mark.parametrize("key", [None, "k"], ids=["bodies that do not come", "no key"])
+def test_those_who_are_not_at_work_do_not_count(key: str | None) -> None:
+    """Twenty where two may be at work; who asks in earnest is answered at once."""
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    with serving(Limits(key=key, max_requests=2)) as (_, port):
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for stranger in strangers:
+            stranger.sendall(head.encode() + b'{"mess')
+        started = time.monotonic()
+        for _ in range(5):
+            assert post(port, {"message": "a", "max_tokens": 1}, Authorization="Bearer k")[0] == 200
+        assert time.monotonic() - started < 3
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_bodies_that_come_all_at_once_have_a_limit() -> None:
+    """Memory is bounded, whoever sends."""
+    with serving(Limits(max_requests=2, max_body_bytes=10_000)) as (_, port):
+        head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+        senders = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
+        for sender in senders[:2]:
+            sender.sendall(head.encode() + b" " * 9998)
+        time.sleep(0.3)
+        senders[2].sendall(head.encode() + b" " * 9000)
+        assert senders[2].recv(1000).startswith(b"HTTP/1.1 429")
+        senders[0].sendall(b" ")
+        assert senders[0].recv(1000).startswith(b"HTTP/1.1 4"), "no JSON"
+
+
+HOSTS = frozenset(("localhost", "127.0.0.1", "::1", "my-machine"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "answered"),
+    [
+        ({"Host": "localhost"}, True),
+        ({"Host": "LocalHost:8080"}, True),
+        ({"Host": "127.0.0.1:1"}, True),
+        ({"Host": "[::1]:8080"}, True),
+        ({"Host": "my-machine:80", "Origin": "http://localhost:3000"}, True),
+        ({"Host": "127.0.0.1", "Origin": "https://my-machine"}, True),
+        ({"Host": "evil.example.com"}, False),
+        ({"Host": "127.0.0.1.evil.example.com:8080"}, False),
+        ({"Host": "evil.example.com@127.0.0.1@x"}, False),
+        ({"Host": "localhost.evil"}, False),
+        ({"Host": "[::1"}, False),
+        ({"Host": ""}, False),
+        ({"Host": "127.0.0.1", "Origin": "http://evil.example.com"}, False),
+        ({"Host": "127.0.0.1", "Origin": "http://127.0.0.1.evil"}, False),
+        ({"Host": "127.0.0.1", "Origin": "null"}, False),
+        ({"Host": "127.0.0.1", "Origin": "file://"}, False),
+    ],
+    ids=str,
+)
+def test_pages_of_others(headers: dict[str, str], answered: bool) -> None:
+    """A name of somebody's that leads here, and pages that are open in a browser. /health tells system prompts."""
+    with serving(Limits(hosts=HOSTS)) as (engine, port):
+        assert post(port, {"message": "a", "max_tokens": 1}, **headers)[0] == (200 if answered else 403)
+        assert bool(engine.asked) == answered
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/health", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == (200 if answered else 403) and (b"models" in answer.read()) == answered
+    with serving(Limits(key="k")) as (_, port):
+        right = headers | {"Authorization": "Bearer k"}
+        if headers["Host"]:
+            assert post(port, {"message": "a", "max_tokens": 1}, **right)[0] == 200, "who has the key may"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/vnd.api+json", 200),
+        ("text/plain; a=json", 415),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("json", 415),
+        ("", 415),
+    ],
+)
+def test_kinds_that_any_page_can_send_are_refused(parrot: tuple[Parrot, int], kind: str, status: int) -> None:
+    assert post(parrot[1], {"message": "a", "max_tokens": 1}, **{"Content-Type": kind})[0] == status
+
+
 def test_a_body_that_does_not_arrive() -> None:
     with serving(Limits(body_timeout_sec=0.2)) as (_, port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

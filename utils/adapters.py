@@ -154,9 +154,9 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
     Raises:
         ValueError: if it takes more than PATTERN_SEC seconds.
     """
-    named = [config.target_modules, config.exclude_modules, config.modules_to_save, config.layers_pattern]
-    texts = [[one] if isinstance(one, str) else list(one or ()) for one in named]
-    patterns = [*sum(texts, []), *(config.rank_pattern or ()), *(config.alpha_pattern or ())]
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
+    values = [getattr(config, field, None) or () for field in fields]
+    patterns = [pattern for value in values for pattern in ([value] if isinstance(value, str) else value)]
     unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]{1,300}", str(pattern))]
     if not unusual:
         return

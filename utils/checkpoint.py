@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.engine import fail, quant_bits
-from utils.files import ROOT, check_manifest, explained, from_root, reason_of, replacing, shown, write_manifest
-from utils.shards import check_pickles
+from utils.files import (
+    ROOT,
+    check_manifest,
+    explained,
+    from_root,
+    only_writer,
+    read_json,
+    reason_of,
+    replacing,
+    shown,
+    write_manifest,
+)
 
 # What may differ when a run is resumed: how long it goes on (a falling learning rate is stretched to the new end) and
 # what it shows, not what an update is. Data is known by its contents.
@@ -34,6 +44,7 @@ class Run(NamedTuple):
     ckpt_id: str
     leader: bool
     shared: bool  # All ranks see the same folder; False where every node has its own.
+    lock: Any  # A leader's, which keeps other runs out of the folder until this object goes.
 
     @property
     def last(self) -> Path:
@@ -108,11 +119,15 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
         The run, and the resumed tag's record or None at a fresh start.
 
     Raises:
-        SystemExit: if another run has been here, or there is nothing to resume, or what is to be resumed differs.
+        SystemExit: if another run is at work here or has been, or there is nothing to resume, or what is to be resumed
+            differs.
     """
     import deepspeed
 
-    run = Run(folder, args.ckpt_id, *_share_folder(folder))
+    from utils.shards import check_pickles
+
+    leader, shared = _share_folder(folder)
+    run = Run(folder, args.ckpt_id, leader, shared, _lock_folder(folder, leader))
     previous = None
     if args.resume:
         if not (run.last / "run.json").is_file():
@@ -131,7 +146,8 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
                 "Name the same again, or start anew with --overwrite."
             )
     elif (folder / "run.json").is_file() and not args.overwrite:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        with explained(f"{shown(folder / 'run.json')} cannot be read. Start the run anew: --overwrite"):
+            settings = read_json(folder / "run.json")["settings"]
         if run.last.exists() or settings != record["settings"]:
             fail(
                 f"{shown(folder)} holds the results of another run. Go on with it: --resume; start anew in its place: "
@@ -149,6 +165,29 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
         _write_json(folder / "run.json", record)
     deepspeed.comm.barrier()
     return run, previous
+
+
+def _lock_folder(folder: Path, leader: bool) -> Any:
+    """Lets no other run into a folder, for as long as what is returned is there.
+
+    Raises:
+        SystemExit: on all ranks, if another run is at work.
+    """
+    import deepspeed
+    import torch
+
+    lock, problem = None, ""
+    if leader:
+        lock = only_writer(folder)
+        try:
+            lock.__enter__()
+        except SystemExit as busy:
+            problem = str(busy)
+    problems = [""] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    if any(problems):
+        fail(max(problems))
+    return lock
 
 
 def _share_folder(folder: Path) -> tuple[bool, bool]:

@@ -223,9 +223,12 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
 
     model = load_whole(path, args.model_name, precision, quant_bits(args), device, args.trust_remote_code)
     if adapter:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
+
+        from utils.adapters import check_patterns
 
         try:
+            check_patterns(PeftConfig.from_pretrained(from_root(adapter)), [name for name, _ in model.named_modules()])
             model = PeftModel.from_pretrained(model, from_root(adapter), is_trainable=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 
@@ -35,6 +36,8 @@ class Limits:
         max_requests: Being answered or waiting at once; more are told to come again (429).
         timeout_sec: The longest that one may take.
         body_timeout_sec: The longest that sending one may take.
+        hosts: Names that the server answers to; None: to all. Without a key any page that is open in a browser on this
+            machine could use it otherwise, under a name that leads here (DNS rebinding).
     """
 
     key: str | None = None
@@ -42,6 +45,7 @@ class Limits:
     max_requests: int = 256
     timeout_sec: float = 600
     body_timeout_sec: float = 30
+    hosts: frozenset[str] | None = None
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -77,6 +81,14 @@ def sse(event: dict[str, Any] | str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
+def _host_of(value: bytes, is_url: bool) -> str | None:
+    """The name in a Host or an Origin header."""
+    text = value.decode("latin-1")
+    with suppress(ValueError):
+        return urlsplit(text if is_url else f"//{text}").hostname
+    return None
+
+
 async def _next_part(receive: Receive) -> tuple[bytes, bool]:
     """A part of a body, and whether there are more."""
     message = await receive()
@@ -105,6 +117,7 @@ class Guard:
         self.app = app
         self.limits = limits
         self.at_work = 0
+        self._arriving_bytes = 0  # Of bodies that are not whole yet.
         self._ending = asyncio.Event()
 
     def end(self) -> None:
@@ -112,33 +125,66 @@ class Guard:
         self._ending.set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
+        """Passes a request on, or refuses it. Only what is passed on counts as being at work."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or scope["path"] == "/health":
-            scope.setdefault("state", {})["knows_key"] = scope["type"] == "http" and self._knows_key(scope)
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.at_work >= self.limits.max_requests:
-            waiting = f"{self.at_work} requests are at work or waiting, as many as this server takes. Try again soon."
-            await problem_json(429, waiting, {"Retry-After": "1"})(scope, receive, send)
-            return
-        self.at_work += 1
         try:
-            body = await self._read_body(scope, receive)
-            exchange = _Exchange(self.app, self.limits, self._ending, scope, receive, send)
-            await exchange.run(body)
+            self._check_host(scope)
+            if scope["path"] == "/health":
+                scope.setdefault("state", {})["knows_key"] = self._knows_key(scope)
+                await self.app(scope, receive, send)
+                return
+            self._check_headers(scope)
+            self._check_room()
+            body = await self._read_body(receive)
+            self._check_room()
         except Refused as refusal:
-            with suppress(ConnectionError):
-                if refusal.status != 408:
-                    await _discard(receive)
-                # What of the body was not read would be taken for the next request.
-                await problem_json(refusal.status, str(refusal), {"Connection": "close"})(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
+            return
         except ConnectionError:
-            pass  # The client went while it was sending.
+            return  # The client went while it was sending.
+        self.at_work += 1
+        scope["at_work"] = True
+        try:
+            await _Exchange(self.app, self.limits, self._ending, scope, receive, send).run(body)
+        except Refused as refusal:
+            await self._refuse(refusal, scope, receive, send)
+        except ConnectionError:
+            pass
         finally:
             self.at_work -= 1
+
+    async def _refuse(
+        self, refusal: Refused, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
+        headers = {"Retry-After": "1"} if refusal.status == 429 else {}
+        with suppress(ConnectionError):
+            if refusal.status != 408:
+                await _discard(receive)
+            # What of the body was not read would be taken for the next request.
+            await problem_json(refusal.status, str(refusal), headers | {"Connection": "close"})(scope, receive, send)
+
+    def _check_host(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises `Refused` if a request is for another server, or from a page of one."""
+        if self.limits.hosts is None:
+            return
+        given = [(name, value) for name, value in scope["headers"] if name in (b"host", b"origin")]
+        for name, value in given:
+            if _host_of(value, is_url=name == b"origin") not in self.limits.hosts:
+                known = ", ".join(sorted(self.limits.hosts))
+                raise Refused(403, f"Without a key this server answers to {known} alone, and to their own pages.")
+
+    def _check_room(self) -> None:
+        """Raises `Refused` if too much is being done."""
+        limits = self.limits
+        if self.at_work >= limits.max_requests or self._arriving_bytes > limits.max_requests * limits.max_body_bytes:
+            raise Refused(
+                429, f"{self.at_work} requests are at work or waiting, as many as this server takes. Try again soon."
+            )
 
     def _knows_key(self, scope: MutableMapping[str, Any]) -> bool:
         if self.limits.key is None:
@@ -146,33 +192,35 @@ class Guard:
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.limits.key.encode())
 
-    def _refusal(self, scope: MutableMapping[str, Any]) -> Refused | None:
-        """What the headers alone tell."""
+    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises `Refused` for what the headers alone tell."""
         headers, most = dict(scope["headers"]), self.limits.max_body_bytes
         if not self._knows_key(scope):
-            return Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
+            raise Refused(401, "A key is needed: send the header `Authorization: Bearer KEY`.")
         # Other kinds can be sent by any page that is open in a browser on this machine.
-        if scope["method"] == "POST" and b"json" not in headers.get(b"content-type", b""):
-            return Refused(415, "Send the header `Content-Type: application/json`.")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != b"application/json" and not kind.endswith(b"+json"):
+            raise Refused(415, "Send the header `Content-Type: application/json`.")
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > most:
-            return Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
-        return None
+            raise Refused(413, f"The request is larger than {most:,} bytes, the most that this server takes.")
 
-    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        if refusal := self._refusal(scope):
-            raise refusal
+    async def _read_body(self, receive: Receive) -> bytes:
         body, more, most = bytearray(), True, self.limits.max_body_bytes
         try:
             async with asyncio.timeout(self.limits.body_timeout_sec):
                 while more:
                     part, more = await _next_part(receive)
                     body += part
+                    self._arriving_bytes += len(part)
                     if len(body) > most:
                         raise Refused(413, f"The request is larger than {most:,} bytes.")
+                    self._check_room()
         except TimeoutError:
             seconds = self.limits.body_timeout_sec
             raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
+        finally:
+            self._arriving_bytes -= len(body)
         return bytes(body)
 
 

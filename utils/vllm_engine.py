@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+from utils.connections import BACKLOG, most_connections, patient_protocol, say_once
 from utils.data import Chat, Message
 from utils.files import reason_of
 from utils.guard import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
@@ -313,11 +314,15 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
             log_level=settings.uvicorn_log_level,
             access_log=not settings.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            http=patient_protocol(most_connections()),
+            ws="none",
+            backlog=BACKLOG,
             timeout_graceful_shutdown=shutdown_sec + 2 * LAST_WORD_SEC,  # Then it would only cut them off.
             **options,
         )
     )
     await asyncio.sleep(0)
+    say_once()
     # Now serve_http has set its own handlers, which end the engine while requests are at work.
     server = guard.state.server
 
