@@ -498,6 +498,7 @@ class Collector:
             NoAnswer: when another attempt is not worth it.
             Hopeless: from `ask`.
         """
+        failures: Counter[int] = Counter()  # By how many of the kind are too many.
         for attempt in count(1):
             async with self.pace.turn() as sent_at:
                 if self.pace.stopped.is_set():
@@ -513,7 +514,8 @@ class Collector:
                     self.usage += answer.usage
                     self.pace.answered()
                     return answer
-            if attempt >= failure.attempts:
+            failures[failure.attempts] += 1
+            if failures[failure.attempts] == failure.attempts:
                 raise failure
             if (failure.wait_sec or 0) > LONGEST_WAIT_SEC:
                 self.stop(f"the teacher asks to wait {failure.wait_sec:,.0f} s")

@@ -132,8 +132,9 @@ class TeacherServer:
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{\"choi")
                 await writer.drain()
             raise ConnectionResetError
-        await self._send(writer, 200, completion, slow=fault == "slow stream")
+        # Before it goes out: the client may be done, and the log be read, before this thread comes to the next line.
         log.append(fault if fault.startswith("no ") else "answered")
+        await self._send(writer, 200, completion, slow=fault == "slow stream")
 
     async def _send(
         self, writer: asyncio.StreamWriter, status: int, body: Any, retry: bool = False, slow: bool = False
