@@ -646,6 +646,30 @@ def test_a_checkpoint_that_is_trusted_is_resumed(ft: ModuleType, train_args: Bui
     assert len(train_losses(tmp_path)) == 2
 
 
+def test_a_folder_in_which_another_run_is_at_work(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
+    """Nothing of it is touched, whatever is asked for."""
+    run(ft, train_args(max_steps=1))
+    folder = tmp_path / "output/DS-tiny/qwen2"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    program = "import sys; from pathlib import Path; from utils.files import only_writer\n"
+    program += "with only_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.readline()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "at work\n"
+    for flags in ({"overwrite": True}, {"resume": True, "max_steps": 2}, {"ckpt_id": "other"}):
+        with pytest.raises(SystemExit, match="Another process is writing"):
+            run(ft, train_args(**flags))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    other.communicate("end\n")
+    run(ft, train_args(max_steps=2, resume=True))
+
+
+@pytest.mark.slow
 def test_two_runs_in_one_folder(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
     """The second says so, whatever it was told, and the first is not disturbed; after its end the folder is free."""
     said, alone = [], {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}

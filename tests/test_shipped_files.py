@@ -12,7 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,11 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+@cache
+def distributions_of_modules() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=name)
 def test_what_is_imported_is_pinned(path: Path) -> None:
     own = {path.stem for path in PYTHON} | {path.name for path in ROOT.iterdir() if path.is_dir()}
@@ -151,7 +157,7 @@ def test_what_is_imported_is_pinned(path: Path) -> None:
         # The same for the server on vLLM.
         lines = (ROOT / "requirements_vllm.txt").read_text(encoding="utf-8").splitlines()
         third_party -= {line.partition("==")[0] for line in lines if "==" in line and not line.startswith("#")}
-    distributions = importlib.metadata.packages_distributions()
+    distributions = distributions_of_modules()
     pinned = {normal(pin) for pin in PINS}
     missing = {
         module: distributions.get(module)

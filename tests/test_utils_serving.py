@@ -329,8 +329,9 @@ def test_those_who_are_not_at_work_do_not_count(key: str | None) -> None:
             stranger.close()
 
 
-def test_bodies_that_come_all_at_once_have_a_limit() -> None:
+def test_bodies_that_come_all_at_once_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded, whoever sends."""
+    monkeypatch.setattr("utils.guard.LAST_WORD_SEC", 0.2)
     with serving(Limits(max_requests=2, max_body_bytes=10_000)) as (_, port):
         head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
         senders = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
