@@ -411,6 +411,7 @@ class Collector:
 
     Attributes:
         usage: Tokens of all requests, those without an answer as well.
+        uncounted: Answers of whose tokens the server did not say, or not in numbers, how many there were.
         busy_sec: Time that answers took, summed.
         stop_reason: Why it ended before all questions were asked; "" if it did not.
     """
@@ -419,7 +420,7 @@ class Collector:
         self.client, self.teacher, self.args = client, teacher, args
         self.answers, self.failures = answers, failures
         self.usage: Counter[str] = Counter()
-        self.answered = self.failed = 0
+        self.answered = self.failed = self.uncounted = 0
         self.busy_sec = 0.0
         # Since the last answer: comments without one for reasons that may pass, and videos for others.
         self.failing: dict[bool, set[str]] = {True: set(), False: set()}
@@ -481,6 +482,7 @@ class Collector:
                 if answer:
                     await self.write(self.answers, as_row(question, answer, self.teacher.model))
                     self.answered += 1
+                    self.uncounted += len(answer.usage) < 2
                     self.busy_sec += time.monotonic() - started
                     for failing in self.failing.values():
                         failing.clear()
@@ -653,6 +655,8 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
         f"{collector.answered:,} answers in {seconds:.0f} s, {usage['in']:,} tokens in, {usage['out']:,} out, cost "
         f"{teacher.cost(usage):.4f} in the currency of the prices: {shown(answers)}"
     )
+    if collector.uncounted:
+        print(f"{collector.uncounted:,} answers came without a count of their tokens: these and the cost are higher.")
     if failed:
         print(f"{failed:,} comments got no answer, the reasons are in {shown(failures)}")
     if collector.stop_reason:

@@ -460,9 +460,9 @@ def test_what_cannot_be_understood_is_asked_once_more(
     ids=str,
 )
 def test_a_whole_text_is_kept_whatever_its_usage(
-    prepare: ModuleType, build: Build, tmp_path: Path, usage: dict[str, Any]
+    prepare: ModuleType, build: Build, tmp_path: Path, usage: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Asked once each; of the tokens those count that are numbers."""
+    """Asked once each; of the tokens those count that are numbers, and that others are missing is said."""
 
     def reply(messages: list[dict[str, str]]) -> Any:
         return say(content="好") | {"usage": usage}
@@ -471,6 +471,7 @@ def test_a_whole_text_is_kept_whatever_its_usage(
         run(prepare, build(server, count=3))
     assert [row["usage"] for row in rows(tmp_path)] == [{"out": 5}] * 3
     assert all(happened == ["answered"] for happened in server.log.values())
+    assert "3 answers came without a count" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("usage", [[1, 2], "7", 7, None], ids=str)
