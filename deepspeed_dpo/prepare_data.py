@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import find_files, kind_of, tables_or_problem
 from utils.data import DataError, Message, find_split, read_records, to_messages
 from utils.engine import boolean
-from utils.files import from_root, replacing_all, shown
+from utils.files import from_root, replacing_all, shown, write_problem
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -300,6 +300,8 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(f"--{name}: got {getattr(args, name)}, expected {least} or more.")
     if args.crawl_dir and not from_root(args.crawl_dir).is_dir():
         raise SystemExit(f"--crawl_dir: no folder {shown(from_root(args.crawl_dir))}.")
+    if problem := write_problem(output_dir):
+        raise SystemExit(f"--output_dir: {problem}")
     found = {split: find_split(data_dir, split) for split in ("train", "test")}
     if found["train"] is None:
         raise SystemExit(f"No data_train.json in {shown(data_dir)}. Make it with: python prepare_data.py --total 2000")

@@ -24,6 +24,7 @@ from utils.files import (
     sha256,
     shown,
     write_manifest,
+    write_problem,
 )
 
 KINDS = ("file", "folder", "symlink")
@@ -231,6 +232,32 @@ def test_what_was_damaged_is_made_anew(tmp_path: Path, damage: str, capsys: pyte
     assert capsys.readouterr().out.count("is damaged") == 1
     assert make_folder(path) == [] and capsys.readouterr().out == ""
     assert sorted(file.name for file in path.iterdir()) == ["inner", "other"]
+
+
+@pytest.mark.parametrize("name", ["", "new", "new/deep"])
+def test_a_folder_that_can_be_written_to(tmp_path: Path, name: str) -> None:
+    assert write_problem(tmp_path / name) == ""
+
+
+@pytest.mark.parametrize("name", ["file", "file/new", "file/new/deep", "gone", "gone/new"])
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"{name} is no folder that can be written to" in write_problem(tmp_path / name)
+    assert f"{name.partition('/')[0]} is none)" in write_problem(tmp_path / name)
+
+
+def test_a_folder_of_others(tmp_path: Path) -> None:
+    """Looked at as another user, since root may write anywhere."""
+    code = (
+        "import os, sys, pathlib, utils.files\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "print(utils.files.write_problem(pathlib.Path(sys.argv[1])))"
+    )
+    tmp_path.chmod(0o555)
+    command = [sys.executable, "-c", code, str(tmp_path / "new")]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "new is no folder that can be written to (you may not write into " in told
 
 
 def test_a_file_that_is_made_once(tmp_path: Path) -> None:

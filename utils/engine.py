@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from utils.files import from_root, shown
+from utils.files import from_root, shown, write_problem
 
 
 def boolean(text: str) -> bool:
@@ -149,9 +149,8 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--resume goes on with a run, --overwrite starts it anew: name one of them.")
     if args.track != "none" and find_spec(args.track) is None:
         problems.append(f"--track {args.track}: not installed. Install it with: pip install {args.track}")
-    output_dir = from_root(args.output_dir)
-    if not next(path for path in (output_dir, *output_dir.parents) if path.exists()).is_dir():
-        problems.append(f"--output_dir: {args.output_dir} is no folder and cannot become one.")
+    if problem := write_problem(from_root(args.output_dir)):
+        problems.append(f"--output_dir: {problem}")
     for name in ("chat_template", "deepspeed_config"):
         if getattr(args, name) and not from_root(getattr(args, name)).is_file():
             problems.append(f"--{name}: no file at {getattr(args, name)}.")

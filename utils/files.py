@@ -50,6 +50,15 @@ def missing_model(model_dir: Path, model_name: str) -> str:
     )
 
 
+def write_problem(folder: Path) -> str:
+    """Says why no files can be written into a folder, which need not exist yet; "" if they can."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return ""
+    why = f"you may not write into {shown(nearest)}" if nearest.is_dir() else f"{shown(nearest)} is none"
+    return f"{shown(folder)} is no folder that can be written to ({why}). Name another."
+
+
 def check_target(flag: str, target: Path) -> None:
     """Makes sure that a new model's folder has a name, and that nothing is replaced but one that was written here.
 
@@ -71,6 +80,8 @@ def check_target(flag: str, target: Path) -> None:
                 f"{flag}: got {shown(target)!r}, expected a name such as BiliComments: {shown(folder)} is a model's "
                 "folder, and another model cannot lie inside of it."
             )
+    if problem := write_problem(target.parent):
+        raise SystemExit(f"{flag}: {problem}")
     if not target.exists() and not target.is_symlink():
         return
     way_out = f"Move it away, or give the new model another name: {flag} NAME"
