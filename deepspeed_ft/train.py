@@ -47,7 +47,7 @@ from utils.engine import (
     run_dir,
     start_ranks,
 )
-from utils.files import from_root, missing_model, only_writer, replacing, shown
+from utils.files import explained, from_root, missing_model, only_writer, replacing, shown
 from utils.samples import Samples, load_splits
 
 PANELS = {"loss": "loss (nats a token)"}
@@ -270,6 +270,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Writes a model's replies to the held-out (or the training) comments beside the real ones."""
     import torch
 
+    from utils.adapters import put_beside, read_adapter
     from utils.generate import show_replies
     from utils.merging import whole
     from utils.model import DTYPES
@@ -296,9 +297,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         bits = 4 if args.test_bnb_enabled else quant_bits(args)
         model = load_whole(model_path, args.model_name, precision, bits, device, args.trust_remote_code)
     if tuned and args.test_bnb_enabled:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder / args.ckpt_id / "adapter")
+        with explained(f"{shown(folder / args.ckpt_id / 'adapter')} cannot be used"):
+            model = put_beside(model, {"default": read_adapter(folder / args.ckpt_id / "adapter")})
     rows = show_replies(model.to(device).eval(), chat, samples, args.max_new_tokens, progress="answering")
     who = args.ckpt_id if tuned else "base"
     target = folder / f"test_{who}{'_train' if args.test_split == 'train' else ''}.jsonl"
