@@ -165,8 +165,8 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
         subprocess.run([sys.executable, "-c", TRY_PATTERNS], input=tried.encode(), timeout=PATTERN_SEC, check=False)
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"the adapter's patterns of layers take too long to be matched ({', '.join(map(str, unusual))[:200]}). Name the "
-            "layers in adapter_config.json"
+            f"the adapter's patterns of layers take too long to be matched ({', '.join(map(str, unusual))[:200]}). "
+            "Name the layers in adapter_config.json"
         ) from None
 
 
