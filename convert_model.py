@@ -33,7 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.engine import LARGE_PAGES, add_write_arguments, boolean
-from utils.files import check_target, explained, from_root, missing_model, only_writer, read_json, replacing, shown
+from utils.files import (
+    check_target,
+    explained,
+    from_root,
+    missing_model,
+    only_writer,
+    read_json,
+    replacing,
+    shown,
+    write_problem,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,6 +95,8 @@ def check_arguments(args: argparse.Namespace, target: Path) -> None:
         )
     if not args.push and (args.public or args.hub != "huggingface"):
         raise SystemExit("--hub and --public are of --push ORG/NAME; a git clone knows where it came from.")
+    if problem := write_problem(target.parent):  # Of the lock.
+        raise SystemExit(f"--save_model: {problem}")
     if missing and not all((target / file).is_file() for file in ("run.json", "config.json")):
         near = sorted({shown(path.parent) for path in target.parent.glob("*/run.json")})
         there = f" There are: {', '.join(near)}." if near else ""
@@ -276,16 +288,17 @@ def main(args: argparse.Namespace) -> None:
         check_clone(from_root(args.publish_dir))
     if args.push:
         check_upload(args.push, args.hub)
-    if args.zero_model is not None:
-        with only_writer(target):
+    with only_writer(target):
+        if args.zero_model is not None:
             convert(args, target)
+        if args.publish_dir:
+            with explained(f"Not laid out in {shown(args.publish_dir)}"):
+                lay_out(target, from_root(args.publish_dir))
+        elif args.push:
+            push(target, args.push, args.hub, args.public)
     if args.publish_dir:
-        with explained(f"Not laid out in {shown(args.publish_dir)}"):
-            lay_out(target, from_root(args.publish_dir))
         print(f"Look through README.md there. Then:\n\n{git_commands(target, from_root(args.publish_dir))}")
-    elif args.push:
-        push(target, args.push, args.hub, args.public)
-    else:
+    elif not args.push:
         command = f"python convert_model.py --save_model {shlex.quote(args.save_model)}"
         print(f"To publish it: {command} --publish_dir CLONE, or --push ORG/NAME")
 

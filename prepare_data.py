@@ -128,6 +128,9 @@ def read_tables(path: Path) -> Iterator[Table]:
 
 def tables_or_problem(path: Path) -> Iterator[Table | str]:
     """Opens a file like read_tables, and ends with a sentence if it cannot be read."""
+    if not path.is_file():  # A pipe or a device would be read for ever.
+        yield "no regular file"
+        return
     try:
         yield from read_tables(path)
     except Exception as error:  # whatever a broken file makes its parser raise, the other files are still good
@@ -437,9 +440,6 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
         tell(skipped(error.filename, f"cannot be listed ({error.strerror})"))
 
     for path in find_files(data_dir, unlisted):
-        if not path.is_file():  # A pipe or a device would be read for ever.
-            tell(skipped(path, "no regular file"))
-            continue
         for table in tables_or_problem(path):
             if isinstance(table, str):
                 tell(skipped(path, f"not readable ({table})"))

@@ -324,3 +324,17 @@ class LocalServer(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def another_writer(path: Path) -> Iterator[None]:
+    """Another process writes there until the block ends."""
+    program = "import sys; from pathlib import Path; from utils.files import only_writer\n"
+    program += "with only_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.readline()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT, **pipes)
+    assert other.stdout.readline() == "at work\n"
+    try:
+        yield
+    finally:
+        other.communicate("end\n")

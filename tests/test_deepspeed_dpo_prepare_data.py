@@ -155,6 +155,7 @@ def test_files_that_cannot_be_read_are_named(
 ) -> None:
     place = folder([record(1, "甲甲"), record(2, "乙乙")], {1: 99, 2: 0})
     (place / "broken.xlsx").write_bytes(b"PK\x03\x04 torn")
+    os.mkfifo(place / "pipe.json")
     with closing(sqlite3.connect(place / "torn.db")) as con, con:
         con.execute("create table bilibili_video_comment (comment_id, video_id, content, like_count)")
         rows = [(number, 1, "字" * 200, 5) for number in range(2000)]
@@ -164,7 +165,8 @@ def test_files_that_cannot_be_read_are_named(
     run(prepare, place)
     told = capsys.readouterr().out
     assert "broken.xlsx: not readable" in told and "torn.db: read up to an error" in told
-    assert len(json.loads((place / "out/report.json").read_text())["unread"]) == 2
+    assert "pipe.json: not readable (no regular file)" in told
+    assert len(json.loads((place / "out/report.json").read_text())["unread"]) == 3
 
 
 def test_a_pair_stays_in_its_split(prepare: ModuleType, folder: Callable[..., Path]) -> None:

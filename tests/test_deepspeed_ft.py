@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import RANK_VARIABLES, ROOT, adapter, distance, launch, read_metrics, run, slow
+from conftest import RANK_VARIABLES, ROOT, adapter, another_writer, distance, launch, read_metrics, run, slow
 
 from utils.files import write_manifest
 from utils.packing import draw_windows
@@ -651,21 +651,11 @@ def test_a_folder_in_which_another_run_is_at_work(ft: ModuleType, train_args: Bu
     run(ft, train_args(max_steps=1))
     folder = tmp_path / "output/DS-tiny/qwen2"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    program = "import sys; from pathlib import Path; from utils.files import only_writer\n"
-    program += "with only_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.readline()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert other.stdout.readline() == "at work\n"
-    for flags in ({"overwrite": True}, {"resume": True, "max_steps": 2}, {"ckpt_id": "other"}):
-        with pytest.raises(SystemExit, match="Another process is writing"):
-            run(ft, train_args(**flags))
+    with another_writer(folder):
+        for flags in ({"overwrite": True}, {"resume": True, "max_steps": 2}, {"ckpt_id": "other"}):
+            with pytest.raises(SystemExit, match="Another process is writing"):
+                run(ft, train_args(**flags))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    other.communicate("end\n")
     run(ft, train_args(max_steps=2, resume=True))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from conftest import ROOT, LocalServer, load_script, make_model
+from conftest import ROOT, LocalServer, another_writer, load_script, make_model
 
 from utils import publish
 
@@ -330,6 +330,15 @@ publish.lay_out(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+LAID_OUT = """
+import sys
+from pathlib import Path
+from utils import publish
+
+publish.lay_out(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
 def test_a_kill_leaves_no_half_file(
     model: Path, models: Path, root: Path, environment: dict[str, str], capsys: Any
 ) -> None:
@@ -346,7 +355,48 @@ def test_a_kill_leaves_no_half_file(
         assert all(data in [files.get(name) for files in allowed] for name, data in contents(clone).items())
     (clone / ".model-00009-of-00009.safetensors.partial").write_bytes(b"half")  # A kill's, when there were more files.
     publish.lay_out(model, clone)
-    assert contents(clone) == contents(model) and not list(clone.rglob(".*.partial"))
+    assert contents(clone) == contents(model)
+    assert not [path for path in clone.rglob(".*") if path.suffix in (".partial", ".lock")]
+
+
+def test_what_a_link_leads_to_is_not_published(model: Path, root: Path, environment: dict[str, str]) -> None:
+    """git itself does not read a .gitattributes that is a link."""
+    clone = new_clone(environment, root, HUBS_FIRST_COMMIT)
+    (root / "key").write_text("secret\n")
+    (clone / ".gitattributes").unlink()
+    (clone / ".gitattributes").symlink_to(root / "key")
+    publish.lay_out(model, clone)
+    assert not (clone / ".gitattributes").is_symlink() and "secret" not in (clone / ".gitattributes").read_text()
+    assert (root / "key").read_text() == "secret\n"
+
+
+def test_a_model_that_is_being_written_is_not_published(
+    convert: ModuleType, model: Path, root: Path, environment: dict[str, str]
+) -> None:
+    clone = new_clone(environment, root, HUBS_FIRST_COMMIT)
+    with another_writer(model):
+        assert refusal(convert, "--publish_dir", str(clone)).startswith("Another process is writing output_hf/Tiny.")
+    assert set(contents(clone)) == {"README.md"}
+    publishes(convert, "--publish_dir", str(clone))
+    assert contents(clone) == contents(model)
+
+
+def test_two_into_one_clone(
+    model: Path, models: Path, root: Path, environment: dict[str, str], monkeypatch: Any
+) -> None:
+    clone = new_clone(environment, root, HUBS_FIRST_COMMIT)
+    copy, tried = shutil.copyfile, []
+
+    def second(source: Path, target: Path) -> None:
+        command = [sys.executable, "-c", LAID_OUT, str(models / "small"), str(clone)]
+        tried.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+        copy(source, target)
+        monkeypatch.setattr(shutil, "copyfile", copy)
+
+    monkeypatch.setattr(shutil, "copyfile", second)
+    publish.lay_out(model, clone)
+    assert tried[0].returncode == 1 and tried[0].stderr.startswith("Another process is writing")
+    assert contents(clone) == contents(model)
 
 
 def test_large_files_and_a_full_disk(model: Path, root: Path, monkeypatch: Any, tmp_path: Path) -> None:

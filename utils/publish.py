@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from utils.files import from_root, reason_of, replacing, shown
+from utils.files import from_root, only_writer, reason_of, replacing, shown
 
 STUB = "当前模型的贡献者未提供更加详细的模型介绍"  # ModelScope's words in the card of a new repository.
 
@@ -104,11 +104,19 @@ def lay_out(model: Path, clone: Path) -> None:
         clone: The git clone; see `check_clone`.
 
     Raises:
-        SystemExit: if the disk has not the room, or git would leave out a file.
+        SystemExit: if the disk has not the room, git would leave out a file, or another process is writing there.
     """
-    for left in [*clone.glob(".*.partial"), *clone.glob("additional_chat_templates/.*.partial")]:
-        left.unlink()  # A kill's.
+    with only_writer(clone / "README.md"):
+        _lay_out(model, clone)
+
+
+def _lay_out(model: Path, clone: Path) -> None:
     files = model_files(model)
+    left = [*clone.glob(".*.partial"), *clone.glob("additional_chat_templates/.*.partial")]
+    left += [path.with_suffix(".lock") for path in left]
+    left += [(clone / name).with_name(f".{Path(name).name}.lock") for name in files if name != "README.md"]
+    for path in left:  # A kill's, which git would take along.
+        path.unlink(missing_ok=True)
     changed = {name: path for name, path in files.items() if not _is_there(path, clone / name)}
     if "README.md" in changed and somebodys_card(clone / "README.md", model / "README.md"):
         path = changed.pop("README.md")
@@ -149,7 +157,9 @@ def _check_room(clone: Path, new_bytes: int) -> None:
 
 def _write_attributes(path: Path, files: dict[str, Path]) -> None:
     """Adds to .gitattributes what git-lfs has to hold."""
-    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
+    # What a link leads to is no business of git's.
+    own = path.is_file() and not path.is_symlink()
+    text = path.read_bytes().decode(errors="surrogateescape") if own else ""
     held = {line.split()[0] for line in text.splitlines() if "filter=lfs" in line.split()[1:]}
     large = [name for name, file in files.items() if file.stat().st_size >= PLAIN_BYTES]
     others = [name for name in large if not any(fnmatchcase(name, pattern) for pattern in LARGE)]
