@@ -13,7 +13,7 @@ import pytest
 
 from utils.engine import argument_problems
 from utils.files import read_lines
-from utils.track import LINE, Tracker, plot_metrics, smoothed
+from utils.track import LINE, Tracker, curve, plot_metrics, smoothed
 
 LOSS = {"loss": "loss (nats a token)"}
 
@@ -86,6 +86,15 @@ def test_damaged_lines_are_left_out(tmp_path: Path, line: bytes, capsys: pytest.
     tracker.close()
     assert [row["step"] for row in lines(path)] == [1, 3, 4] and (tmp_path / "loss.png").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    odd = ['"x"', "[1]", '{"a": 1}', "null"]
+    rows = [f'"step": {step}, "train/loss": {value}, "eval/loss": {value}' for step, value in enumerate([*odd, "2.5"])]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{{{row}}}\n" for row in rows))
+    assert curve(read_lines(tmp_path / "metrics.jsonl", LINE), "eval/loss") == [(4, 2.5)]
+    plot_metrics(tmp_path, LOSS)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_many_damaged_lines_are_told_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def _open_service(service: str, folder: Path, settings: dict[str, Any]) -> Any:
 
 def curve(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """The steps at which something was measured, and what; null, which stands for an infinite number, is left out."""
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
