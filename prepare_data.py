@@ -165,7 +165,7 @@ def scan_json(file: IO[str], chunk_chars: int = LONGEST_RECORD_CHARS) -> Iterato
             record, at = decode(text, start)
             yield record
             broken = False
-        except ValueError:
+        except (ValueError, RecursionError):
             at = start + 1
             if not broken:
                 yield None

@@ -857,6 +857,21 @@ def test_what_is_no_regular_file_is_skipped(tmp_path: Path, name: str, kind: str
     assert note == "skipped: not readable (no regular file)"
 
 
+@pytest.mark.parametrize("cell", ["[" * 100_000 + "]" * 100_000, '{"x":' * 3000 + "1" + "}" * 3000], ids=["[[", "{{"])
+@pytest.mark.parametrize("container", ["json", "jsonl"])
+def test_a_deep_cell_is_a_torn_record(tmp_path: Path, container: str, cell: str) -> None:
+    """Nested deeper than Python reads, in a file that is read record by record as another one is torn."""
+    WRITERS["json"](tmp_path / "crawl")
+    deep = json.dumps(comment(31, content="deep")).replace('"deep"', cell)
+    rows = [json.dumps(comment(30)), deep, json.dumps(comment(32)), '{"comment_id": "5003']
+    text = "[" + ",".join(rows) if container == "json" else "\n".join(rows)
+    (tmp_path / f"crawl/more_comments.{container}").write_text(text)
+    written, report = prepare(tmp_path / "crawl")
+    assert set(written) == {*EXPECTED, "50030", "50032"}
+    (torn,) = [line["torn"] for line in report["files"] if "more_comments" in line["file"]]
+    assert torn == 2
+
+
 @pytest.mark.parametrize("container", ["csv", "json", "jsonl", "db"])
 def test_a_huge_cell_is_a_torn_record(tmp_path: Path, container: str) -> None:
     """Longer than DuckDB takes; the others of the file are read."""
