@@ -220,6 +220,34 @@ def test_complete_download(hub, monkeypatch, tmp_path, capsys, source):
 
 
 @SOURCES
+def test_a_token_stays_with_its_hub(hub, monkeypatch, tmp_path, source):
+    """Hubs send those who fetch a file on to where it is stored."""
+    where, storage, told, sent_on = use(source, hub, monkeypatch), Hub(dict(FILES)), [], []
+
+    class Redirect(Answer):
+        def do_GET(self) -> None:
+            told.append(self.headers["Authorization"])
+            if "/resolve/" in self.path or "FilePath" in self.path:
+                self.reply(302, b"", {"Location": storage.url.replace("127.0.0.1", "localhost") + self.path})
+            else:
+                super().do_GET()
+
+    class Stored(Answer):
+        def do_GET(self) -> None:
+            sent_on.append(str(self.headers))
+            super().do_GET()
+
+    hub.RequestHandlerClass, storage.RequestHandlerClass = Redirect, Stored
+    monkeypatch.setenv("HF_TOKEN" if source == "hf" else "MODELSCOPE_API_TOKEN", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    folder = run(tmp_path, *where)
+    assert files_in(folder) == {name: FILES[name] for name in KEPT} and set(storage.sent) == KEPT
+    assert "Bearer secret" in told and not any("secret" in headers for headers in sent_on)
+    storage.shutdown()
+    storage.server_close()
+
+
+@SOURCES
 def test_broken_connection_is_resumed_in_the_same_run(hub, monkeypatch, tmp_path, source):
     hub.cuts = 1
     folder = run(tmp_path, *use(source, hub, monkeypatch))
