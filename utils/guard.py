@@ -176,7 +176,11 @@ class Guard:
         for name, value in given:
             if _host_of(value, is_url=name == b"origin") not in self.limits.hosts:
                 known = ", ".join(sorted(self.limits.hosts))
-                raise Refused(403, f"Without a key this server answers to {known} alone, and to their own pages.")
+                raise Refused(
+                    403,
+                    f"Without a key this server answers to {known} alone, and to their own pages. To be asked under "
+                    "other names, as behind a proxy, start it with --api_key.",
+                )
 
     def _check_room(self) -> None:
         """Raises `Refused` if too much is being done."""
