@@ -436,6 +436,21 @@ def test_test_mode_writes_replies_beside_the_real_ones(ft: ModuleType, train_arg
     assert [json.loads(line)["id"] for line in lines] == [f"{n // 4}-{n % 4}" for n in range(48)]
 
 
+@pytest.mark.parametrize("on_4_bits", [False, True])
+def test_test_mode_ends_whatever_the_patterns_of_an_adapter(
+    ft: ModuleType, train_args: Build, tmp_path: Path, on_4_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ft, train_args(max_steps=1))
+    folder = tmp_path / "output/DS-tiny/qwen2/1"
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    config["target_modules"] = r"((\w|\.)+)+!"
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    monkeypatch.setattr("utils.adapters.PATTERN_SEC", 1)
+    with pytest.raises(SystemExit, match="patterns of layers take too long"):
+        run(ft, train_args(train_mode=False, test_mode=True, test_bnb_enabled=on_4_bits))
+
+
 @pytest.mark.parametrize("flags", [{}, {"train_bnb_enabled": True}], ids=str)
 def test_the_base_answers_as_it_did_before_training(
     ft: ModuleType, train_args: Build, tmp_path: Path, flags: dict[str, Any]
