@@ -27,10 +27,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from utils.data import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
-from utils.engine import boolean, underscored
+from utils.cli import boolean, underscored
+from utils.data.held_out import parts_of, read_held_out
+from utils.data.records import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
 from utils.files import from_root, replacing, shown
-from utils.held_out import parts_of, read_held_out
 
 # What keys such as the arrows send, and control characters, but for tabs and line breaks.
 UNTYPED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -170,7 +170,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
     from jinja2 import TemplateError
     from safetensors import SafetensorError
 
-    from utils.generate import Tuning, load_finished, tuning_of
+    from utils.serve.generate import Tuning, load_finished, tuning_of
 
     names = (args.model, args.adapter, args.offload_folder)
     path, adapter, offload = (from_root(name) if name else None for name in names)
@@ -205,7 +205,7 @@ class Voice:
 
     model: Any
     chat: Any
-    options: dict[str, Any]  # Of `utils.generate.stream`.
+    options: dict[str, Any]  # Of `utils.serve.generate.stream`.
     limit_tokens: int | None  # Of prompt and answer together.
     label: str  # Before answers.
     streamed: bool
@@ -258,7 +258,7 @@ class Voice:
 
     def say(self, input_ids: list[int]) -> str:
         """Prints an answer as it comes; returns it, or as much of it as there was before Ctrl-C."""
-        from utils.generate import stream
+        from utils.serve.generate import stream
 
         print(self.label, end="", flush=True)
         pieces: list[str] = []
@@ -407,7 +407,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
 
-    from utils.generate import context_tokens
+    from utils.serve.generate import context_tokens
 
     logging.disable_progress_bar()
     if args.seed is not None:

@@ -32,7 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.engine import LARGE_PAGES, add_write_arguments, boolean
+from utils.cli import LARGE_PAGES, add_write_arguments, boolean
 from utils.files import (
     check_target,
     explained,
@@ -216,8 +216,8 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     run, org_model = from_root(args.zero_model), from_root(args.org_model)
     if not (org_model / "config.json").is_file():
         raise SystemExit(f"--org_model: {missing_base(org_model)}")
-    from utils.finished import check_links
-    from utils.trained import check_tag
+    from utils.export.model_folder import check_links
+    from utils.weights.run_folder import check_tag
 
     check_links(org_model)
 
@@ -226,11 +226,13 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     from huggingface_hub import ModelCard
     from jinja2 import TemplateError
 
-    from utils.data import DataError, make_chat
-    from utils.fidelity import check_original, check_rebuilt, check_written
-    from utils.finished import check_room, write_for_llama_cpp, write_model, write_record
-    from utils.model import choose_device, load_tokenizer
-    from utils.trained import as_trained, base_in_use, read_probe
+    from utils.data.chat import make_chat
+    from utils.data.records import DataError
+    from utils.data.tokenizer import load_tokenizer
+    from utils.export.model_folder import check_room, write_for_llama_cpp, write_model, write_record
+    from utils.weights.fidelity import check_original, check_rebuilt, check_written
+    from utils.weights.loading import choose_device
+    from utils.weights.run_folder import as_trained, base_in_use, read_probe
 
     settings, device = record["settings"], choose_device(args.device)
     public = {name: part for name, part in record.items() if name != "arguments"}  # Those hold this machine's paths.
@@ -251,7 +253,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
         if size != trained_size:
             raise ValueError(f"its vocabulary has {size} tokens, the trained model's has {trained_size}.")
     if args.gguf:
-        from utils.gguf_file import gguf_head
+        from utils.export.gguf_file import gguf_head
 
         with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
             gguf_head(trained.plain, chat, args.gguf, target.name)
@@ -275,7 +277,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     """Converts and publishes, or one of the two. What publishing needs is looked at before the long conversion."""
     os.environ.setdefault(*LARGE_PAGES)
-    from utils.publish import check_clone, check_upload, git_commands, lay_out, push
+    from utils.export.publish import check_clone, check_upload, git_commands, lay_out, push
 
     name = Path(args.save_model)
     if not name.parts or name.is_absolute() or ".." in name.parts or not args.save_model.isprintable():

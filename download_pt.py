@@ -35,6 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from utils.cli import progress_bar
 from utils.files import from_root, replacing, sha256, shown
 
 HUB = "https://huggingface.co"
@@ -331,8 +332,6 @@ def download(source: Source, wanted: Wanted) -> None:
     Raises:
         Exception: Whatever the hub's client raises; `explain` puts it into words.
     """
-    from tqdm import tqdm
-
     list_files, fetch = (list_hf, fetch_hf) if source.kind == "hf" else (list_modelscope, fetch_modelscope)
     revision, files = list_files(source, wanted)
     if wanted.repo_type == "model":
@@ -354,8 +353,7 @@ def download(source: Source, wanted: Wanted) -> None:
     done_bytes = total_bytes - sum(files[name].size for name in todo)
     todo_gb = (total_bytes - done_bytes) / 1e9
     print(f"  {len(todo)} of {len(files)} files to fetch, {todo_gb:.2f} of {total_bytes / 1e9:.2f} GB", flush=True)
-    look = {"unit": "B", "unit_scale": True, "desc": wanted.repo_id, "disable": None}  # None: only in a terminal
-    with tqdm(total=total_bytes, initial=done_bytes, **look) as bar:
+    with progress_bar(None, wanted.repo_id, "B", total=total_bytes, initial=done_bytes, unit_scale=True) as bar:
         for _ in range(2):
             fetch(source, wanted, revision, {name: files[name] for name in todo}, bar.update)
             # Both clients put a file in its place only when it is whole.

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.engine import LARGE_PAGES, add_write_arguments
+from utils.cli import LARGE_PAGES, add_write_arguments
 from utils.files import check_manifest, check_target, explained, from_root, only_writer, replacing, shown
 
 # What an adapter of another tool is tried with.
@@ -80,7 +80,7 @@ def find_adapter(path: Path, weight: float) -> Place:
         tag = folder.parent
         if not any((tag / file).is_file() for file in ("manifest.json", "run.json", "probe.safetensors")):
             return Place(folder, None, weight)
-        from utils.trained import read_record
+        from utils.weights.run_folder import read_record
 
         check_manifest(tag)
         return Place(folder, read_record(tag / "run.json"), weight)
@@ -150,7 +150,7 @@ class Merge(NamedTuple):
     """What is merged.
 
     Attributes:
-        parts: From `utils.merging.assemble`.
+        parts: From `utils.weights.merging.assemble`.
         chat: Tokenizer and template.
         kind: "dequant4" or "original".
         precision: That training computed with, as far as it is known.
@@ -190,13 +190,14 @@ def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Mer
     Raises:
         SystemExit: if something cannot be used, or does not go together.
     """
-    from utils.adapters import read_adapter
-    from utils.data import make_chat
-    from utils.llama_pth import load_llama_tokenizer
-    from utils.merging import assemble
-    from utils.model import DTYPES, load_tokenizer
-    from utils.trained import base_in_use, check_base
-    from utils.weights import open_weights
+    from utils.data.chat import make_chat
+    from utils.data.tokenizer import load_tokenizer
+    from utils.weights.adapters import read_adapter
+    from utils.weights.layouts import open_weights
+    from utils.weights.llama_pth import load_llama_tokenizer
+    from utils.weights.loading import DTYPES
+    from utils.weights.merging import assemble
+    from utils.weights.run_folder import base_in_use, check_base
 
     kind, names = trained_on(places, args.base), {dtype: name for name, dtype in DTYPES.items()}
     records = [place.record for place in places if place.record]
@@ -253,9 +254,10 @@ def expected_logits(
     """
     import torch
 
-    from utils.fidelity import check_original, check_rebuilt
-    from utils.merging import filled
-    from utils.trained import read_probe, replay
+    from utils.weights.fidelity import check_original, check_rebuilt
+    from utils.weights.merging import filled
+    from utils.weights.probe import replay
+    from utils.weights.run_folder import read_probe
 
     if not recorded(places):
         probe = make_probe(found.chat)
@@ -281,9 +283,9 @@ def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
 
     from huggingface_hub import ModelCard
 
-    from utils.fidelity import check_written
-    from utils.finished import check_links, check_room, write_for_llama_cpp, write_model, write_record
-    from utils.model import choose_device
+    from utils.export.model_folder import check_links, check_room, write_for_llama_cpp, write_model, write_record
+    from utils.weights.fidelity import check_written
+    from utils.weights.loading import choose_device
 
     check_links(base)
     for place in places:
@@ -291,7 +293,7 @@ def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
     device, found = choose_device(args.device), read_parts(args, base, places)
     dtype = found.stored_in if args.dtype == "auto" else args.dtype
     if args.gguf:
-        from utils.gguf_file import gguf_head
+        from utils.export.gguf_file import gguf_head
 
         with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
             gguf_head(found.parts.plain, found.chat, args.gguf, target.name)

@@ -27,8 +27,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING, Any
 
-from utils.data import SYSTEM_PROMPT
-from utils.engine import boolean
+from utils.cli import boolean
+from utils.data.records import SYSTEM_PROMPT
 from utils.files import from_root, replacing_all, shown
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ BEGINNINGS = {
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
-# What Python's str.strip() takes away, so that SQL trims like utils.data.comment_prompt.
+# What Python's str.strip() takes away, so that SQL trims like utils.data.records.comment_prompt.
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 SOMEONE = "@某人"
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
@@ -475,7 +475,7 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
     title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
     description = anonymized("coalesce(description, '')", anonymize)
-    # These two lines are utils.data.comment_prompt in SQL, in which a million prompts take a second.
+    # These two lines are utils.data.records.comment_prompt in SQL, in which a million prompts take a second.
     head = f"""'视频标题：' || {title} ||
         CASE WHEN {description} IN ('', '-') THEN '' ELSE '\n视频简介：' || {description} END"""
     parent = "'\n父评论：' || p.text"

@@ -27,7 +27,7 @@ from socket import socket
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
-from utils.engine import underscored
+from utils.cli import underscored
 from utils.files import explained, from_root, shown
 
 
@@ -130,7 +130,7 @@ def make_limits(args: argparse.Namespace) -> Any:
     Raises:
         SystemExit: if a key is asked for, and there is none. What was given is not repeated: it may be the key.
     """
-    from utils.guard import Limits
+    from utils.serve.limits import Limits
 
     key = None
     if args.api_key:
@@ -161,9 +161,9 @@ def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
     """
     from transformers.utils import logging
 
-    from utils.batching import TransformersEngine, check_engine, make_room
-    from utils.generate import load_finished, tuning_of
-    from utils.serving import Served
+    from utils.serve.generate import load_finished, tuning_of
+    from utils.serve.routes import Served
+    from utils.serve.transformers_engine import TransformersEngine, check_engine, make_room
 
     logging.disable_progress_bar()
     with explained(f"{shown(plan.path)} cannot be served"):
@@ -181,10 +181,10 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
-    from utils.connections import BACKLOG, most_connections, patient_protocol, say_once
-    from utils.guard import LAST_WORD_SEC, Guard
-    from utils.openai_routes import openai_routes
-    from utils.serving import add_error_handlers, own_routes
+    from utils.serve.connections import BACKLOG, most_connections, patient_protocol, say_once
+    from utils.serve.limits import LAST_WORD_SEC, Guard
+    from utils.serve.openai_routes import openai_routes
+    from utils.serve.routes import add_error_handlers, own_routes
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(app)
@@ -220,7 +220,7 @@ def serve_in_background(arguments: list[str]) -> str:
     Raises:
         SystemExit: as on the command line.
     """
-    from utils.guard import open_socket
+    from utils.serve.limits import open_socket
 
     args = build_parser().parse_args([*arguments, "--port", "0", "--host", "127.0.0.1", "--engine", "transformers"])
     plan = make_plan(args)
@@ -252,7 +252,7 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         print(f"Note: {args.host} can be reached from other machines, and everybody may ask: consider --api_key.")
     if use_vllm:
         print("Engine: vLLM.", flush=True)
-        from utils.vllm_engine import run
+        from utils.serve.vllm_engine import run
 
         run(args, further, plan)
         return
@@ -260,7 +260,7 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         raise SystemExit(f"{further[0]}: unknown here. vLLM's arguments need --engine vllm, and vLLM installed.")
     why = "" if args.engine == "transformers" else " (vLLM, which is faster on cards, is not installed here)"
     print(f"Engine: transformers{why}.", flush=True)
-    from utils.guard import open_socket
+    from utils.serve.limits import open_socket
 
     listening = open_socket(args.host, args.port)
     engine = load_engine(args, plan)

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.data.records import SYSTEM_PROMPT, comment_prompt
 from utils.files import from_root, shown
-from utils.track import curve, smoothed
+from utils.train.tracking import curve, smoothed
 
 TUNED = "tuned"  # What the adapter is called.
 DRAW_SEC = 0.1  # Between two looks at what has come of a reply.
@@ -812,7 +812,7 @@ class Tail:
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is not what `utils.track` writes.
+            ValueError: if it is not what `utils.train.tracking` writes.
         """
         with self._lock, self._path.open("rb") as file:
             status = os.fstat(file.fileno())

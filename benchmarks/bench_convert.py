@@ -6,7 +6,7 @@ Makes models of random numbers: one of Llama-2-7B's shape in bf16 (13.5 GB) and 
 rank 16 on all linear layers. merge_qlora.py merges each, its check included, which computes all layers twice in fp32
 for a few hundred tokens and is timed apart; `cp` copies the base. At 1B PEFT merges the same in memory
 (from_pretrained, merge_and_unload, save_pretrained); and the fp32 weights of a ZeRO-2 checkpoint of two ranks are
-joined and written by utils/shards.py and utils/weights.py, and by DeepSpeed's zero_to_fp32.
+joined and written by utils/weights/shards.py and utils/weights/lazy.py, and by DeepSpeed's zero_to_fp32.
 
 Memory is the largest resident set of the process (VmHWM). Prints a markdown table and a JSON line.
 """
@@ -43,15 +43,15 @@ def peak():
 # Runs a script's own command and says what it took.
 MEASURED = """
 import os, runpy, sys, time
-from utils.engine import LARGE_PAGES
+from utils.cli import LARGE_PAGES
 os.environ.setdefault(*LARGE_PAGES)  # As the script does, before torch is there.
-import utils.finished
-times, write = {}, utils.finished.write_weights
+import utils.export.model_folder
+times, write = {}, utils.export.model_folder.write_weights
 def timed(*arguments):
     started = time.perf_counter()
     write(*arguments)
     times["writing"] = time.perf_counter() - started
-utils.finished.write_weights = timed
+utils.export.model_folder.write_weights = timed
 started = time.perf_counter()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -70,8 +70,8 @@ print("MEASURED", took, took, peak())
 SHARDS = """
 import sys, time
 from pathlib import Path
-from utils.shards import open_shards
-from utils.weights import write_weights
+from utils.weights.shards import open_shards
+from utils.weights.lazy import write_weights
 started = time.perf_counter()
 Path(sys.argv[2]).mkdir()
 write_weights(Path(sys.argv[2]), open_shards(Path(sys.argv[1]) / "tag", 2), "5GB")
@@ -107,8 +107,8 @@ def make_model(size: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    from utils.merging import make_skeleton
-    from utils.weights import Stored, write_weights
+    from utils.weights.lazy import Stored, write_weights
+    from utils.weights.merging import make_skeleton
 
     (folder / "base").mkdir(parents=True)
     config = LlamaConfig(**COMMON, **SHAPES[size])
@@ -147,7 +147,7 @@ def make_checkpoint(base: Path, folder: Path) -> None:
     """Writes what ZeRO stage 2 leaves of a model's fp32 weights on two ranks, without the optimizer's moments."""
     import torch
 
-    from utils.weights import open_weights
+    from utils.weights.layouts import open_weights
 
     weights, ranks = open_weights(base), 2
     row = torch.cat([stored.read().float().reshape(-1) for stored in weights.values()])

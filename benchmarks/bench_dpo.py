@@ -52,9 +52,10 @@ def choose_pairs(args: argparse.Namespace, alike: bool) -> list[dict[str, Any]]:
     """
     import numpy as np
 
-    from utils.data import DataError, make_chat, read_records
-    from utils.model import load_tokenizer
-    from utils.pairs import to_pair
+    from utils.data.chat import Dialogue, make_chat
+    from utils.data.pairs import to_pair
+    from utils.data.records import DataError, read_records
+    from utils.data.tokenizer import load_tokenizer
 
     chat = make_chat(load_tokenizer(from_root(args.model)))
     chosen = []
@@ -62,7 +63,7 @@ def choose_pairs(args: argparse.Namespace, alike: bool) -> list[dict[str, Any]]:
         try:
             messages, *answers = to_pair(record)
             prompt = len(chat.prompt_ids(messages))
-            samples = chat.answers(messages, answers, SETTINGS["max_tokens"])
+            samples = chat.samples(Dialogue("", messages, answers), SETTINGS["max_tokens"])
         except DataError:
             continue
         if not samples or any(sample.supervised.argmax() != prompt for sample in samples):
@@ -80,7 +81,7 @@ def for_ours(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Puts pairs in an order from which ours, which always draws, draws them in the order given."""
     import numpy as np
 
-    from utils.packing import draw_windows
+    from utils.train.packing import draw_windows
 
     (order,) = draw_windows(np.arange(len(pairs)), len(pairs), 1, 1, 42)
     return [pairs[place] for place in np.argsort(order)]

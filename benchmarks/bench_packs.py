@@ -39,8 +39,8 @@ def plan_many(args: argparse.Namespace) -> dict[str, float]:
     """Plans one epoch of random samples, and lays out the packs of a hundredth of it."""
     import numpy as np
 
-    from utils.packing import Layout, PackCost, draw_windows, plan_packs, rank_packs
-    from utils.samples import Samples
+    from utils.data.samples import Samples
+    from utils.train.packing import Layout, PackCost, draw_windows, plan_packs, rank_packs
 
     random = np.random.default_rng(0)
     videos = -(-args.samples // 20)
@@ -85,12 +85,13 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     import torch
 
-    from utils.attention import model_inputs, use_blocks
-    from utils.data import make_chat
-    from utils.model import add_lora, attention_windows, load_model, load_tokenizer, scale_early
-    from utils.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
-    from utils.samples import load_samples
-    from utils.tensors import token_logprobs
+    from utils.data.chat import make_chat
+    from utils.data.samples import load_samples
+    from utils.data.tokenizer import load_tokenizer
+    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
+    from utils.train.tensors import token_logprobs
+    from utils.weights.loading import add_lora, attention_windows, load_model, scale_early
 
     path = from_root(args.model)
     chat = make_chat(load_tokenizer(path))

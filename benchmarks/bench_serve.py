@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from utils.data import SYSTEM_PROMPT, comment_prompt  # noqa: E402
+from utils.data.records import SYSTEM_PROMPT, comment_prompt  # noqa: E402
 from utils.files import from_root  # noqa: E402
 
 WORDS = "教程 测评 开箱 游戏 音乐 美食 旅行 学习 科技 生活 搞笑 动画 影视 舞蹈 知识 汽车 运动 手工 绘画 读书".split()
@@ -174,7 +174,7 @@ def vllm(args: argparse.Namespace) -> Any:
     command = [args.vllm_python, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     flags = ["--model", str(from_root(args.model)), "--served-model-name", "m", "--dtype", "float32"]
     flags += ["--port", str(port), "--host", "127.0.0.1"]
-    # Those of CPUs, from utils/vllm_settings.py.
+    # Those of CPUs, from utils/serve/vllm_settings.py.
     flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", LENGTH[1]]
     return process([*command, *flags, *[flag.replace("_", "-") for flag in LENGTH]], port, **VLLM)
 
@@ -216,8 +216,8 @@ def engine_alone(args: argparse.Namespace, clients: int, start: int) -> tuple[li
     """The engine of serve.py in this process, without HTTP."""
     from contextlib import aclosing
 
-    from utils.batching import Room, TransformersEngine
-    from utils.serving import Sampling, Served
+    from utils.serve.routes import Sampling, Served
+    from utils.serve.transformers_engine import Room, TransformersEngine
 
     model, chat = loaded(args.model)
     attention = model.config._attn_implementation
@@ -254,7 +254,7 @@ def engine_alone(args: argparse.Namespace, clients: int, start: int) -> tuple[li
 @cache
 def loaded(model: str) -> Any:
     """A model and its chat template."""
-    from utils.generate import load_finished
+    from utils.serve.generate import load_finished
 
     return load_finished(from_root(model))
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench_prepare_data import measured  # noqa: E402
 
-from utils.data import read_records, to_messages  # noqa: E402
+from utils.data.records import read_records, to_messages  # noqa: E402
 from utils.files import from_root  # noqa: E402
 
 SETTINGS = {"batch_size": 4, "grad_accum": 8, "max_tokens": 1024, "lora_r": 16, "lora_alpha": 32, "lr": 2e-4}

@@ -65,7 +65,7 @@ def operations(model: Any, packs: list[Any]) -> float:
     A frozen weight costs 2 a token forward and 2 backward, a LoRA weight 2 and 4; the output head runs on targets only.
     Attention takes 4 H for each visible pair of tokens and layer forward (H: width of the queries), 8 backward.
     """
-    from utils.attention import attention_mask
+    from utils.train.attention import attention_mask
 
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight
@@ -98,12 +98,13 @@ def main(args: argparse.Namespace) -> None:
     """Measures and prints."""
     import torch
 
-    from utils.attention import model_inputs, use_blocks
-    from utils.data import make_chat
-    from utils.model import add_lora, attention_windows, load_model, load_tokenizer, scale_early
-    from utils.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
-    from utils.samples import load_samples
-    from utils.tensors import token_logprobs
+    from utils.data.chat import make_chat
+    from utils.data.samples import load_samples
+    from utils.data.tokenizer import load_tokenizer
+    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
+    from utils.train.tensors import token_logprobs
+    from utils.weights.loading import add_lora, attention_windows, load_model, scale_early
 
     path = from_root(args.model)
     chat = make_chat(load_tokenizer(path))

@@ -44,7 +44,7 @@ class Server(ThreadingHTTPServer):
     """A model behind /v1/chat/completions; requests that come together are answered together."""
 
     def __init__(self, path: Path) -> None:
-        from utils.generate import load_finished
+        from utils.serve.generate import load_finished
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.chat = load_finished(path)
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
 
     def answer(self) -> None:
         """Answers what is waiting, up to 16 at a time."""
-        from utils.generate import replies
+        from utils.serve.generate import replies
 
         while True:
             batch = [self.waiting.get()]

@@ -42,16 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def choose_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The shortest pairs with different prompts."""
-    from utils.data import DataError, make_chat, read_records
-    from utils.model import load_tokenizer
-    from utils.pairs import to_pair
+    from utils.data.chat import Dialogue, make_chat
+    from utils.data.pairs import to_pair
+    from utils.data.records import DataError, read_records
+    from utils.data.tokenizer import load_tokenizer
 
     chat = make_chat(load_tokenizer(from_root(args.model)))
     found: dict[str, tuple[int, dict[str, Any]]] = {}
     for record in read_records(from_root(args.pairs)):
         try:
             prompt, *answers = to_pair(record)
-            samples = chat.answers(prompt, answers, 10**6)
+            samples = chat.samples(Dialogue("", prompt, answers), 10**6)
         except DataError:
             continue
         longest = max(len(sample.input_ids) for sample in samples)

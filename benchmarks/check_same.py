@@ -54,7 +54,7 @@ class Expected:
     def __init__(self, model: Any, chat: Any, messages: list[dict[str, str]], tokens: int) -> None:
         import torch
 
-        from utils.generate import end_ids
+        from utils.serve.generate import end_ids
 
         prompt = torch.tensor([chat.prompt_ids(messages)])
         settings = {"max_new_tokens": tokens, "do_sample": False, "output_logits": True, "pad_token_id": chat.stop_id}
@@ -81,7 +81,7 @@ def expected_texts(args: argparse.Namespace) -> dict[str, list[Expected]]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from utils.generate import load_finished, tuning_of
+    from utils.serve.generate import load_finished, tuning_of
 
     adapters = {"tuned": from_root(args.adapter)} if args.adapter else None
     _, chat = load_finished(from_root(args.model), adapters=adapters)

@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import find_split, make_chat
+from utils.data.chat import make_chat
+from utils.data.records import find_split
+from utils.data.samples import load_samples
 from utils.files import from_root
-from utils.samples import load_samples
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,8 +76,8 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, set_seed
 
-    from utils.model import load_tokenizer
-    from utils.packing import draw_windows
+    from utils.data.tokenizer import load_tokenizer
+    from utils.train.packing import draw_windows
 
     set_seed(settings["seed"])
     chat = make_chat(load_tokenizer(from_root(args.model), record["chat_template"]))

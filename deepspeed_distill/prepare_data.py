@@ -38,8 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
-from utils.files import ANSWER_FIELDS, answers_path, from_root, only_writer, read_lines, shown
+from utils.cli import progress_bar
+from utils.data.answers import ANSWER_FIELDS, answers_path
+from utils.data.records import DataError, Message, UnusableRecord, find_split, read_records, to_messages
+from utils.files import from_root, only_writer, read_lines, shown
 
 INSTRUCTION = (
     "你是一名B站用户。请根据视频的标题、简介和父评论（如果有），模仿B站用户的语气写一条评论或回复，不超过50个字。只写评论本身，不要解释。"
@@ -431,7 +433,7 @@ class Collector:
         self.pace, self.writing = Pace(self.args.concurrency), asyncio.Lock()
         self.pending: dict[Path, list[dict[str, Any]]] = {self.answers: [], self.failures: []}
         left, loop = iter(questions), asyncio.get_running_loop()
-        with tqdm(total=len(questions), desc="asking", unit="answer", smoothing=0.05) as self.bar:
+        with progress_bar(None, "asking", "answer", total=len(questions), smoothing=0.05) as self.bar:
             terminals = [number for number in (1, 2) if os.isatty(number)]
             # What the process was told to ignore, as by nohup, it goes on ignoring.
             self.signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]

@@ -21,11 +21,8 @@ Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary, C even
 import argparse
 import gc
 import hashlib
-import json
 import math
-import os
 import sys
-import time
 from collections import Counter
 from functools import cache as cache_in_memory
 from functools import partial
@@ -33,45 +30,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
-from utils.data import DataError, Message, UnusableRecord, find_split, read_records, to_messages
-from utils.engine import (
-    add_run_arguments,
-    argument_problems,
-    boolean,
-    build_model,
-    choose_precision,
-    fail,
-    load_chat,
-    load_whole,
-    make_ds_config,
-    make_engine,
-    quant_bits,
-    run_dir,
-    start_ranks,
-)
-from utils.files import (
-    ANSWER_FIELDS,
-    answers_path,
-    from_root,
-    made_once,
-    missing_model,
-    only_writer,
-    read_json,
-    read_lines,
-    replacing,
-    sha256,
-    shown,
-)
-from utils.samples import Samples, load_splits
+from utils.cli import boolean, fail
+from utils.data.answers import answers_path, join_answers
+from utils.data.records import DataError, find_splits
+from utils.data.samples import Samples, load_splits
+from utils.data.tokenizer import load_tokenizer, shared_vocabulary
+from utils.files import from_root, missing_model, read_json, read_lines, shown, write_lines
+from utils.train.arguments import add_run_arguments, check_and_start, data_problems, run_dir
+from utils.train.engine import load_base, load_chat
+from utils.train.run import SHOWN_REPLIES, Run
 
 PANELS = {"loss": "loss (nats a token)", "kd": "distance from the teacher (nats a token)"}
 LORA_LR, FULL_LR = 2e-4, 2e-5
-SHOWN_REPLIES, SHOWN_CHARACTERS = 4, 60
 COMPARED_TEXTS = 200
 LEAST = -50.0  # The logarithm of no probability.
 
@@ -143,7 +115,7 @@ def distill_loss(
     """
     import torch
 
-    from utils.tensors import token_logprobs
+    from utils.train.tensors import token_logprobs
 
     logits = logits[:, :vocab_size]
     ce = -(target_weight * token_logprobs(logits, target_ids)).sum()
@@ -161,7 +133,7 @@ def distill_loss(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments; those that all training scripts share come from utils/engine.py."""
+    """The arguments; those that all training scripts share come from utils/train/arguments.py."""
     parser = argparse.ArgumentParser(
         description="Let a small language model learn from a larger one (LoRA, QLoRA, full) with DeepSpeed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -174,11 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--teacher_model_name", required=True,
         help="sft: the name under which prepare_data.py has collected answers; logits, topk: a model in --model_dir",
     )  # fmt: skip
-    parser.add_argument("--output_dir", default="deepspeed_distill/output", help="folder of the results")
-    parser.add_argument("--train_mode", type=boolean, default=True, help="True: train")
-    parser.add_argument(
-        "--test_mode", type=boolean, default=False, help="True: answer the held-out comments, at the end"
-    )
     add = parser.add_argument_group("distillation").add_argument
     add("--kd", choices=["sft", "logits", "topk"], default="sft", help="what is learnt, see README")
     add("--answers", default="", help="logits, topk: learn on these collected answers (not given: on real comments)")
@@ -189,13 +156,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kd_beta", type=float, default=0.5, help="part of the teacher in jsd's mixture")
     add("--kd_topk", type=int, default=64, help="topk: tokens whose probabilities are kept")
     add("--teacher_bnb_enabled", type=boolean, default=False, help="True: a local teacher in 4 bits")
-    add_run_arguments(parser, LORA_LR, FULL_LR)
+    add_run_arguments(parser, "deepspeed_distill/output", LORA_LR, FULL_LR)
     return parser
 
 
 def own_problems(args: argparse.Namespace) -> list[str]:
     """Finds what is wrong with this script's own arguments."""
-    problems = []
+    problems = data_problems(args)
     if not args.kd_temperature > 0:
         problems.append(f"--kd_temperature: got {args.kd_temperature}, expected more than 0.")
     if not 0 <= args.kd_alpha <= 1:
@@ -204,12 +171,6 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--kd_beta: got {args.kd_beta}, expected more than 0 and less than 1.")
     if args.kd_topk < 1:
         problems.append(f"--kd_topk: got {args.kd_topk}, expected 1 or more.")
-    data = find_split(from_root(args.data_dir), "train")
-    if data is None:
-        problems.append(
-            f"No training data in {shown(from_root(args.data_dir))} (expected data_train or train with .json, .jsonl, "
-            ".csv or .parquet).\nMake it with: python prepare_data.py --total 2000"
-        )
     if (name := answers_name(args)) and not answers_file(args, "train").is_file():
         files = from_root(args.answers_dir).glob("data_train_teacher_*.jsonl")
         there = {path.stem.partition("_teacher_")[2] for path in files if not path.stem.endswith("_failures")}
@@ -238,7 +199,7 @@ def answers_file(args: argparse.Namespace, split: str) -> Path:
 
 def learnt_files(args: argparse.Namespace) -> list[Path | None]:
     """The files of the conversations to learn and of the held-out ones."""
-    data = [find_split(from_root(args.data_dir), split) for split in ("train", "test")]
+    data = find_splits(from_root(args.data_dir))
     if not answers_name(args):
         return data
     answers = [answers_file(args, split) for split in ("train", "test")]
@@ -250,109 +211,10 @@ def learnt_files(args: argparse.Namespace) -> list[Path | None]:
         fail(str(error))
 
 
-def join_answers(data: Path, answers: Path, cache: Path) -> Path:
-    """Writes a split's comments with a teacher's newest answers in the place of the real ones.
-
-    Answers to comments that are not in the split (any more), or whose prompt has changed, are left out. The comments'
-    own system prompt stays; the teacher had another one.
-
-    Raises:
-        SystemExit: if nothing is left.
-    """
-    path = cache / f"learnt-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
-    with made_once(path) as temporary:
-        if temporary:
-            newest = {row["id"]: row for row in read_lines(answers, ANSWER_FIELDS)}
-            lines, settings = [], Counter()
-            for record in read_records(data):
-                row = newest.get(str(record.get("id"))) if isinstance(record, dict) else None
-                if row is None:
-                    continue
-                try:
-                    *prompt, answer = to_messages(row)
-                except DataError as error:
-                    print(f"{shown(answers)}: the answer to {row['id']} is left out: {error}")
-                    continue
-                try:
-                    *asked, real = to_messages(record)
-                except UnusableRecord:  # As it was when the teacher was asked.
-                    continue
-                if spoken(prompt) == spoken(asked):
-                    turns = [{"from": turn["role"], "value": turn["content"]} for turn in (*asked, answer)]
-                    kept = {"id": row["id"], "video_id": row["video_id"], "conversations": turns}
-                    lines.append(json.dumps(kept | {"real": real["content"]}, ensure_ascii=False) + "\n")
-                    settings[row.get("setting")] += 1
-            if len(settings) > 1:
-                counts = ", ".join(f"{times:,}" for times in settings.values())
-                print(
-                    f"{shown(answers)}: the newest answers are to {len(settings)} different instructions, models or "
-                    f"options ({counts}). If that is not meant, run again: python deepspeed_distill/prepare_data.py"
-                )
-            if not lines:
-                again = "Run again: python deepspeed_distill/prepare_data.py"
-                fail(f"{shown(answers)} has no answer to a comment of {shown(data)}. {again}")
-            temporary.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def spoken(turns: list[Message]) -> list[Message]:
-    """Turns without the system prompt."""
-    return [turn for turn in turns if turn["role"] != "system"]
-
-
-def load_teacher_tokenizer(args: argparse.Namespace) -> Any:
-    """The tokenizer of a local teacher."""
-    from utils.model import load_tokenizer
-
-    path = from_root(args.model_dir) / args.teacher_model_name
-    try:
-        return load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:  # What transformers raises where files are missing or broken.
-        name = args.teacher_model_name
-        fail(f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {name}")
-
-
-def shared_vocabulary(student: Any, teacher: Any, texts: list[str], used: int) -> int:
-    """How many tokens two tokenizers have in common, from the first one on.
-
-    Models have more rows than tokens, and not equally many: rows of padding mean nothing, and would take probability.
-
-    Args:
-        student: Its tokenizer.
-        teacher: Its tokenizer.
-        texts: That both have to split into the same tokens.
-        used: The largest token that is trained on, and 1.
-
-    Raises:
-        SystemExit: if they differ before one of them ends, in a token that is used, or in how they split a text.
-    """
-    ours, theirs = ({id: token for token, id in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
-    common = min(max(ours), max(theirs)) + 1
-    other = next((id for id in range(common) if ours.get(id) != theirs.get(id)), None)
-    if other is not None:
-        what = f"token {other} is {ours.get(other)!r} here and {theirs.get(other)!r} there"
-    elif used > common:
-        what = f"the data needs {used} tokens, both have {common}"
-    elif other := next((text for text in texts if splits(student, text) != splits(teacher, text)), None):
-        # With other merges, or more of them, the teacher knows other ways to write what the student writes.
-        what = f"{other[:SHOWN_CHARACTERS]!r} becomes other tokens here than there"
-    else:
-        return common
-    fail(
-        f"The student's tokenizer is not the teacher's: {what}. Their distributions cannot be compared; let the "
-        "student learn the teacher's answers: --kd sft"
-    )
-
-
-def splits(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without what a tokenizer puts around it."""
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 def load_teacher(args: argparse.Namespace, precision: str, device: str) -> Any:
     """Loads a local teacher, which does not learn."""
     path, bits = from_root(args.model_dir) / args.teacher_model_name, 4 if args.teacher_bnb_enabled else None
-    model = load_whole(path, args.teacher_model_name, precision, bits, device, args.trust_remote_code)
+    model = load_base(path, args.teacher_model_name, precision, bits, device, args.trust_remote_code)
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -360,7 +222,7 @@ def teacher_logprobs(model: Any, attention: Any, vocab_size: int, temperature: f
     """(T, V) fp32 log-probabilities of a local teacher at the places before a pack's targets."""
     import torch
 
-    from utils.attention import model_inputs
+    from utils.train.attention import model_inputs
 
     with torch.no_grad():
         logits = model(**model_inputs(pack.to(model.device), attention)).logits[0]
@@ -384,69 +246,58 @@ def most_likely(logprobs: Any, k: int) -> list[Any]:
     return [ids.int(), torch.cat([values, rest], 1).half()]
 
 
-def make_teachers(
-    args: argparse.Namespace,
-    sets: list[Samples],
-    vocab_size: int | None,
-    precision: str,
-    device: str,
-    teacher: str | None,
-    cache: Path,
-) -> tuple[list[Any], bool, str]:
-    """What says what the teacher holds of a pack, for each set of samples.
+def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | None]:
+    """What says what the teacher holds of a pack: of the training samples, and of the held-out ones.
 
     Args:
-        args: Of the run.
-        sets: Of samples.
+        run: With its samples, and no weights yet.
         vocab_size: V.
-        precision: Of the run.
-        device: Where the teacher computes.
-        teacher: Its fingerprint.
-        cache: Folder of what was computed before.
 
     Returns:
-        For each set a function of a pack that makes what `distill_loss` takes; whether the teacher takes tree masks;
-        and why not.
+        For each a function of a pack that makes what `distill_loss` takes; and, if the teacher takes no tree masks, a
+        line that says so.
     """
     import numpy as np
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.comm import get_world_size
 
-    from utils.attention import usable_masks
-    from utils.model import attention_windows
-    from utils.packing import Layout, pack_cost
-    from utils.reference import computed_once, target_begin, target_places
+    from utils.train.attention import usable_masks
+    from utils.train.packing import Layout, pack_cost
+    from utils.train.reference import computed_once, target_begin, target_places
+    from utils.weights.loading import attention_windows
+
+    args, sets = run.args, (run.train_set, run.eval_set)
 
     def load() -> tuple[Any, Any, str]:
-        model = load_teacher(args, precision, device)
-        masks, why_not = usable_masks(model, attention_windows(model.config), args.max_tokens, precision)
-        return model.eval(), masks, why_not and f"Teacher: {why_not}"
+        model = load_teacher(args, run.precision, run.device)
+        masks, why_not = usable_masks(model, attention_windows(model.config), args.max_tokens, run.precision)
+        return model.eval(), masks, f"Teacher: {why_not}"
 
     if args.kd == "sft":
-        return [lambda pack: None] * len(sets), True, ""
+        return [lambda pack: None] * len(sets), None
     if args.kd == "logits":
         model, masks, why_not = load()
         logprobs = partial(teacher_logprobs, model, masks, vocab_size, args.kd_temperature)
-        return [logprobs] * len(sets), masks is not None, why_not
+        return [logprobs] * len(sets), why_not if masks is None else None
 
     @cache_in_memory
     def make_ready() -> tuple[Any, Any]:
         model, masks, _ = load()
         cost = pack_cost(model, get_accelerator().device_name())
-        layout = Layout(args.pack_tokens if masks else 0, get_world_size(), masks is not None, cost)
+        layout = Layout(args.pack_tokens if masks else 0, run.world_size, masks is not None, cost)
         return layout, lambda pack: most_likely(
             teacher_logprobs(model, masks, vocab_size, args.kd_temperature, pack), args.kd_topk
         )
 
-    made_from = f"{teacher} {args.teacher_bnb_enabled} {precision} {vocab_size} {args.kd_topk} {args.kd_temperature}"
+    name = run.data_facts["files"]["teacher"]
+    made_from = f"{name} {args.teacher_bnb_enabled} {run.precision} {vocab_size} {args.kd_topk} {args.kd_temperature}"
     teachers = []
     for samples in sets:  # All of them: with other --max_steps the same are found on the disk.
-        kept = computed_once(make_ready, samples, np.arange(len(samples)), made_from, cache)
+        kept = computed_once(make_ready, samples, np.arange(len(samples)), made_from, run.cache)
         teachers.append(partial(kept_favourites, kept, partial(target_places, target_begin(samples))))
     make_ready.cache_clear()  # The teacher goes.
     gc.collect()
     get_accelerator().empty_cache()
-    return teachers, True, ""
+    return teachers, None
 
 
 def kept_favourites(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, Any]:
@@ -455,225 +306,105 @@ def kept_favourites(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, An
     return ids.long(), logprobs.float().log_softmax(-1)  # Rounded to 16 bits they no longer sum to 1.
 
 
-def means(sums: Counter[str], supervised_tokens: int) -> dict[str, float]:
-    """Sums over the supervised tokens of all ranks become means."""
-    from utils.tensors import all_reduced_each
+def compare_tokenizers(chat: Any, samples: Samples, used: int, args: argparse.Namespace) -> int:
+    """How many tokens the student's tokenizer and the teacher's have in common; they have to agree on some texts.
 
-    return {name: value / supervised_tokens for name, value in all_reduced_each(dict(sums)).items()}
+    Raises:
+        SystemExit: if the teacher has none, or another one.
+    """
+    path = from_root(args.model_dir) / args.teacher_model_name
+    decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+    texts = [decode(sample.input_ids) for sample in islice(samples, COMPARED_TEXTS)]
+    try:
+        return shared_vocabulary(chat.tokenizer, load_tokenizer(path, "", args.trust_remote_code), texts, used)
+    except DataError as error:
+        fail(
+            f"The student's tokenizer is not the teacher's: {error}. Their distributions cannot be compared; let the "
+            "student learn the teacher's answers: --kd sft"
+        )
+    except (OSError, ValueError) as error:  # What transformers raises where files are missing or broken.
+        name = args.teacher_model_name
+        fail(f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {name}")
 
 
-def evaluate(
-    engine: Any, samples: Samples, plan: Any, attention: Any, teach: Any, vocab_size: Any, args: argparse.Namespace
-) -> dict[str, float]:
-    """Means of the losses over held-out samples, over all ranks, in nats; `plan` is one window of them."""
-    import deepspeed
-    import torch
+def meet_teacher(run: Run) -> tuple[int | None, dict[str, int]]:
+    """Finds out, before any weight is read, what student and teacher have in common, and what the teacher takes.
 
-    from utils.attention import model_inputs
-    from utils.packing import rank_packs
+    Returns:
+        V, None if the teacher's distributions are not learnt; and the memory that its part of the run needs.
+    """
+    from utils.train.memory import needed_bytes
+    from utils.train.reference import fingerprint
 
-    engine.eval()
+    args, path = run.args, from_root(run.args.model_dir) / run.args.teacher_model_name
+    if args.kd == "sft":
+        return None, {}
+    # Of all its files in one.
+    run.data_facts["files"]["teacher"] = hashlib.sha256(fingerprint(path).encode()).hexdigest()
+    used = max(int(samples.tokens.max()) for samples in (run.train_set, run.eval_set)) + 1
+    vocab_size = compare_tokenizers(run.chat, run.train_set, used, args)
+    rows = [read_json(folder / "config.json").get("vocab_size", vocab_size) for folder in (run.model_path, path)]
+    vocab_size = min(vocab_size, *rows)  # Tokens may have been added to a tokenizer and not to its model.
+    needed = {}
+    if args.kd == "logits":
+        bits = 4 if args.teacher_bnb_enabled else None
+        needed["teacher"] = needed_bytes(path, args, bits, run.precision)["weights"]
+    # Both distributions, and what their distance is made of, for the supervised tokens of a pack.
+    needed["distributions"] = 4 * 4 * vocab_size * args.pack_tokens // (2 if args.share_prefix else 4)
+    return vocab_size, needed
+
+
+def evaluate(run: Run, teacher: Any, vocab_size: int | None) -> dict[str, float]:
+    """Means of the losses over the held-out samples, over all ranks, in nats."""
+    from utils.train.attention import model_inputs
+    from utils.train.tensors import means_over_ranks
+
     sums: Counter[str] = Counter()
-    with torch.no_grad():
-        for pack in rank_packs(samples, plan, 0, deepspeed.comm.get_rank()):
-            pack = pack.to(engine.device)
-            logits = engine(**model_inputs(pack, attention)).logits[0]
-            sums.update(distill_loss(logits, pack.target_ids, pack.target_weight, teach(pack), vocab_size, args)[1])
-    engine.train()
-    return means(sums, int(samples.targets.sum()))
-
-
-def look(
-    engine: Any,
-    chat: Any,
-    samples: Samples,
-    plan: Any,
-    attention: Any,
-    teach: Any,
-    vocab_size: int | None,
-    args: argparse.Namespace,
-    tracker: Any,
-    step: int,
-) -> dict[str, float]:
-    """Measures the held-out loss and shows a few replies, because that is how over-fitting is noticed."""
-    from utils.generate import show_replies
-
-    if not samples:
-        return {}
-    metrics = evaluate(engine, samples, plan, attention, teach, vocab_size, args)
-    engine.eval()
-    rows = show_replies(engine.module, chat, list(islice(samples, SHOWN_REPLIES)), args.max_new_tokens)
-    engine.train()
-    if tracker:
-        tracker.log_samples(step, rows)
-        tqdm.write(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        for row in rows:
-            tqdm.write(f"    {row['reply'][:80]!r}, to learn: {row['real'][:80]!r}")
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    for pack in run.eval_packs():
+        logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+        _, part = distill_loss(logits, pack.target_ids, pack.target_weight, teacher(pack), vocab_size, run.args)
+        sums.update(part)
+    return means_over_ranks(sums, int(run.eval_set.targets.sum()))
 
 
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and sample replies in the run's folder."""
-    rank, world_size = start_ranks(args.seed)
-    import numpy as np
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from transformers.integrations import HfDeepSpeedConfig
+    run = Run(args, model_path, LORA_LR, FULL_LR)
+    from utils.train.attention import model_inputs
+    from utils.train.tensors import means_over_ranks
 
-    from utils.attention import model_inputs, usable_masks
-    from utils.model import attention_windows, count_parameters, needed_bytes, report_needs
-    from utils.packing import Layout, draw_windows, make_plan, pack_cost, rank_packs
-    from utils.reference import fingerprint
-    from utils.track import Tracker
-    from utils.trained import PROBE_PROMPTS, probe_prompt, record_probe
-
-    # Tokenizer and data.
-    # A file that is not UTF-8 becomes a template that says nothing of use, and is refused for that.
-    template = from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
-    chat = load_chat(args, model_path, template)
-    train_set, test_set, data_facts = load_splits(args, *learnt_files(args), chat, show=rank == 0)
-    eval_set = test_set.select(range(len(test_set))[: args.eval_samples]) if args.eval_samples >= 0 else test_set
-
-    # Settings; what was not given depends on the device and the kind of training.
-    precision, device = choose_precision(args.precision), get_accelerator().current_device_name()
-    if args.lr is None:
-        args.lr = FULL_LR if args.tuner == "full" else LORA_LR
-    args.group_size = args.group_size or (8 if args.share_prefix else 1)
-    if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
-    ds_config = make_ds_config(args, Path(__file__).with_name("ds_config.json"), precision)
-    stage = ds_config["zero_optimization"]["stage"]
-    teacher_path, vocab_size = from_root(args.model_dir) / args.teacher_model_name, None
-    if args.kd != "sft":
-        # Of all its files in one.
-        data_facts["files"]["teacher"] = hashlib.sha256(fingerprint(teacher_path).encode()).hexdigest()
-        used = max(int(samples.tokens.max()) for samples in (train_set, eval_set)) + 1
-        decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
-        texts = [decode(sample.input_ids) for sample in islice(train_set, COMPARED_TEXTS)]
-        vocab_size = shared_vocabulary(chat.tokenizer, load_teacher_tokenizer(args), texts, used)
-        rows = [read_json(path / "config.json").get("vocab_size", vocab_size) for path in (model_path, teacher_path)]
-        vocab_size = min(vocab_size, *rows)  # Tokens may have been added to a tokenizer and not to its model.
-    record = make_record(args, ds_config, precision, world_size, chat.tokenizer.chat_template, data_facts)
-    folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
-    run, previous = open_run(folder, args, record)
-    ds_config["checkpoint"] = {"use_node_local_storage": not run.shared}
-    progress = previous["progress"] if previous else {"step": 0, "best_step": 0, "best_eval_loss": None}
+    run.load_data(learnt_files(args))
+    vocab_size, needed = meet_teacher(run)
     panels = PANELS if args.kd != "sft" else {"loss": PANELS["loss"]}
-    tracker = Tracker(run.dir, progress["step"], args.track, record["settings"], panels) if rank == 0 else None
-    needed = needed_bytes(model_path, args, quant_bits(args), precision)
-    if args.kd == "logits":
-        bits = 4 if args.teacher_bnb_enabled else None
-        needed["teacher"] = needed_bytes(teacher_path, args, bits, precision)["weights"]
-    if args.kd != "sft":
-        # Both distributions, and what their distance is made of, for the supervised tokens of a pack.
-        needed["distributions"] = 4 * 4 * vocab_size * args.pack_tokens // (2 if args.share_prefix else 4)
-    needs = report_needs(needed, run.dir, world_size, ds_config)
-    if rank == 0:
-        print(needs)
-
-    # The teacher comes before weights are sharded as they are read: each rank has the whole of it.
-    window_samples = args.batch_size * args.grad_accum * world_size
-    windows = draw_windows(train_set.group, window_samples, args.group_size, args.epochs, args.seed)
-    total_steps = len(windows) if args.max_steps < 0 else min(args.max_steps, len(windows))
-    cache = from_root(args.output_dir) / "cache"
-    (teach_train, teach_eval), masks, teacher_why_not = make_teachers(
-        args, [train_set, eval_set], vocab_size, precision, device, data_facts["files"].get("teacher"), cache
-    )
-
-    # Model and engine. While the configuration object lives, transformers shards weights as it reads them.
-    sharding = HfDeepSpeedConfig(ds_config) if stage == 3 and not quant_bits(args) else None
-    model = build_model(args, model_path, precision, device)
-    engine = make_engine(model, args, ds_config, total_steps)
-    torch.manual_seed(args.seed + rank)  # Until here all ranks drew the same numbers; dropout is each rank's own.
-    attention, why_not = usable_masks(engine, attention_windows(model.config), args.max_tokens, precision)
-    attention = attention if masks else None
-    shares = args.share_prefix and attention is not None
-    cost = pack_cost(model, get_accelerator().device_name())
-    layout = Layout(args.pack_tokens if attention else 0, world_size, shares, cost)
-    plan = make_plan(train_set, windows[:total_steps], layout, cache)
-    eval_plan = make_plan(eval_set, [np.arange(len(eval_set))], layout, cache) if eval_set else None
-    if rank == 0:
-        trainable, total = count_parameters(model)
-        tokens = plan.count(train_set, range(total_steps))
-        print(
-            f"{len(train_set)} samples x {args.epochs} epochs = {total_steps} steps of batch_size {args.batch_size} x "
-            f"grad_accum {args.grad_accum} x {world_size} rank(s) = {window_samples} samples. {precision}, ZeRO stage "
-            f"{stage}; {trainable:,} of {total:,} weights are trained ({trainable / total:.2%}).\n"
-            f"{why_not}{teacher_why_not}"
-            f"{tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; {tokens['executed']:,} are "
-            f"computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
-        )
-    look_now = partial(look, engine, chat, eval_set, eval_plan, attention, teach_eval, vocab_size, args, tracker)
-    if previous:
-        load_checkpoint(engine, run)
-    else:
-        metrics = look_now(0)
-        if tracker and metrics:
-            tracker.log(0, metrics)
-
-    steps = range(progress["step"] + 1, total_steps + 1)
-    for step in tqdm(steps, "training", initial=steps.start - 1, total=total_steps, unit="step", disable=rank != 0):
-        tokens = plan.count(train_set, range(step - 1, step))
-        metrics = {"train/lr": engine.get_lr()[0]}
-        started = time.perf_counter()
-        sums: Counter[str] = Counter()
-        for pack in rank_packs(train_set, plan, step - 1, rank):
-            pack = pack.to(engine.device)
-            logits = engine(**model_inputs(pack, attention)).logits[0]
-            said = teach_train(pack)
+    run.open(Path(__file__).with_name("ds_config.json"), panels, needed)
+    # Before weights are sharded as they are read: each rank has the whole of the teacher.
+    (teacher, eval_teacher), no_masks = make_teachers(run, vocab_size)
+    run.load_model()
+    run.make_engine(no_masks)
+    measure = partial(evaluate, run, eval_teacher, vocab_size)
+    run.resume_or_evaluate(measure)
+    for step in run.steps():
+        sums, tokens = Counter(), run.supervised_tokens(step)
+        for pack in run.packs(step):
+            logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+            said = teacher(pack)
             loss, part = distill_loss(logits, pack.target_ids, pack.target_weight, said, vocab_size, args)
-            # DeepSpeed averages gradients over the ranks: times world_size makes it their sum.
-            engine.backward(loss * world_size / tokens["supervised"], scale_wrt_gas=False)
+            run.backward(loss, tokens)
             sums.update(part)
-        engine.step()
-
-        metrics |= {f"train/{name}": value for name, value in means(sums, tokens["supervised"]).items()}
-        if (norm := engine.get_global_grad_norm()) is not None:  # Not measured at ZeRO stage 0 without clipping.
-            metrics["train/grad_norm"] = float(norm)
-        metrics["train/step_sec"] = time.perf_counter() - started
-        metrics["train/tokens_per_sec"] = tokens["logical"] / metrics["train/step_sec"]
-        metrics["train/executed_tokens_per_sec"] = tokens["executed"] / metrics["train/step_sec"]
-        if not math.isfinite(metrics["train/loss"]):
-            fail(f"The loss is {metrics['train/loss']} at step {step}. Try a smaller --lr or another --precision.")
-        at_stop = step == total_steps or step % args.eval_steps == 0
-        if at_stop:
-            metrics |= look_now(step)
-        if tracker:
-            tracker.log(step, metrics)
-        held_out, best = metrics.get("eval/loss"), progress["best_eval_loss"]
-        is_best = at_stop and (held_out is None or best is None or held_out < best)
-        progress |= {"step": step} | ({"best_step": step, "best_eval_loss": held_out} if is_best else {})
-        if is_best or step == total_steps or step % args.save_steps == 0:
-            engine.eval()
-            probe = record_probe(engine, [probe_prompt(s) for s in islice(eval_set or train_set, PROBE_PROMPTS)])
-            engine.train()
-            save_checkpoint(engine, run, step, record | {"progress": progress}, probe, is_best)
-
-    if tracker:
-        tracker.close()
-        best = progress["best_eval_loss"]
-        print(
-            f"Best: step {progress['best_step']}, held-out loss {'not measured' if best is None else round(best, 4)}. "
-            f"In {shown(run.dir)}: "
-            f"checkpoints {args.ckpt_id} (best) and {args.ckpt_id}-last, metrics.jsonl, loss.png, samples.jsonl.\n"
-            f"Next: python convert_model.py --zero_model {shown(run.dir)} --org_model {shown(model_path)} "
-            f"--save_model {model_path.name}-Distill-BiliComments --t {args.ckpt_id}"
-        )
-    engine.destroy()  # Its hooks and buffers would keep the model in memory while the test loads another.
-    del sharding
+        run.engine.step()
+        run.end_step(means_over_ranks(sums, tokens), measure)
+    run.close("Distill-BiliComments")
 
 
 def test(args: argparse.Namespace, model_path: Path) -> None:
     """Holds the best checkpoint's replies to the held-out comments against the teacher's and the real ones."""
     import torch
 
-    from utils.generate import show_replies
-    from utils.merging import whole
-    from utils.model import DTYPES
-    from utils.scores import as_markdown, compare_texts, plot_comparison
-    from utils.trained import as_trained, check_tag
+    from utils.serve.generate import show_replies
+    from utils.train.scores import as_markdown, write_comparison
+    from utils.weights.run_folder import check_tag, load_trained
 
-    folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
+    folder = run_dir(args)
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
     files = learnt_files(args)
@@ -681,32 +412,24 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     if not samples:
         fail(f"--test_mode: nothing is held out at {shown(from_root(args.data_dir))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = record["settings"]["precision"]
-    trained = as_trained(folder, args.ckpt_id, record, model_path, trust_remote_code=args.trust_remote_code)
-    model = whole(trained, DTYPES[precision])
-    student = show_replies(model.to(device), chat, samples, args.max_new_tokens, progress="student")
-    del trained, model
+    model = load_trained(folder, args.ckpt_id, record, model_path, args.trust_remote_code).to(device)
+    student = show_replies(model, chat, samples, args.max_new_tokens, progress="student")
+    del model
     if answers_name(args):  # What is learnt is the teacher's; what is real stands in the data.
         real = {row["id"]: row["real"] for file in files if file for row in read_lines(file, {"id": str, "real": str})}
         others = [{"teacher": row["real"], "real": real[row["id"]]} for row in student]
     else:
-        decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
-        texts = [decode(sample.input_ids) for sample in islice(samples, COMPARED_TEXTS)]
-        shared_vocabulary(chat.tokenizer, load_teacher_tokenizer(args), texts, 0)  # It reads the student's tokens.
-        model = load_teacher(args, precision, device)
+        compare_tokenizers(chat, samples, 0, args)  # The teacher reads the student's tokens.
+        model = load_teacher(args, record["settings"]["precision"], device)
         teacher = show_replies(model, chat, samples, args.max_new_tokens, progress="teacher")
         others = [{"teacher": row["reply"], "real": row["real"]} for row in teacher]
     rows = [
         {"id": row["id"], "prompt": row["prompt"], "student": row["reply"]} | other
         for row, other in zip(student, others, strict=True)
     ]
-    table = compare_texts(rows, ["student", "teacher"], "real")
     target = folder / f"test_{args.ckpt_id}.jsonl"
-    with replacing(target) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    with replacing(target.with_suffix(".md")) as temporary:
-        temporary.write_text(as_markdown(table), encoding="utf-8")
-    plot_comparison(rows, table, target.with_suffix(".png"))
+    write_lines(target, rows)
+    table = write_comparison(rows, ["student", "teacher"], "real", target)
     for row in rows[:SHOWN_REPLIES]:
         print(f"\n{row['prompt']}", *(f"{name + ':':8} {row[name]}" for name in table), sep="\n  ")
     beside = "the table and a picture lie beside it (.md, .png)"
@@ -715,21 +438,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Checks what was asked for, trains and tests."""
-    problems = argument_problems(args) + own_problems(args)
-    model_path = from_root(args.model_dir) / args.model_name
-    if not (model_path / "config.json").is_file():
-        problems.append(missing_model(from_root(args.model_dir), args.model_name))
-    if not (args.train_mode or args.test_mode):
-        problems.append("Neither --train_mode nor --test_mode is True: nothing to do.")
-    if problems:
-        fail("\n".join(problems))
-    if args.train_mode:
-        train(args, model_path)
-        gc.collect()
-    if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
-        folder = run_dir(from_root(args.output_dir), args.model_name, args.tuner, quant_bits(args))
-        with only_writer(folder / "test"):
-            test(args, model_path)
+    check_and_start(args, own_problems(args), train, test)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prepare_data import find_files, kind_of, tables_or_problem
-from utils.data import DataError, Message, find_split, read_records, to_messages
-from utils.engine import boolean
+from utils.cli import boolean
+from utils.data.records import DataError, Message, find_split, read_records, to_messages
 from utils.files import from_root, replacing_all, shown, write_problem
 
 
@@ -174,7 +174,7 @@ def pairs_from_replies(
 
 
 def as_pair(comment: Comment, chosen: str, rejected: str, source: str) -> dict[str, Any]:
-    """Writes a record that utils/pairs.py reads."""
+    """Writes a record that utils/data/pairs.py reads."""
     prompt: list[Message] = comment.prompt
     record = {"id": f"{source}-{comment.id}", "video_id": comment.video_id, "source": source, "prompt": prompt}
     return record | {"chosen": chosen, "rejected": rejected}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import Message, find_split
+from utils.data.held_out import read_held_out
+from utils.data.records import Message, find_split
 from utils.files import from_root, shown
-from utils.held_out import read_held_out
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
     from transformers.utils import logging
 
-    from utils.generate import load_finished, replies
+    from utils.serve.generate import load_finished, replies
 
     logging.disable_progress_bar()
     texts = []

@@ -1,5 +1,6 @@
 """What several test files share: tiny models, a small data set, training runs in this process and in several."""
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -7,15 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import strategies as st
 
@@ -29,8 +32,36 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.data import Sample  # noqa: E402
-from utils.samples import Samples  # noqa: E402
+from utils.data.chat import Sample  # noqa: E402
+from utils.data.samples import Samples  # noqa: E402
+
+RUN_MARK = f"TESTS_OF_{os.getpid()}"
+END_SEC = 60
+
+
+def pytest_configure() -> None:
+    """Marks whatever the tests start."""
+    os.environ[RUN_MARK] = "1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends what the tests have left behind, which would keep the shell that started them waiting, and names it."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and RUN_MARK in process.environ():
+                print(f"\nThe tests have left a process behind: {' '.join(process.cmdline())[:200]}", file=sys.stderr)
+                process.kill()
+    faulthandler.cancel_dump_traceback_later()
+    threading.Thread(target=_end_hard, args=(config,), daemon=True).start()
+
+
+def _end_hard(config: pytest.Config) -> None:
+    time.sleep(END_SEC)
+    print(f"\nThe tests are over, but Python did not end within {END_SEC} s:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    os._exit(1 if reporter is None or {"failed", "error"} & reporter.stats.keys() else 0)
+
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -161,7 +192,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 def make_records(n_videos: int, first: int = 0) -> list[dict[str, Any]]:
     """Records as prepare_data.py writes them, four comments a video, of different lengths."""
-    from utils.data import SYSTEM_PROMPT, comment_prompt
+    from utils.data.records import SYSTEM_PROMPT, comment_prompt
 
     records = []
     for video in range(first, first + n_videos):
@@ -338,3 +369,27 @@ def another_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         other.communicate("end\n")
+
+
+def answers_of(records: list[dict[str, Any]], key: str = "1") -> list[dict[str, Any]]:
+    """What prepare_data.py writes for comments."""
+    rows = []
+    for record in records:
+        turns = [*record["conversations"][:-1], {"from": "assistant", "value": f"老师说{record['id']}很好看"}]
+        rows.append({"id": record["id"], "video_id": record["video_id"], "key": key, "conversations": turns})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def other_tokenizer() -> Any:
+    """With as many tokens, two of which have changed places."""
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    other = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.from_str(json.dumps(state)))
+    other.chat_template = tokenizer.chat_template
+    return other

@@ -26,8 +26,8 @@ import tree_flex  # noqa: E402
 from comments import ONE_PACK, load_comments, pack_of  # noqa: E402
 from random_models import config_of, random_model, with_lora  # noqa: E402
 
-from utils.attention import attention_mask  # noqa: E402
-from utils.packing import lay_out, plan_packs, rank_packs  # noqa: E402
+from utils.train.attention import attention_mask  # noqa: E402
+from utils.train.packing import lay_out, plan_packs, rank_packs  # noqa: E402
 
 GPU = ROOT / "benchmarks/gpu"
 
@@ -185,9 +185,9 @@ def test_comments_are_those_of_the_examples(tmp_path: Path) -> None:
 
 def test_make_comments(tmp_path: Path, data_dir: Path, model_dir: Path) -> None:
     """What is written is what training would read."""
-    from utils.data import make_chat
-    from utils.model import load_tokenizer
-    from utils.samples import load_samples
+    from utils.data.chat import make_chat
+    from utils.data.samples import load_samples
+    from utils.data.tokenizer import load_tokenizer
 
     script, target = load_script("benchmarks/gpu/make_comments.py"), tmp_path / "comments.npz"
     model = model_dir / "tiny/qwen2"

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, ROOT, load_script, make_model
-from test_utils_generate import checkpoint, make_adapter, speaking_model
+from test_utils_serve_generate import checkpoint, make_adapter, speaking_model
 
-from utils.data import SYSTEM_PROMPT, Chat, comment_prompt, make_chat, to_messages
+from utils.data.chat import Chat, Dialogue, make_chat
+from utils.data.records import SYSTEM_PROMPT, comment_prompt, to_messages
 
 chat_script = load_script("chat.py")
 
@@ -54,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         yield "答"
         yield f"{len(calls)} "
 
-    monkeypatch.setattr("utils.generate.stream", stream)
+    monkeypatch.setattr("utils.serve.generate.stream", stream)
     return calls
 
 
@@ -72,7 +73,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             raise KeyboardInterrupt
         yield "完"
 
-    monkeypatch.setattr("utils.generate.stream", stream)
+    monkeypatch.setattr("utils.serve.generate.stream", stream)
     return calls
 
 
@@ -137,7 +138,7 @@ def test_a_comment_is_asked_for_as_in_training(
     run(finished, "--title", "标题", "--desc", desc, "--parent", parent)
     turns = [("system", SYSTEM_PROMPT), ("user", comment_prompt("标题", desc, parent)), ("assistant", "好看")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    (sample,) = chat.samples(to_messages(record), 1000)
+    (sample,) = chat.samples(Dialogue("", to_messages(record)), 1000)
     assert asked[0]["ids"] == sample.input_ids[~sample.supervised].tolist()
 
 
@@ -222,7 +223,7 @@ def test_whole_answers(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             yield piece
             seen.append(capsys.readouterr().out)
 
-    monkeypatch.setattr("utils.generate.stream", stream)
+    monkeypatch.setattr("utils.serve.generate.stream", stream)
     run(finished, "--prompt", "问", "--no_streamer")
     assert (seen, capsys.readouterr().out) == (["", "", ""], "一二三\n")
     seen.clear()
@@ -235,7 +236,7 @@ def test_control_characters_do_not_reach_the_terminal(
 ) -> None:
     """Whether the model wrote them or the test data or the user's own text."""
     pieces = ["红\x1b", "[31m\x07", "\r\n\t\x9b2J\x00\x7f👨\u200d👩"]
-    monkeypatch.setattr("utils.generate.stream", lambda *_, **__: (piece for piece in pieces))
+    monkeypatch.setattr("utils.serve.generate.stream", lambda *_, **__: (piece for piece in pieces))
     expected = "红\u241b[31m\u2407\u240d\n\t\ufffd2J\u2400\u2421👨\u200d👩\n"
     for option in ([], ["--no_streamer"]):
         run(finished, "--prompt", "问", *option)
@@ -292,7 +293,7 @@ def test_an_adapter_of_4_bits(
         models.append(model)
         yield "答"
 
-    monkeypatch.setattr("utils.generate.stream", stream)
+    monkeypatch.setattr("utils.serve.generate.stream", stream)
     adapter = checkpoint(finished, tmp_path / "24", bits=4)
     capsys.readouterr()  # A progress bar.
     run(finished, "--prompt", "问", "--adapter", str(adapter), *(["--bits", bits] if bits else []))
@@ -366,7 +367,7 @@ def test_held_out_comments(
         "\n== 视频标题：A\n视频简介：简介\n\nreal: 真1\nmodel: 答1 \n\n父评论：沙发\n板凳\nreal: 真3\nmodel: 答2 \n"
         "\n== 视频标题：B\n视频简介：简介\n\n父评论：前排\nreal: 真2\nmodel: 答3 \n"
     )
-    samples = [sample for n in (0, 2, 1) for sample in chat.samples(to_messages(records[n]), 1000)]
+    samples = [sample for n in (0, 2, 1) for sample in chat.samples(Dialogue("", to_messages(records[n])), 1000)]
     assert [call["ids"] for call in asked] == [sample.input_ids[~sample.supervised].tolist() for sample in samples]
     assert asked[0]["top_k"] == 9
 
@@ -517,7 +518,7 @@ def test_a_single_text_that_is_too_long(
 
 
 def test_a_model_without_a_limit(finished: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.generate.context_tokens", lambda *_: None)
+    monkeypatch.setattr("utils.serve.generate.context_tokens", lambda *_: None)
     run(finished, "--prompt", "abc " * 3000, "--max_new_tokens", "1000000")
     assert len(asked[0]["ids"]) > 3000
 

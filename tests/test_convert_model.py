@@ -23,10 +23,11 @@ from conftest import ROOT, launch, llama_cpp, load_script, make_model, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.data import SYSTEM_PROMPT
+from utils.data.records import SYSTEM_PROMPT
 from utils.files import write_manifest
-from utils.merging import whole
-from utils.trained import as_trained, check_tag, compare_logits, record_probe, recorded, replay
+from utils.weights.merging import whole
+from utils.weights.probe import compare_logits, record_probe, recorded, replay
+from utils.weights.run_folder import as_trained, check_tag
 
 # Loads a folder as its users do, with transformers alone, and saves its logits.
 PLAIN_USER = """
@@ -301,7 +302,7 @@ def test_llama_cpp_answers_as_the_model_does(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kind: str
 ) -> None:
     """Its server renders the conversation itself, by the template and the tokenizer in the GGUF file."""
-    from utils.generate import load_finished, replies
+    from utils.serve.generate import load_finished, replies
 
     run = train(ft, train_args(lr=2e-2, epochs=6), root / "output")
     converted(convert, run, model_dir / "tiny/qwen2", "org/Bili", "--gguf", kind)
@@ -360,7 +361,7 @@ def test_original_base_prints_its_drift(
 ) -> None:
     run = train(ft, train_args(output_dir=root / "output", train_bnb_enabled=True), root / "output")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("utils.fidelity.MAX_PART", 1e-9)
+        patch.setattr("utils.weights.fidelity.MAX_PART", 1e-9)
         converted(convert, run, model_dir / "tiny/qwen2", "Bili", "--base", "original")
     assert "--base dequant4" in str(stop.value.code) and not (root / "output_hf/Bili").exists()
     assert "The base without training" in capsys.readouterr().out
@@ -445,7 +446,7 @@ def test_two_at_once(
     convert: ModuleType, lora_run: Path, model_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second says that another one is writing, and the first one's model has its own card and proofs."""
-    from utils import fidelity
+    from utils.weights import fidelity
 
     base, check, said = model_dir / "tiny/qwen2", fidelity.check_written, []
     program = (
@@ -536,7 +537,7 @@ def test_a_base_in_the_hubs_cache(convert: ModuleType, lora_run: Path, model_dir
 
 
 def test_only_code_that_a_configuration_names_goes_along(tmp_path: Path) -> None:
-    from utils.finished import code_files
+    from utils.export.model_folder import code_files
 
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {
         "AutoConfig": "configuration_own.C", "AutoModel": "org/other--modeling_far.M", "x": "../up.M", "y": None}}))

@@ -8,7 +8,6 @@ import math
 import shutil
 import zlib
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,22 +17,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     adapter,
+    answers_of,
     distance,
-    example_texts,
     launch,
     load_script,
     make_model,
     make_records,
-    make_tokenizer,
+    other_tokenizer,
     read_metrics,
     run,
     slow,
+    write_rows,
 )
 from torch.nn.functional import kl_div
 
-from utils.packing import draw_windows
+from utils.train.packing import draw_windows
 
 Build = Callable[..., list[str]]
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
@@ -43,19 +42,6 @@ KINDS = ["forward_kl", "reverse_kl", "jsd"]
 def distill() -> ModuleType:
     """deepspeed_distill/train.py as a module."""
     return load_script("deepspeed_distill/train.py")
-
-
-def answers_of(records: list[dict[str, Any]], key: str = "1") -> list[dict[str, Any]]:
-    """What prepare_data.py writes for comments."""
-    rows = []
-    for record in records:
-        turns = [*record["conversations"][:-1], {"from": "assistant", "value": f"老师说{record['id']}很好看"}]
-        rows.append({"id": record["id"], "video_id": record["video_id"], "key": key, "conversations": turns})
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -229,105 +215,6 @@ def test_the_rest_is_counted(distill: ModuleType) -> None:
     assert ids.tolist() == [[1, 3]] and values.exp().tolist()[0] == pytest.approx([0.5, 0.25, 0.25], rel=1e-3)
     student = distill.favourites(torch.tensor([[0.3, 0.1, 0.4, 0.2]]).log(), ids.long())
     assert student.exp().tolist()[0] == pytest.approx([0.1, 0.2, 0.7])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabularies and answers
-
-
-def test_tokenizers_with_further_tokens_go_together(distill: ModuleType) -> None:
-    one, other = make_tokenizer(), make_tokenizer()
-    texts = [*example_texts()[:50], "<|im_start|>user\n好<|im_end|>"]
-    assert distill.shared_vocabulary(one, other, texts, 10) == len(one)
-    other.add_tokens(["<|image|>", "<|tool|>"])
-    for left, right in ((one, other), (other, one)):
-        assert distill.shared_vocabulary(left, right, texts, 10) == len(one)
-    with pytest.raises(SystemExit, match="the data needs .* --kd sft"):
-        distill.shared_vocabulary(other, one, texts, len(other))
-
-
-def test_a_teacher_that_knows_more_of_the_same_words_is_refused(distill: ModuleType) -> None:
-    """Its first tokens are the student's, but it writes the text with the ones after them."""
-    with pytest.raises(SystemExit, match="becomes other tokens here than there.* --kd sft"):
-        distill.shared_vocabulary(make_tokenizer(400), make_tokenizer(800), example_texts()[:50], 10)
-
-
-def other_tokenizer() -> Any:
-    """With as many tokens, two of which have changed places."""
-    tokenizer = make_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = state["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    other = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.from_str(json.dumps(state)))
-    other.chat_template = tokenizer.chat_template
-    return other
-
-
-def test_other_tokenizers_are_refused(distill: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="token .* is '.' here and '.' there.* --kd sft"):
-        distill.shared_vocabulary(make_tokenizer(), other_tokenizer(), [], 10)
-
-
-def test_answers_are_joined_to_their_comments(distill: ModuleType, tmp_path: Path) -> None:
-    """The newest answer counts; those to other comments, or to a prompt that has changed since, do not."""
-    records = make_records(1)
-    (tmp_path / "data_train.json").write_text(json.dumps(records), encoding="utf-8")
-    rows = answers_of(records, key="old") + answers_of(make_records(1, first=5))
-    for row in rows[:1]:
-        row["conversations"][-1]["value"] = "旧的回答"
-    rows += answers_of(records[:1], key="new")
-    rows[1]["conversations"][1]["value"] = "另一个标题"
-    write_rows(tmp_path / "answers.jsonl", rows)
-    with (tmp_path / "answers.jsonl").open("a") as file:
-        file.write('{"id": "torn by a ki')
-    path = distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
-    joined = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [row["id"] for row in joined] == ["0-0", "0-2", "0-3"]
-    assert joined[0]["conversations"][-1]["value"] == "老师说0-0很好看"
-    assert distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache") == path
-
-
-def test_damaged_answers_are_named_and_left_out(distill: ModuleType, tmp_path: Path, capsys: Any) -> None:
-    records = make_records(1)
-    (tmp_path / "data_train.json").write_text(json.dumps(records), encoding="utf-8")
-    rows = answers_of(records)
-    rows[1]["conversations"] = [{"from": "human"}]
-    write_rows(tmp_path / "answers.jsonl", rows)
-    lines = (tmp_path / "answers.jsonl").read_bytes().split(b"\n")
-    lines[2] = lines[2][:40]
-    (tmp_path / "answers.jsonl").write_bytes(b"\n".join(lines))
-    path = distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
-    told = capsys.readouterr().out
-    assert "answers.jsonl: damaged and left out: line 3." in told
-    assert f"the answer to {rows[1]['id']} is left out" in told
-    joined = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
-    assert joined == [rows[0]["id"], rows[3]["id"]]
-
-
-def test_answers_to_other_comments_are_no_data(distill: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "data_train.json").write_text(json.dumps(make_records(1)), encoding="utf-8")
-    write_rows(tmp_path / "answers.jsonl", answers_of(make_records(1, first=7)))
-    with pytest.raises(SystemExit, match="has no answer to a comment of"):
-        distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("learnt-*"))
-
-
-def test_a_students_system_prompt_is_not_the_teachers(distill: ModuleType, tmp_path: Path, capsys: Any) -> None:
-    """Answers count although the comments' own system prompt has changed; other instructions are told of."""
-    records = make_records(1)
-    rows = answers_of(records)
-    for number, row in enumerate(rows):
-        row["setting"] = "new" if number else "old"
-    for record in records:
-        record["conversations"][0] = {"from": "system", "value": "从现在起"}
-    (tmp_path / "data_train.json").write_text(json.dumps([*records, [{"human": "a", "assistant": "b"}]]))
-    write_rows(tmp_path / "answers.jsonl", rows)
-    path = distill.join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache")
-    joined = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(joined) == len(records) > 2
-    assert joined[0]["conversations"][0] == {"from": "system", "value": "从现在起"}
-    assert joined[0]["conversations"][-1] == {"from": "assistant", "value": "老师说0-0很好看"}
-    assert "to 2 different instructions" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,15 +438,3 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     assert not list((tmp_path / "output").glob("DS-*")), "nothing is left"
 
 
-def test_the_loop_is_that_of_fine_tuning() -> None:
-    """The lines that do the same in both scripts are the same lines."""
-    one, two = ((ROOT / f"deepspeed_{stage}/train.py").read_text() for stage in ("ft", "distill"))
-    start, end = "        at_stop = step == total_steps", "    if tracker:\n        tracker.close()"
-    assert one[one.index(start) : one.index(end)] == two[two.index(start) : two.index(end)]
-
-
-def test_means_are_over_supervised_tokens(distill: ModuleType) -> None:
-    from utils.engine import start_ranks
-
-    start_ranks(0)
-    assert distill.means(Counter(loss=6.0, kd=3.0), 4) == {"loss": 1.5, "kd": 0.75}

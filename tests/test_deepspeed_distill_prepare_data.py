@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, load_script
 from teacher_server import FAULTS, LOST, TeacherServer
 
-from utils.data import to_messages
+from utils.data.records import to_messages
 
 Build = Callable[..., list[str]]
 SCRIPT = "deepspeed_distill/prepare_data.py"

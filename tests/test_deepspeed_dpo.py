@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, adapter, distance, launch, load_script, read_metrics, run, slow
+from conftest import adapter, distance, launch, load_script, read_metrics, run, slow
 from safetensors.torch import load_file
 
-from utils.packing import draw_windows
+from utils.train.packing import draw_windows
 
 Build = Callable[..., list[str]]
 
@@ -353,7 +353,7 @@ def test_equals_plain_pytorch(
 def test_cutting_changes_nothing(
     dpo: ModuleType, dpo_args: Build, tmp_path: Path, changes: dict[str, Any], base: dict[str, Any], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("utils.engine.shutil.which", lambda name: None)  # Offloads to PyTorch's AdamW.
+    monkeypatch.setattr("utils.train.engine.shutil.which", lambda name: None)  # Offloads to PyTorch's AdamW.
     run(dpo, dpo_args(output_dir=tmp_path / "one", **base))
     run(dpo, dpo_args(output_dir=tmp_path / "two", **base, **changes))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
@@ -503,10 +503,3 @@ def test_without_held_out_pairs(
 def test_wrong_arguments(dpo: ModuleType, dpo_args: Build, flags: dict[str, Any], says: str) -> None:
     with pytest.raises(SystemExit, match=says):
         run(dpo, dpo_args(**flags))
-
-
-def test_the_loop_is_that_of_fine_tuning() -> None:
-    """The lines that do the same in both scripts are the same lines."""
-    one, two = ((ROOT / f"deepspeed_{stage}/train.py").read_text() for stage in ("ft", "dpo"))
-    start, end = "        at_stop = step == total_steps", "    if tracker:\n        tracker.close()"
-    assert one[one.index(start) : one.index(end)] == two[two.index(start) : two.index(end)]

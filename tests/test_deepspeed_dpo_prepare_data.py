@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, load_script
 
-from utils.pairs import to_pair
+from utils.data.pairs import to_pair
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ import torch
 from conftest import RANK_VARIABLES, ROOT, adapter, another_writer, distance, launch, read_metrics, run, slow
 
 from utils.files import write_manifest
-from utils.packing import draw_windows
+from utils.train.checkpoint import make_record
+from utils.train.engine import choose_precision, make_ds_config
+from utils.train.packing import draw_windows
 
 Build = Callable[..., list[str]]
 
@@ -52,7 +54,7 @@ def test_sft_loss_is_the_sum_of_weighted_cross_entropies(ft: ModuleType) -> None
 
 
 def plain_pytorch(model_dir: Path, data_dir: Path, kind: str, steps: int, full: bool) -> dict[str, Any]:
-    """The same training without DeepSpeed, packs, masks or the rooms: one sample at a time, plain AdamW."""
+    """The same training without DeepSpeed, packs, masks or utils/: one sample at a time, plain AdamW."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -156,7 +158,7 @@ def test_bf16_gradients_are_summed_up_in_fp32(ft: ModuleType, train_args: Build,
     """Those of 64 packs are as exact as a single pack's, 0.2 %; in bf16 the sum would be off by 1 %."""
     from deepspeed.utils import safe_get_full_grad
 
-    from utils.engine import make_ds_config, make_engine, start_ranks
+    from utils.train.engine import make_engine, start_ranks
 
     args = ft.build_parser().parse_args(train_args(zero_stage=zero_stage))
     start_ranks(args.seed)
@@ -180,7 +182,7 @@ def test_offloading_changes_nothing(
     ft: ModuleType, train_args: Build, tmp_path: Path, flags: dict, monkeypatch: Any
 ) -> None:
     """Without a compiler: PyTorch's AdamW."""
-    monkeypatch.setattr("utils.engine.shutil.which", lambda name: None)
+    monkeypatch.setattr("utils.train.engine.shutil.which", lambda name: None)
     run(ft, train_args(output_dir=tmp_path / "one"))
     run(ft, train_args(output_dir=tmp_path / "two", **flags))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
@@ -199,9 +201,9 @@ def test_offloading_to_deepspeeds_own_adam(ft: ModuleType, train_args: Build, tm
 def test_zero_stage_0_is_for_fp32(ft: ModuleType, train_args: Build, capsys: Any) -> None:
     args = ft.build_parser().parse_args(train_args(zero_stage=0))
     default = ROOT / "deepspeed_ft/ds_config.json"
-    assert ft.make_ds_config(args, default, "fp32")["zero_optimization"]["stage"] == 0
+    assert make_ds_config(args, default, "fp32")["zero_optimization"]["stage"] == 0
     capsys.readouterr()
-    assert ft.make_ds_config(args, default, "bf16")["zero_optimization"]["stage"] == 2
+    assert make_ds_config(args, default, "bf16")["zero_optimization"]["stage"] == 2
     assert "stage 2 is used" in capsys.readouterr().out
 
 
@@ -213,7 +215,7 @@ def test_what_a_configuration_cannot_say_is_told(
     given |= {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "train_batch_size": 16}
     (tmp_path / "ds.json").write_text(json.dumps(given))
     args = ft.build_parser().parse_args(train_args(deepspeed_config=tmp_path / "ds.json"))
-    config = ft.make_ds_config(args, ROOT / "none.json", "fp16")
+    config = make_ds_config(args, ROOT / "none.json", "fp16")
     assert config["fp16"] == {"initial_scale_power": 8, "enabled": True}
     assert config["zero_optimization"] == {"stage": 2} and config["optimizer"]["params"]["torch_adam"]
     assert "train_batch_size" not in config and "scheduler" not in config
@@ -226,7 +228,7 @@ def test_emulated_bf16_is_not_chosen(ft: ModuleType, monkeypatch: Any, real: boo
     card = SimpleNamespace(device_name=lambda: "cuda", is_bf16_supported=lambda: True)
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: card)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or real)
-    assert ft.choose_precision("auto") == chosen
+    assert choose_precision("auto") == chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,10 +288,9 @@ def test_resume_equals_a_straight_run(ft: ModuleType, train_args: Build, tmp_pat
                 raise KeyboardInterrupt
             yield step
 
-    stopping.write = print
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ft, "tqdm", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr("utils.train.run.progress_bar", stopping)
+        with pytest.raises(SystemExit, match="130"):
             run(ft, train_args(output_dir=stopped, max_steps=5, **flags))
     (record,) = stopped.glob("*/*/1-last/run.json")
     assert json.loads(record.read_text())["progress"]["step"] == 2
@@ -382,7 +383,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def test_best_is_the_lowest_held_out_loss(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
     losses = iter([9.0, 5.0, 3.0, 4.0])
-    monkeypatch.setattr(ft, "look", lambda *_: {"eval/loss": next(losses)})
+    monkeypatch.setattr("utils.train.run.Run._measure", lambda *_: {"eval/loss": next(losses)})
     run(ft, train_args(eval_steps=1, save_steps=1))
     folder = tmp_path / "output/DS-tiny/qwen2"
     assert json.loads((folder / "1/run.json").read_text())["progress"]["step"] == 2
@@ -446,7 +447,7 @@ def test_test_mode_ends_whatever_the_patterns_of_an_adapter(
     config["target_modules"] = r"((\w|\.)+)+!"
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
     write_manifest(folder)
-    monkeypatch.setattr("utils.adapters.PATTERN_SEC", 1)
+    monkeypatch.setattr("utils.weights.adapters.PATTERN_SEC", 1)
     with pytest.raises(SystemExit, match="patterns of layers take too long"):
         run(ft, train_args(train_mode=False, test_mode=True, test_bnb_enabled=on_4_bits))
 
@@ -605,8 +606,8 @@ def test_another_run_is_not_overwritten(ft: ModuleType, train_args: Build, tmp_p
 
 def test_another_number_of_ranks_is_refused(ft: ModuleType, train_args: Build, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        make_record = ft.make_record
-        patch.setattr(ft, "make_record", lambda a, b, c, world_size, *rest: make_record(a, b, c, 2, *rest))
+        of_two = lambda a, b, c, world_size, *rest: make_record(a, b, c, 2, *rest)  # noqa: E731
+        patch.setattr("utils.train.run.make_record", of_two)
         run(ft, train_args(max_steps=1))
     with pytest.raises(SystemExit) as stop:
         run(ft, train_args(max_steps=2, resume=True))
@@ -703,7 +704,7 @@ def test_two_runs_in_one_folder(ft: ModuleType, train_args: Build, tmp_path: Pat
 def test_two_runs_of_several_ranks_in_one_folder(train_args: Build, tmp_path: Path) -> None:
     """All ranks of the second end."""
     first = tmp_path / "output"
-    arguments = train_args(output_dir=first, max_steps=200, epochs=99)
+    arguments = train_args(output_dir=first, max_steps=-1, epochs=1000)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *arguments],
         env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},

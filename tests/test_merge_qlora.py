@@ -19,12 +19,12 @@ from conftest import ROOT, load_script, make_model, run, slow
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_convert_model import PLAIN_USER, damage
-from test_utils_llama_pth import make_weights, meta_logits, write
-from test_utils_merging import ALL, make_adapter
+from test_utils_weights_llama_pth import make_weights, meta_logits, write
+from test_utils_weights_merging import ALL, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.files import only_writer
-from utils.model import load_model
+from utils.weights.loading import load_model
 
 IDS = torch.arange(5, 45)[None]
 
@@ -255,7 +255,7 @@ def test_patterns_that_never_end_are_refused(
     merge: ModuleType, base: Path, root: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """Matching this one takes twice as long for each letter more of a layer's name."""
-    monkeypatch.setattr("utils.adapters.PATTERN_SEC", 1)
+    monkeypatch.setattr("utils.weights.adapters.PATTERN_SEC", 1)
     adapter_on(plain(base), root / "adapter")
     path = root / "adapter/adapter_config.json"
     pattern = r"((\w|\.)+)+!"
@@ -350,7 +350,7 @@ def test_a_killed_run_leaves_no_model(base: Path, root: Path) -> None:
     command += ["--qlora_model", str(root / "adapter"), "--save_path", str(root / "merged")]
     # It dies in the middle of the weights, as by a power cut.
     die = "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
-    die += "import utils.merging as m; check = m.checked; seen = []\n"
+    die += "import utils.weights.merging as m; check = m.checked; seen = []\n"
     die += "m.checked = lambda *a: os._exit(9) if len(seen) > 8 else seen.append(1) or check(*a)\n"
     die += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     died = subprocess.run([command[0], "-c", die, *command[1:]], capture_output=True, text=True)

@@ -20,7 +20,7 @@ import openpyxl
 import pytest
 
 import prepare_data
-from utils.data import SYSTEM_PROMPT, comment_prompt
+from utils.data.records import SYSTEM_PROMPT, comment_prompt
 from utils.files import ROOT
 
 Record = dict[str, Any]
@@ -281,7 +281,7 @@ TEXTS = [
 
 
 def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
-    """SQL renders what utils.data renders, for all combinations of difficult texts."""
+    """SQL renders what utils.data.records renders, for all combinations of difficult texts."""
     pairs = [(title, desc) for title in TEXTS for desc in TEXTS]
     videos = [video(i, title=title, desc=desc) for i, (title, desc) in enumerate(pairs)]
     parents = [comment(i, content=text) for i, text in enumerate(TEXTS)]

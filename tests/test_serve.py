@@ -28,7 +28,8 @@ from conftest import ROOT, load_script, slow
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from utils.data import SYSTEM_PROMPT, Chat, comment_prompt, make_chat
+from utils.data.chat import Chat, make_chat
+from utils.data.records import SYSTEM_PROMPT, comment_prompt
 
 N_NEW = 16
 QUESTIONS = [

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def shipped() -> list[Path]:
 
 FILES = shipped()
 PYTHON = [path for path in FILES if path.suffix == ".py"]
+UTILS = [path for path in PYTHON if path.is_relative_to(ROOT / "utils") and path.name != "__init__.py"]
 SHELL = [path for path in FILES if path.suffix == ".sh"]
 SCRIPTS = [path for path in PYTHON if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "tests"]
 PINS = dict(
@@ -64,7 +66,7 @@ def normal(distribution: str) -> str:
 
 def test_something_is_looked_at() -> None:
     names = {name(path) for path in FILES}
-    assert {"chat.py", "deepspeed_ft/train.py", "utils/data.py", "setup_env.sh", "tests/run.sh"} <= names
+    assert {"chat.py", "deepspeed_ft/train.py", "utils/data/records.py", "setup_env.sh", "tests/run.sh"} <= names
     assert {"chat.py", "prepare_data.py", "deepspeed_dpo/train.py", "benchmarks/gpu/run.py"} <= {*map(name, SCRIPTS)}
     assert any(text.startswith("examples/data/") for text in names)
     assert not any(text.startswith(("data/", "model/", ".venv")) for text in names - {"data/README.md"})
@@ -120,9 +122,61 @@ def test_help_is_quick(path: Path, tmp_path: Path) -> None:
     assert seconds < 0.5
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if path.parent.name == "utils"], ids=name)
-def test_rooms_import(path: Path) -> None:
-    __import__(f"utils.{path.stem}")
+@pytest.mark.parametrize("path", UTILS, ids=name)
+def test_modules_import(path: Path) -> None:
+    __import__(module_name(path))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported_from_utils(path: Path) -> set[str]:
+    """The modules of utils/ that a file imports, wherever in the file."""
+    modules, found = {module_name(path) for path in UTILS}, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
+
+
+def test_imports_go_one_way() -> None:
+    """files and cli, of which data knows, of that weights, then serve, train and export; and nowhere in a circle."""
+    order = ["files", "cli", "data", "weights", "serve", "train", "export"]
+    graph = {module_name(path): imported_from_utils(path) for path in UTILS}
+    list(TopologicalSorter(graph).static_order())  # Raises CycleError.
+    assert graph["utils.train.run"] > {"utils.train.engine", "utils.data.samples"}
+    turned = [
+        (module, other)
+        for module, others in graph.items()
+        for other in others
+        if order.index(other.split(".")[1]) > order.index(module.split(".")[1])
+    ]
+    assert not turned
+    folders = {path.name for path in (ROOT / "utils").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*order[2:]}
+
+
+def repeated(paths: list[Path], count: int) -> list[str]:
+    """Runs of so many lines that stand in two files, comments and empty lines aside."""
+    first: dict[tuple[str, ...], Path] = {}
+    found = []
+    for path in paths:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        for start in range(len(lines) - count + 1):
+            run = tuple(lines[start : start + count])
+            if first.setdefault(run, path) != path:
+                found.append(f"{name(first[run])} and {name(path)}: {run[0]}")
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["deepspeed_*/train.py", "deepspeed_*/run*.sh"])
+def test_what_methods_share_stands_once(pattern: str) -> None:
+    paths = sorted(ROOT.glob(pattern))
+    assert len(paths) >= 3 and not repeated(paths, 6)
 
 
 def imported(path: Path) -> set[str]:
@@ -188,9 +242,9 @@ def code_lines(path: Path) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and number not in docstrings for number, line in lines)
 
 
-def test_rooms_stay_small() -> None:
-    lengths = {name(path): code_lines(path) for path in PYTHON if path.parent.name == "utils"}
-    assert sum(lengths.values()) <= 5400 and max(lengths.values()) <= 300, lengths
+def test_modules_stay_small() -> None:
+    lengths = {name(path): code_lines(path) for path in UTILS}
+    assert sum(lengths.values()) <= 6000 and max(lengths.values()) <= 300, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +258,7 @@ def test_shell_scripts(path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     assert "\r" not in text
     assert path.stat().st_mode & 0o111, "chmod +x"
-    if path.name != "setup_env.sh":  # Which is sourced.
+    if path.name not in ("setup_env.sh", "launch.sh"):  # Which are sourced.
         assert text.startswith("#!/usr/bin/env bash\n")
 
 

@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, LocalServer, load_script
 
-from utils.data import SYSTEM_PROMPT, comment_prompt, make_chat, to_messages
-from utils.track import Tracker
+from utils.data.chat import Dialogue, make_chat
+from utils.data.records import SYSTEM_PROMPT, comment_prompt, to_messages
+from utils.train.tracking import Tracker
 
 script = load_script("web_demo.py")
 SCRIPT = str(ROOT / "web_demo.py")
@@ -346,7 +347,7 @@ def test_a_comment_is_asked_for_as_in_training(
     write(open_page("comments", "--api", api.url), desc=desc, parent=parent, count=2)
     turns = [("system", "调过的设定"), ("user", comment_prompt("标题", desc, parent)), ("assistant", "好看")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    (sample,) = make_chat(tokenizer).samples(to_messages(record), 1000)
+    (sample,) = make_chat(tokenizer).samples(Dialogue("", to_messages(record)), 1000)
     assert sorted(request["model"] for request in api.requests) == ["small", "tuned"], "both are asked the same"
     for request in api.requests:
         assert make_chat(tokenizer).prompt_ids(request["messages"]) == sample.input_ids[~sample.supervised].tolist()

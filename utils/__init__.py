@@ -1,4 +1,7 @@
-"""The rooms that the scripts share; see each one's docstring. Without the packages of requirements.txt none opens."""
+"""What the scripts share, by subject: `data`, `weights`, `train`, `serve` and `export`; see each folder's docstring.
+
+Without the packages of requirements.txt nothing here can be imported.
+"""
 
 from importlib.util import find_spec
 

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,6 @@ def shown(path: str | Path) -> str:
     """
     path = Path(path)
     return os.fsencode(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).decode(errors="backslashreplace")
-
-
-# What every line of a teacher's collected answers has.
-ANSWER_FIELDS = {"id": str, "key": str, "conversations": list}
-
-
-def answers_path(folder: Path, split: str, teacher: str) -> Path:
-    """Where a teacher's collected answers to a split's comments lie."""
-    name = re.sub(r"[^\w.-]", "_", teacher)
-    return folder / f"data_{split}_teacher_{name}.jsonl"
 
 
 def missing_model(model_dir: Path, model_name: str) -> str:
@@ -137,6 +126,12 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         numbers = ", ".join(map(str, damaged[:10])) + (f" and {len(damaged) - 10} more" if damaged[10:] else "")
         print(f"{shown(path)}: damaged and left out: line{'s' if damaged[1:] else ''} {numbers}.")
     return rows
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSON object a line, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def reason_of(error: Exception) -> str:

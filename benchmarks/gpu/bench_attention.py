@@ -25,7 +25,7 @@ def attention(part: Part, shape: str, length: int) -> dict[str, Any]:
     from random_models import config_of
     from torch.nn.functional import scaled_dot_product_attention
 
-    from utils.attention import attention_mask
+    from utils.train.attention import attention_mask
 
     config = config_of(shape, part.dry)
     heads, groups = config.num_attention_heads, config.num_key_value_heads

@@ -17,8 +17,8 @@ def rendering(videos: int) -> dict[str, Any]:
     """Records a second that become tokens; four comments a video, a tokenizer trained on the examples."""
     from conftest import make_records, make_tokenizer
 
-    from utils.data import make_chat
-    from utils.samples import load_samples
+    from utils.data.chat import make_chat
+    from utils.data.samples import load_samples
 
     chat = make_chat(make_tokenizer(2000))
     with tempfile.TemporaryDirectory() as name:
@@ -36,8 +36,8 @@ def packing(part: Part) -> dict[str, Any]:
     """Samples a second that are planned and laid out, and what is done for each pack before the model runs."""
     from comments import load_comments
 
-    from utils.attention import attention_mask
-    from utils.packing import Layout, PackCost, draw_windows, plan_packs, rank_packs
+    from utils.train.attention import attention_mask
+    from utils.train.packing import Layout, PackCost, draw_windows, plan_packs, rank_packs
 
     samples = load_comments(part.dry)
     epochs = 4 if part.dry else 20

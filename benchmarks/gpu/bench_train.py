@@ -42,10 +42,10 @@ class Trainer:
         from comments import load_comments
         from random_models import config_of, random_model, with_lora
 
-        from utils.attention import usable_masks
-        from utils.engine import choose_precision, make_ds_config, make_engine, start_ranks
-        from utils.model import DTYPES, attention_windows
-        from utils.packing import Layout, pack_cost, plan_packs
+        from utils.train.attention import usable_masks
+        from utils.train.engine import choose_precision, make_ds_config, make_engine, start_ranks
+        from utils.train.packing import Layout, pack_cost, plan_packs
+        from utils.weights.loading import DTYPES, attention_windows
 
         self.script = load_script("deepspeed_ft/train.py")
         flags = {"lr": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0, "gradient_checkpointing": True}
@@ -68,8 +68,8 @@ class Trainer:
 
     def update(self, number: int) -> dict[str, float]:
         """An optimizer step."""
-        from utils.attention import model_inputs
-        from utils.packing import rank_packs
+        from utils.train.attention import model_inputs
+        from utils.train.packing import rank_packs
 
         tokens = self.plan.count(self.samples, range(number, number + 1))
         packs = rank_packs(self.samples, self.plan, number, 0)
@@ -103,7 +103,7 @@ def load_script(path: str) -> Any:
 
 def windows_of(samples: Any) -> list[Any]:
     """The samples of every update, for all alike."""
-    from utils.packing import draw_windows
+    from utils.train.packing import draw_windows
 
     return [window for window in draw_windows(samples.group, WINDOW, GROUP, 4, 42) if len(window) == WINDOW]
 
@@ -112,7 +112,7 @@ def estimate(part: Part, args: argparse.Namespace, run_args: argparse.Namespace,
     """What the project's memory line says before such a run, GiB."""
     from random_models import config_of
 
-    from utils.model import needed_bytes
+    from utils.train.memory import needed_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         config_of(args.model, part.dry).save_pretrained(folder)
@@ -175,8 +175,8 @@ def padded(part: Part, args: argparse.Namespace, batch_size: int, liger: bool) -
     from comments import load_comments
     from random_models import config_of, random_model, with_lora
 
-    from utils.engine import choose_precision
-    from utils.model import DTYPES
+    from utils.train.engine import choose_precision
+    from utils.weights.loading import DTYPES
 
     dtype = DTYPES[choose_precision("auto")]
     model = random_model(config_of(args.model, part.dry), dtype, part.device, args.bits)

@@ -70,10 +70,10 @@ def compare(part: Part, dtype: Any, bits: int | None, exact: list[Any] | None) -
     from comments import load_comments, pack_of
     from random_models import config_of, random_model, with_lora
 
-    from utils.attention import model_inputs, use_blocks
-    from utils.model import attention_windows
-    from utils.packing import lay_out
-    from utils.tensors import token_logprobs
+    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.packing import lay_out
+    from utils.train.tensors import token_logprobs
+    from utils.weights.loading import attention_windows
 
     config = config_of(SHAPE, part.dry)
     model = with_lora(random_model(config, dtype, part.device, bits), dropout=0.0, trained=True).train()

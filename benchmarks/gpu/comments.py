@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.packing import Layout, Pack, PackCost, plan_packs, rank_packs
-from utils.samples import Samples
+from utils.data.samples import Samples
+from utils.train.packing import Layout, Pack, PackCost, plan_packs, rank_packs
 
 # A pack pays for its tokens alone: then all samples of a plan that fit together stand in one pack.
 ONE_PACK = Layout(pack_tokens=10**9, world_size=1, share_prefix=True, cost=PackCost(1e12, 1e12))

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # The tests' tokenizer and records serve here too.
 
-from utils.engine import boolean  # noqa: E402
+from utils.cli import boolean  # noqa: E402
 
 GIB = 1024**3
 # What an 8 GB card leaves to PyTorch's allocator beside the CUDA context and a desktop. Cards up to SMALL_CARD_GIB are

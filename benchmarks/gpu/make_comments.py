@@ -31,9 +31,10 @@ def main(args: argparse.Namespace) -> None:
     """Renders the comments as training does, and writes them."""
     import numpy as np
 
-    from utils.data import find_split, make_chat
-    from utils.model import load_tokenizer
-    from utils.samples import load_samples
+    from utils.data.chat import make_chat
+    from utils.data.records import find_split
+    from utils.data.samples import load_samples
+    from utils.data.tokenizer import load_tokenizer
 
     chat = make_chat(load_tokenizer(from_root(args.model)))
     parts = []

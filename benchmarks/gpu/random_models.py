@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from comments import tiny_vocabulary
 
-from utils.model import add_lora, keep_packing, nf4_config
+from utils.weights.loading import add_lora, keep_packing, nf4_config
 
 QWEN = dict(max_position_embeddings=32768, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=0, pad_token_id=None)
 SHAPES = {

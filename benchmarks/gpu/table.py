@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.engine import boolean  # noqa: E402
+from utils.cli import boolean  # noqa: E402
 from utils.files import replacing, shown  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.packing import Pack
+from utils.train.packing import Pack
 
 NAME = "tree_flex"
 BLOCK = 128

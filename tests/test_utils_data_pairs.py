@@ -1,0 +1,133 @@
+"""utils/data/pairs.py: preference pairs in every known format, and what is dropped.
+
+python -m pytest tests/test_utils_data_pairs.py
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.data.chat import make_chat
+from utils.data.pairs import pair, to_pair
+from utils.data.records import DataError, UnusableRecord
+from utils.data.samples import load_samples
+
+USER, SYSTEM = {"role": "user", "content": "好看吗"}, {"role": "system", "content": "你是B站用户"}
+YES, NO = {"role": "assistant", "content": "好看"}, {"role": "assistant", "content": "不好看"}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "好看吗", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"prompt": "好看吗", "chosen": "好看", "rejected": "不好看", "system": "你是B站用户"}, [SYSTEM, USER]),
+        ({"prompt": "\n\nHuman: 好看吗\n\nAssistant:", "chosen": " 好看", "rejected": " 不好看"}, [USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]}, [SYSTEM, USER]),
+        ({"prompt": [USER], "chosen": "好看", "rejected": NO}, [USER]),
+        ({"chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
+        (
+            {
+                "chosen": "\n\nHuman: 好看吗\n\nAssistant: 好看",
+                "rejected": "\n\nHuman: 好看吗\n\nAssistant: 不好看",
+            },
+            [USER],
+        ),
+        (
+            {
+                "conversations": [{"from": "system", "value": "你是B站用户"}, {"from": "human", "value": "好看吗"}],
+                "chosen": {"from": "gpt", "value": "好看"},
+                "rejected": {"from": "gpt", "value": "不好看"},
+            },
+            [SYSTEM, USER],
+        ),
+        ({"instruction": "好看吗", "input": "", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"messages": [SYSTEM, USER], "chosen": YES, "rejected": NO}, [SYSTEM, USER]),
+        ({"prompt": "好看吗", "chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
+        ({"prompt": "好看吗", "instruction": None, "messages": None, "chosen": "好看", "rejected": "不好看"}, [USER]),
+    ],
+    ids="texts system human messages mixed dialogues hh llamafactory alpaca openai ultrafeedback nulls".split(),
+)
+def test_formats(record: Mapping[str, Any], prompt: list[dict[str, str]]) -> None:
+    assert to_pair(record) == (prompt, "好看", "不好看")
+
+
+def test_earlier_turns_stay() -> None:
+    dialogue = "\n\nHuman: 一\n\nAssistant: 二\n\nHuman: 三\n\nAssistant:"
+    messages, chosen, rejected = to_pair({"prompt": dialogue, "chosen": " 四", "rejected": " 五"})
+    assert [message["content"] for message in messages] == ["一", "二", "三"] and (chosen, rejected) == ("四", "五")
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+
+
+def test_an_answer_may_speak_of_humans() -> None:
+    text = "第一段\n\nHuman: 这是引文"
+    assert to_pair({"prompt": "问", "chosen": text, "rejected": "答"})[1] == text
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "问", "chosen": "答", "rejected": " 答 "}, "two equal answers"),
+        ({"prompt": "问", "chosen": "答", "rejected": " "}, "empty"),
+        ({"prompt": "", "chosen": "答", "rejected": "不答"}, "empty"),
+        ({"prompt": "问", "chosen": None, "rejected": "不答"}, "empty"),
+        ({"instruction": "问", "chosen": [], "rejected": "不答"}, "empty"),
+        ({"chosen": [USER, YES], "rejected": [{**USER, "content": "别的"}, NO]}, "different prompts"),
+    ],
+)
+def test_unusable_records(record: Mapping[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableRecord, match=reason):
+        to_pair(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "问", "chosen": "答"},
+        ["问"],
+        {"prompt": 3, "chosen": "答", "rejected": "否"},
+        {"conversations": 5, "chosen": "答", "rejected": "否"},
+        {"question": "问", "chosen": "答", "rejected": "否"},
+        {"text": "x"},
+    ],
+)
+def test_unknown_formats(record: Any) -> None:
+    with pytest.raises(DataError, match="expected one of") as error:
+        to_pair(record)
+    assert not isinstance(error.value, UnusableRecord)
+
+
+def test_both_answers_follow_the_same_shortened_prompt(tokenizer: Any) -> None:
+    chat = make_chat(tokenizer)
+    record = {"prompt": "标题很长" * 100, "chosen": "好", "rejected": "真的非常不好看" * 3}
+    chosen, rejected = chat.samples(pair(record, "7"), 120)
+    assert chosen.id == rejected.id == "7"
+    start = int(chosen.supervised.argmax())
+    assert start == rejected.supervised.argmax() and (chosen.input_ids[:start] == rejected.input_ids[:start]).all()
+    assert 100 < len(rejected.input_ids) <= 120 and len(chosen.input_ids) < len(rejected.input_ids)
+    for sample, text in ((chosen, "好"), (rejected, "真的非常不好看" * 3)):
+        assert sample.supervised[start:].all() and sample.input_ids[-1] == chat.stop_id
+        assert tokenizer.decode(sample.input_ids[start:], skip_special_tokens=True) == text
+    assert chat.samples(pair(record | {"rejected": "长" * 500}, "7"), 120) == []
+
+
+def test_only_the_last_answer_is_learnt(tokenizer: Any) -> None:
+    chat = make_chat(tokenizer)
+    chosen, _ = chat.samples(pair({"prompt": [USER, YES, USER], "chosen": "四", "rejected": "五"}, ""), 200)
+    assert tokenizer.decode(chosen.input_ids[chosen.supervised]).startswith("四")
+
+
+def test_a_file_of_pairs(tokenizer: Any, tmp_path: Path) -> None:
+    """Two samples a pair, in order; what is dropped is counted, an unknown record is named."""
+    records = [{"prompt": f"问{n}", "chosen": "答", "rejected": "否", "id": f"r{n}"} for n in range(3)]
+    records[1]["rejected"] = "答"
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    samples, counts, _ = load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair)
+    assert samples.ids == ["r0", "r0", "r2", "r2"]
+    assert counts == {"used": 2, "dropped: two equal answers": 1}
+    path.write_text(json.dumps({"text": "x"}))
+    with pytest.raises(DataError, match=r"pairs.jsonl, record 0 \(id 0\): got the fields \['text'\]"):
+        load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair)

@@ -1,0 +1,223 @@
+"""utils/data/records.py: records of any known format become messages, and files are read as they are.
+
+python -m pytest tests/test_utils_data_records.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.data.records import DataError, UnusableRecord, comment_prompt, find_split, read_records, to_messages
+
+Messages = list[dict[str, str]]
+
+
+def say(*contents: str, system: str = "") -> Messages:
+    """Messages of user and assistant in turn."""
+    talk = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *talk] if system else talk
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+ONE = say("问", "答")
+TWO = say("问一", "答一", "问二", "答二")
+WITH_SYSTEM = say("问", "答", system="设定")
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"conversations": [{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}]}, ONE),
+        ({"conversations": [{"from": "human", "value": " 问\n"}, {"from": "gpt", "value": "\t答 "}]}, ONE),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "设定"},
+                    {"from": "user", "value": "问"},
+                    {"from": "assistant", "value": "答"},
+                ]
+            },
+            WITH_SYSTEM,
+        ),
+        (
+            {"system": "设定", "conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+            WITH_SYSTEM,
+        ),
+        (
+            {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate("甲乙丙丁")]},
+            say("甲", "乙", "丙", "丁"),
+        ),
+        ({"messages": WITH_SYSTEM, "id": 3}, WITH_SYSTEM),
+        ({"messages": TWO, "conversations": None}, TWO),
+        ({"instruction": "问", "output": "答"}, ONE),
+        ({"instruction": "问", "input": "", "output": "答"}, ONE),
+        ({"instruction": "问", "input": "补充", "output": "答"}, say("问\n补充", "答")),
+        ({"instruction": "", "input": "问", "output": "答"}, ONE),
+        ({"instruction": "问", "input": None, "output": "答", "system": "设定", "history": None}, WITH_SYSTEM),
+        ({"instruction": "问二", "input": "", "output": "答二", "history": [["问一", "答一"]]}, TWO),
+        ([{"human": "问", "assistant": "答"}], ONE),
+        ([{"human": "问一", "assistant": "答一"}, {"human": "问二", "assistant": "答二"}], TWO),
+    ],
+)  # fmt: skip
+def test_formats(record: Any, messages: Messages) -> None:
+    assert to_messages(record) == messages
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ("text", "str"),
+        (7, "int"),
+        ({"prompt": "问", "completion": "答"}, "completion"),
+        ({"instruction": "问"}, "instruction"),
+        ({"messages": [{"speaker": "user", "content": "问"}]}, "role"),
+        ({"messages": "[{'role': 'user'}]"}, "role"),
+        ({"conversations": [["user", "问"], ["assistant", "答"]]}, "from"),
+        # Messages without a dict around them are none of the known formats either.
+        ([{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "human"),
+        ([{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}], "human"),
+        (["问", "答"], "human"),
+        ({"instruction": "问", "output": "答", "history": [1]}, "history"),
+        ({"instruction": "问", "output": "答", "history": 1}, "history"),
+        ({"instruction": "问", "output": "答", "history": ["前问"]}, "history"),  # Its letters are no turns.
+    ],
+)
+def test_unknown_formats_are_named(record: Any, named: str) -> None:
+    with pytest.raises(DataError, match=named) as caught:
+        to_messages(record)
+    assert not isinstance(caught.value, UnusableRecord)
+    assert "conversations" in str(caught.value) and "messages" in str(caught.value), "says what is expected"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": say("问", "  ")},
+        {"messages": say("", "答")},
+        {"messages": say("问")},
+        {"messages": say("问", "答", "问")},
+        {"messages": [*say("问"), *say("问", "答")]},
+        {"messages": say("问", "答")[1:]},
+        {"messages": [{"role": "system", "content": "设定"}]},
+        {"messages": [{"role": "tool", "content": "3"}, *say("问", "答")]},
+        {"messages": [*say("问", "答"), {"role": "system", "content": "设定"}]},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "答"}]},
+        {"instruction": "问", "output": ""},
+        {"instruction": "问", "output": None},
+        {"instruction": 5, "output": "答"},
+        {"instruction": "问", "input": 5, "output": "答"},
+        {"instruction": "问", "output": 5},
+        {"instruction": "问", "output": "答", "system": 5},
+        {"messages": [{"role": ["user"], "content": "问"}, {"role": "assistant", "content": "答"}]},
+        {"conversations": []},
+        {"messages": []},
+        {"instruction": "问", "output": "答", "history": [["只有一半"]]},
+        [{"human": "问", "assistant": ""}],
+        [],
+    ],
+    ids=str,
+)
+def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
+    with pytest.raises(UnusableRecord):
+        to_messages(record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+RECORDS = [{"instruction": f"问{n}，“好”", "input": "", "output": f"答{n}"} for n in range(3)]
+
+
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    record = json.loads('{"instruction": "\\ud83d?", "output": "\\ud83d\\ude00"}')
+    assert [message["content"] for message in to_messages(record)] == ["??", "\U0001f600"]
+
+
+def write(path: Path, records: list[Any], bom: str = "") -> Path:
+    """Writes records as the file's ending says."""
+    if path.suffix == ".json":
+        path.write_text(bom + json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        path.write_bytes((bom + "\r\n".join(lines) + "\r\n\r\n").encode())
+    elif path.suffix == ".csv":
+        rows = [["instruction", "input", "output"], *([*record.values()] for record in records)]
+        path.write_text(bom + "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(records).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_files(tmp_path: Path, ending: str, bom: str) -> None:
+    path = write(tmp_path / f"train.{ending}", RECORDS, bom)
+    assert [to_messages(record) for record in read_records(path)] == [
+        say(record["instruction"], record["output"]) for record in RECORDS
+    ]
+
+
+def test_parquet_with_several_turns(tmp_path: Path) -> None:
+    records = [{"id": "a", "messages": TWO}, {"id": "b", "messages": ONE}]
+    path = write(tmp_path / "train.parquet", records)
+    assert [to_messages(record) for record in read_records(path)] == [TWO, ONE]
+
+
+def test_csv_is_read_anew_when_it_has_changed(tmp_path: Path) -> None:
+    for answer in ("旧的", "新的"):
+        path = write(tmp_path / "train.csv", [{"instruction": "问", "input": "", "output": answer}])
+        assert [record["output"] for record in read_records(path)] == [answer]
+
+
+@pytest.mark.parametrize("answer", ["666", "null", "NA", "1.50"])
+def test_csv_answers_stay_the_text_they_are(tmp_path: Path, answer: str) -> None:
+    """Comments such as 666 are common; a column of them must not become numbers or holes."""
+    path = write(tmp_path / "train.csv", [{"instruction": "问", "input": "", "output": answer}])
+    assert [to_messages(record) for record in read_records(path)] == [say("问", answer)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.json", b'[{"a": 1}, '),
+        ("train.json", b'{"conversations": []}'),
+        ("train.json", '["问"]'.encode("gbk")),
+        ("train.jsonl", b'{"a": 1}\n{"a": '),
+        ("train.csv", b""),
+        ("train.csv", b"a,b\n1,2\n1,2,3,4\n"),
+        ("train.csv", "instruction,output\n问,答\n".encode("gbk")),
+        ("train.parquet", b"PAR1 no more"),
+        ("train.txt", b"text"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        list(read_records(tmp_path / name))
+
+
+def test_find_split(tmp_path: Path) -> None:
+    assert find_split(tmp_path, "train") is None
+    (tmp_path / "train.csv").touch()
+    assert find_split(tmp_path, "train") == tmp_path / "train.csv"
+    (tmp_path / "data_train.jsonl").touch()
+    assert find_split(tmp_path, "train") == tmp_path / "data_train.jsonl"
+    assert find_split(tmp_path, "test") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def test_comment_prompt() -> None:
+    assert comment_prompt("标题", "简介", "评论") == "视频标题：标题\n视频简介：简介\n父评论：评论"
+    assert comment_prompt(" 标题\n", "-") == "视频标题：标题"
+    assert comment_prompt("标题", parent=" ") == "视频标题：标题"

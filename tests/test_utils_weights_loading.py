@@ -1,0 +1,109 @@
+"""utils/weights/loading.py: what is estimated and counted, against models that are really built.
+
+python -m pytest tests/test_utils_weights_loading.py
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+
+from utils.weights.loading import add_lora, attention_windows, count_parameters, scale_early
+
+KINDS = ("llama", "qwen2", "gemma3", "mistral")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention windows
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "windows"),
+    [
+        ("llama", {}, {"full_attention": None}),
+        ("qwen2", {}, {"full_attention": None}),
+        ("mistral", {}, {"sliding_attention": 16}),
+        ("gemma3", {}, {"full_attention": None, "sliding_attention": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+         {"full_attention": None, "sliding_attention": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, {"sliding_attention": 8}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, {"full_attention": None}),
+    ],
+)  # fmt: skip
+def test_attention_windows(kind: str, changes: dict[str, Any], windows: dict[str, int | None]) -> None:
+    """Seen in the model, too: a change of the first token reaches the last one only where a layer sees so far."""
+    model = make_model(kind, 100, **changes).eval()
+    assert attention_windows(model.config) == windows
+    ids = torch.arange(40)[None] + 10
+    other = ids.clone()
+    other[0, 0] = 99
+    with torch.no_grad():
+        reached = not torch.equal(model(input_ids=ids).logits[0, -1], model(input_ids=other).logits[0, -1])
+    assert reached == (None in windows.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts and needs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_count_parameters(kind: str) -> None:
+    """LoRA adds r x (in + out) weights to each of the seven linear layers of a block."""
+    model = make_model(kind, 800)
+    whole = sum({id(weight): weight.numel() for weight in model.parameters()}.values())
+    assert count_parameters(model) == (whole, whole)
+    hidden, mlp, queries, keys = 64, 128, 64, 32
+    attention = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    layers = [*attention, (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    lora = 2 * sum(8 * (n_in + n_out) for n_in, n_out in layers)
+    assert count_parameters(add_lora(model, 8, 16, 0.0, "all-linear")) == (lora, whole + lora)
+
+
+def test_add_lora_to_named_layers() -> None:
+    model = add_lora(make_model("llama", 800), 4, 8, 0.0, "q_proj,v_proj")
+    trained = {name.split(".")[-4] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "variants"),
+    [({}, {"ScaledEarly"}), ({"use_dora": True}, {"DoraLinearVariant"}), ({"lora_bias": True}, set())],
+    ids=["lora", "dora", "bias"],
+)
+def test_scale_early_changes_no_function(changes: dict[str, bool], variants: set[str]) -> None:
+    """Against PEFT's own forward, with a scale that is no power of two, two adapters, and those that are left alone."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **changes)
+    model = get_peft_model(make_model("qwen2", 800), config)
+    model.add_adapter("other", config)
+    ids = torch.arange(3, 23)[None]
+
+    def outcome() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        return logits.detach(), [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    plain = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        plain[name] = outcome()
+    scale_early(model)
+    layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
+    assert {type(variant).__name__ for layer in layers for variant in layer.lora_variant.values()} == variants
+    for name, (logits, gradients) in plain.items():
+        model.set_adapter(name)
+        ours, own_gradients = outcome()
+        torch.testing.assert_close(ours, logits)
+        torch.testing.assert_close(own_gradients, gradients, rtol=1e-4, atol=1e-7)
+    if not changes:
+        with pytest.raises(NotImplementedError, match="loaded anew"):
+            model.merge_and_unload()
+
+

@@ -1,0 +1,84 @@
+"""What every argparse script needs: booleans, dashes for underscores, sizes, progress bars, and how a script fails."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+GIB = 1024**3
+
+
+def boolean(text: str) -> bool:
+    """Reads True, False, 1 or 0 from the command line (argparse's `bool` takes every text for true)."""
+    values = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True, False, 1 or 0")
+    return values[text]
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """Lets dashes in the names of options stand for underscores; values are left alone."""
+    name = re.compile(r"--[\w-]+(?==|\Z)")
+    return [name.sub(lambda found: "--" + found[0][2:].replace("-", "_"), text, count=1)
+            if name.match(text) else text for text in arguments]  # fmt: skip
+
+
+def shard_size(text: str) -> str:
+    """Parses the size of a file, such as 5GB.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 5GB or 500MB")
+    return text
+
+
+# To be set before torch is imported: it takes memory in large pages then, and gives it back at once.
+LARGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that the scripts share that write finished models."""
+    add = parser.add_argument
+    add("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
+    gguf = "also write a GGUF file for llama.cpp, and the Modelfile with which Ollama takes it"
+    add("--gguf", choices=["f16", "bf16", "q8_0"], help=gguf)
+    where = "where adapters are merged and models checked; auto: a card if there is one"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=where)
+    add("--trust_remote_code", type=boolean, default=False, help="True: run Python code that comes with the model")
+
+
+def fail(message: str) -> None:
+    """Ends all ranks with exit code 1; one of them says why."""
+    raise SystemExit(message if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+class _Lines:
+    """A file for tqdm that is no terminal: each state of a bar becomes a line."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(things: Iterable[Any] | None, what: str, unit: str, shows: bool = True, **options: Any) -> Any:
+    """Shows how far a work has come: tqdm's bar in a terminal, elsewhere a line every half minute.
+
+    Args:
+        things: To go through; None if the caller says how far it is.
+        what: Is being done.
+        unit: Of the things.
+        shows: Whether there is a bar at all.
+        options: Of tqdm.
+    """
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(), "mininterval": 30, "maxinterval": 60, "delay": 30, "ncols": 100}
+    return tqdm(things, what, disable=not shows, unit=unit, **options)

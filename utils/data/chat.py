@@ -1,0 +1,292 @@
+"""Messages become token ids with labels through the tokenizer's chat template: one rendering for all stages.
+
+Shapes: L tokens in a sample.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.data.records import DataError, Message, UnusableRecord
+
+# For models that were published without a chat template (most base models). Every answer ends in the EOS token.
+PLAIN_TEMPLATE = (
+    "{{ bos_token if bos_token and add_bos_token else '' }}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{%- elif message['role'] == 'user' %}{{ '### User:\n' + message['content'] + '\n\n' }}"
+    "{%- else %}{{ '### Assistant:\n' + message['content'] + eos_token + '\n\n' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{%- endif %}"
+)
+
+Key = tuple[Any, ...]
+
+
+class Sample(NamedTuple):
+    """A token sequence with the tokens that are to be learnt."""
+
+    id: str  # The record's, or its place in the file.
+    input_ids: np.ndarray  # (L,) int32
+    supervised: np.ndarray  # (L,) bool; True where the token is part of an answer or its end.
+
+
+class Dialogue(NamedTuple):
+    """What a record asks to be learnt."""
+
+    id: str
+    messages: list[Message]
+    # Several answers to the messages, which then end with the user's turn; None to learn all answers in the messages.
+    answers: list[str] | None = None
+
+    def renderings(self) -> Iterator[tuple[list[Message], bool]]:
+        """The conversations whose tokens its samples are made of, and whether each is one that asks for an answer."""
+        if self.answers is not None:
+            yield self.messages, True
+            for answer in self.answers:
+                yield [*self.messages, {"role": "assistant", "content": answer}], False
+            return
+        for end, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                yield self.messages[:end], True
+                yield self.messages[: end + 1], False
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template: the one way from messages to token ids, in training and in use."""
+
+    tokenizer: Any
+    folds_system: bool  # The template knows no system role: its text goes before the first user's.
+    stop_id: int  # The token that ends an answer.
+    writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
+    special: re.Pattern[str] | None  # What a text of a batch must not hold; None if there are no batches.
+    # Token ids of conversations that were tokenized together, by what `_key` makes of them.
+    known: Mapping[Key, list[int]] = field(default_factory=dict, repr=False)
+
+    def _folded(self, messages: list[Message]) -> list[Message]:
+        if self.folds_system and messages[0]["role"] == "system":
+            system, user, *rest = messages
+            return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        return messages
+
+    def _ids(self, messages: list[Message], asks: bool) -> list[int]:
+        if self.known and (ids := self.known.get(_key(messages, asks))) is not None:
+            return ids
+        if self._is_plain(messages):
+            return _tokenized(self.tokenizer.backend_tokenizer, [self._text(messages, asks)])[0]
+        return _apply_template(self.tokenizer, self._folded(messages), add_generation_prompt=asks)["input_ids"]
+
+    def _is_plain(self, messages: list[Message]) -> bool:
+        """Whether a conversation's tokens are those of its text."""
+        return bool(self.special) and not any(self.special.search(message["content"]) for message in messages)
+
+    def _text(self, messages: list[Message], asks: bool) -> str:
+        return _apply_template(self.tokenizer, self._folded(messages), tokenize=False, add_generation_prompt=asks)
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Renders a conversation that ends with the user's turn, up to where the model's answer starts.
+
+        Control tokens that users typed are encoded as the plain text they are.
+        """
+        return self._ids([{**message, "content": message["content"].strip()} for message in messages], asks=True)
+
+    def prompt_text(self, messages: list[Message]) -> str:
+        """The same as text."""
+        return self._text(messages, asks=True)
+
+    def answer_ids(self, messages: list[Message], prompt: list[int]) -> list[int]:
+        """Renders a conversation that ends with an answer; returns the answer's tokens, the stop token the last.
+
+        Raises:
+            UnusableRecord: if the tokens are not those of the prompt and more (an answer whose beginning is a part of
+                the prompt's last token, or that the template rewrites).
+        """
+        ids = self._ids(messages, asks=False)
+        if ids[: len(prompt)] != prompt:
+            raise UnusableRecord("an answer that the chat template changes")
+        answer = ids[len(prompt) :]
+        if self.writes_stop:
+            # What follows the stop token (a line break in ChatML) belongs to the next turn.
+            return answer[: answer.index(self.stop_id) + 1]
+        return [*answer, self.stop_id]
+
+    def samples(self, dialogue: Dialogue, max_tokens: int) -> list[Sample]:
+        """Renders a dialogue for training: every answer is supervised, from its first token to the stop token.
+
+        A prompt that is too long is shortened in the middle of its longest text, older exchanges leave first. An answer
+        is never cut.
+
+        Returns:
+            One sample; more where the template rewrites earlier turns, so that each answer has a prompt of its own;
+            none where an answer alone does not fit. Of several answers to one prompt each has a sample, which begin
+            alike; none if the longest does not fit.
+        """
+        if dialogue.answers is not None:
+            return self._answers(dialogue, max_tokens)
+        messages, samples, ids, supervised = dialogue.messages, [], [], []
+        for end in range(len(messages)):
+            if messages[end]["role"] != "assistant":
+                continue
+            prompt = self._ids(messages[:end], asks=True)
+            answer = self.answer_ids(messages[: end + 1], prompt)
+            if len(prompt) + len(answer) > max_tokens:
+                prompt = self._fit(messages[:end], max_tokens - len(answer))
+                if prompt is None:
+                    continue
+            if ids and prompt[: len(ids)] != ids:
+                samples.append(_sample(dialogue.id, ids, supervised))
+                ids, supervised = [], []
+            supervised += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+            ids = [*prompt, *answer]
+        if ids:
+            samples.append(_sample(dialogue.id, ids, supervised))
+        return samples
+
+    def _answers(self, dialogue: Dialogue, max_tokens: int) -> list[Sample]:
+        """Renders several answers to one prompt; only they are supervised, not the answers of earlier turns."""
+        messages, prompt = dialogue.messages, self._ids(dialogue.messages, asks=True)
+        turns = [{"role": "assistant", "content": text} for text in dialogue.answers]
+        answers = [self.answer_ids([*messages, turn], prompt) for turn in turns]
+        longest = max(map(len, answers))
+        if len(prompt) + longest > max_tokens and (prompt := self._fit(messages, max_tokens - longest)) is None:
+            return []
+        supervised = [[False] * len(prompt) + [True] * len(ids) for ids in answers]
+        return [_sample(dialogue.id, [*prompt, *ids], flags) for ids, flags in zip(answers, supervised, strict=True)]
+
+    def _fit(self, messages: list[Message], room_tokens: int) -> list[int] | None:
+        """Renders a prompt in at most `room_tokens`, or returns None where even a bare one is longer."""
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        talk = messages[len(system) :]
+        while len(talk) > 1 and len(self._ids([*system, *talk], asks=True)) > room_tokens:
+            talk = talk[2:]
+        question = talk[0]["content"]
+        kept = len(question)
+        while len(ids := self.prompt_ids([*system, *talk])) > room_tokens:
+            if kept <= 8 or len(talk) > 1:
+                return None
+            # In proportion, which nears the goal from above, since the frame around the text takes room too.
+            # The title stands at the beginning and the comment to answer at the end.
+            kept = max(min(kept * max(room_tokens, 0) // len(ids), kept - 1), 8)
+            talk = [{"role": "user", "content": f"{question[: kept // 2]}…{question[len(question) - kept // 2 :]}"}]
+        return ids
+
+    def texts(self, dialogues: Sequence[Dialogue]) -> dict[Key, str]:
+        """Writes out, once each, the conversations whose tokens the samples of dialogues are made of.
+
+        What holds control tokens is left out: its tokens are not those of its text.
+        """
+        asked: dict[bool, dict[Key, list[Message]]] = {True: {}, False: {}}
+        for messages, asks in (rendering for dialogue in dialogues for rendering in dialogue.renderings()):
+            if self._is_plain(messages):
+                asked[asks].setdefault(_key(messages, asks), self._folded(messages))
+        texts: dict[Key, str] = {}
+        for asks, conversations in asked.items():
+            if conversations:
+                written = _apply_template(self.tokenizer, [*conversations.values()], False, add_generation_prompt=asks)
+                texts |= zip(conversations, written, strict=True)
+        return texts
+
+    def knowing(self, texts: Mapping[Key, str], backend: Any) -> "Chat":
+        """The same chat, which knows the tokens of some texts: all are tokenized together, by the library's threads.
+
+        Args:
+            texts: From `texts`.
+            backend: The tokenizer's, or a copy of it: two threads may not share one.
+        """
+        if not texts:
+            return self
+        return replace(self, known=dict(zip(texts, _tokenized(backend, [*texts.values()]), strict=True)))
+
+
+def _key(messages: list[Message], asks: bool) -> Key:
+    return (asks, *[part for message in messages for part in (message["role"], message["content"])])
+
+
+def _tokenized(backend: Any, texts: list[str]) -> list[list[int]]:
+    backend.encode_special_tokens = False
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _apply_template(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:
+    """Renders a conversation, or several."""
+    # `enable_thinking` is read by templates of reasoning models: a comment is written without an inner monologue.
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=tokenize,
+        sanitize_control_tokens=tokenize,
+        enable_thinking=False,
+        add_bos_token=tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id],
+        **options,
+    )
+
+
+def _sample(id: str, ids: list[int], supervised: list[bool]) -> Sample:
+    return Sample(id, np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool))
+
+
+def _special(tokenizer: Any, messages: list[Message], ids: list[int]) -> re.Pattern[str] | None:
+    """What makes the tokens of a conversation others than those of its text: control tokens that somebody typed.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: A conversation without them.
+        ids: Its tokens.
+
+    Returns:
+        A pattern of more texts than those; None for a tokenizer that does not tokenize texts as they are.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or _tokenized(backend, [_apply_template(tokenizer, messages, tokenize=False)]) != [ids]:
+        return None
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+    # Characters for private use are what transformers marks control tokens with.
+    return re.compile("|".join([*map(re.escape, added), "[\U000f0000-\U0010ffff]"]))
+
+
+def make_chat(tokenizer: Any) -> Chat:
+    """Tries a tokenizer's chat template out and finds how it treats system texts and ends answers.
+
+    Raises:
+        DataError: if the template does not show the model an answer as what follows its prompt.
+    """
+    from jinja2 import TemplateError
+
+    question = [{"role": "user", "content": "question"}]
+    system = {"role": "system", "content": "briefing"}
+    try:
+        folds_system = "briefing" not in _apply_template(tokenizer, [system, *question], tokenize=False)
+    except TemplateError:
+        folds_system = True
+    prompt = _apply_template(tokenizer, question, add_generation_prompt=True)["input_ids"]
+    messages = [*question, {"role": "assistant", "content": "answer"}]
+    whole = _apply_template(tokenizer, messages)["input_ids"]
+    if whole[: len(prompt)] != prompt or "answer" not in tokenizer.decode(whole[len(prompt) :]):
+        raise DataError(
+            "the chat template writes an answer after another text than the one it asks the model to go on from: "
+            f"{tokenizer.decode(prompt)!r} against {tokenizer.decode(whole)!r}. Name a file with a template that does: "
+            "--chat_template FILE"
+        )
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stop_id = next((id for id in whole[len(prompt) :] if id in control), None)
+    return Chat(
+        tokenizer,
+        folds_system,
+        stop_id=tokenizer.eos_token_id if stop_id is None else stop_id,
+        writes_stop=stop_id is not None,
+        special=_special(tokenizer, messages, whole),
+    )
+
+
+def show_sample(sample: Sample, tokenizer: Any) -> str:
+    """Writes a sample as the model gets it; what is learnt stands between >>> and <<<."""
+    text = ""
+    for learnt, tokens in groupby(zip(sample.supervised, sample.input_ids, strict=True), key=lambda pair: pair[0]):
+        part = tokenizer.decode([token for _, token in tokens])
+        text += f">>>{part}<<<" if learnt else part
+    return text

@@ -1,0 +1,59 @@
+"""Held-out conversations: read from a file, those of one video together, some of them spread over the videos."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
+from utils.files import shown
+
+
+def read_held_out(path: Path, count: int | None = None) -> list[list[list[Message]]]:
+    """Reads held-out conversations.
+
+    Args:
+        path: As prepare_data.py writes them, or in any other format of records.
+        count: How many to take, spread over the videos: the first comment of each, then the second ones, and so on.
+
+    Returns:
+        Those of a video together, videos in the file's order.
+
+    Raises:
+        SystemExit: if there are none.
+    """
+    videos: dict[str, list[list[Message]]] = {}
+    unusable = 0
+    try:
+        for record in read_records(path):
+            try:
+                messages = to_messages(record)
+            except UnusableRecord:
+                unusable += 1
+                continue
+            known = record.get("video_id") if isinstance(record, dict) else None
+            videos.setdefault(str(known or parts_of(messages)[0]), []).append(messages)
+    except DataError as error:
+        raise SystemExit(f"{shown(path)} holds no held-out data: {error}") from error
+    if unusable:
+        print(f"({unusable} records without questions and answers by turns were left out)", file=sys.stderr)
+    if not videos:
+        raise SystemExit(f"{shown(path)} is empty. Hold out more: python prepare_data.py --test_size 0.3")
+    groups = [*videos.values()]
+    if count is None:
+        return groups
+    if count < len(groups):
+        groups = [groups[number * len(groups) // count] for number in range(count)]
+    turns = sorted((turn, video) for video, group in enumerate(groups) for turn in range(len(group)))
+    taken = Counter(video for _, video in turns[:count])
+    return [group[: taken[video]] for video, group in enumerate(groups)]
+
+
+def parts_of(messages: list[Message]) -> tuple[str, str]:
+    """Takes a conversation's questions apart: what comments under one video have in common, and what is answered.
+
+    Returns:
+        All but the system prompt and the last answer; the line with the comment to answer, which may be missing.
+    """
+    text = "\n".join(message["content"] for message in messages[:-1] if message["role"] != "system")
+    shared, separator, parent = text.rpartition("\n父评论：")
+    return (shared, separator[1:] + parent) if separator else (parent, "")

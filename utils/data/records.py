@@ -1,0 +1,225 @@
+"""Records in any known format become messages, and messages become token ids with labels: one rendering for all stages.
+
+Shapes: L tokens in a sample.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from utils.files import shown
+
+SYSTEM_PROMPT = "你是一名B站用户，看完视频后在评论区用自然、口语化的语气发表评论或回复别人的评论。"
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+FORMATS = (
+    "one of {conversations: [{from, value}]}, {messages: [{role, content}]}, "
+    "{instruction, input, output} or [{human, assistant}]"
+)
+
+Message = dict[str, str]
+PART_CHARACTERS = 1 << 20  # So much of a file is read at once.
+LONGEST_ITEM = 1 << 26  # Characters of what can be meant as one item.
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # Of JSON.
+
+
+class DataError(ValueError):
+    """Data that a run cannot go on with; the message is written for the user."""
+
+
+class UnusableRecord(DataError):
+    """A record of a known format that has nothing to learn from; runs count it and go on."""
+
+
+def comment_prompt(title: str, desc: str = "", parent: str = "") -> str:
+    """Writes the user turn that asks for a comment.
+
+    The parts that all comments of one video have in common come first, so that their token prefixes are equal.
+
+    Args:
+        title: The video's title.
+        desc: Its description; no line is written for an empty one or for Bilibili's "-".
+        parent: The comment to answer; no line is written for a comment on the video itself.
+
+    Returns:
+        One line a part.
+    """
+    lines = [f"视频标题：{title.strip()}"]
+    if desc.strip() not in ("", "-"):
+        lines.append(f"视频简介：{desc.strip()}")
+    if parent.strip():
+        lines.append(f"父评论：{parent.strip()}")
+    return "\n".join(lines)
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Reads the records of a .json, .jsonl, .csv or .parquet file in order.
+
+    Raises:
+        DataError: if the file's ending is unknown or its content is not what the ending says.
+    """
+    try:
+        if path.suffix == ".json":
+            with path.open(encoding="utf-8-sig") as file:
+                yield from _read_array(file, path)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8-sig") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())
+        elif path.suffix == ".csv":
+            # Not through pandas: cells stay the texts they are, 666 is an answer, and so is NA.
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file)
+                if not rows.fieldnames:
+                    raise DataError(f"{shown(path)}: expected the columns' names in the first row, got nothing.")
+                for row in rows:
+                    if None in row or None in row.values():
+                        raise DataError(f"{shown(path)}: a row with another number of cells than the first: {row}")
+                    yield row
+        elif path.suffix == ".parquet":
+            from datasets import load_dataset
+
+            yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            raise DataError(f"{shown(path)}: expected a .json, .jsonl, .csv or .parquet file.")
+    except (ValueError, csv.Error, OSError) as error:  # json's, a wrong encoding, and what datasets and pyarrow raise.
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
+
+
+def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
+    """Reads a JSON array an item at a time, so that a file of any size takes no more memory than its longest item.
+
+    Raises:
+        ValueError: if it is no JSON array.
+    """
+    decoder, text, place, lines = json.JSONDecoder(), "", 0, 0
+
+    def read_more() -> bool:
+        nonlocal text, place, lines
+        part = file.read(max(PART_CHARACTERS, len(text) - place))  # More each time, for items that are long.
+        lines += text.count("\n", 0, place)
+        text, place = text[place:] + part, 0
+        return bool(part)
+
+    def next_character() -> str:
+        """Goes to the next character that is no white space; it is "" at the end."""
+        nonlocal place
+        while (place := WHITE_SPACE.match(text, place).end()) == len(text):
+            if not read_more():
+                return ""
+        return text[place]
+
+    def next_item() -> Any:
+        nonlocal place
+        while True:
+            try:
+                item, end = decoder.raw_decode(text, place)
+                length = end - place
+                # A number may go on in the next part.
+                if text[end : end + 3].strip(".eE+-") or not read_more():
+                    place += length
+                    return item
+            except json.JSONDecodeError as error:
+                if len(text) - place > LONGEST_ITEM or not read_more():
+                    raise ValueError(f"{error.msg}: line {lines + error.lineno}") from error
+
+    if next_character() != "[":
+        got = type(json.loads(text + file.read())).__name__
+        raise DataError(f"{shown(path)}: got one JSON {got}, expected an array of records.")
+    place += 1
+    character = next_character()
+    while character != "]":
+        yield next_item()
+        if (character := next_character()) == ",":
+            place += 1
+            next_character()
+        elif character != "]":
+            raise ValueError(f"Expecting ',' or ']': line {lines + text.count(chr(10), 0, place) + 1}")
+    place += 1
+    if next_character():
+        raise ValueError(f"Extra data: line {lines + text.count(chr(10), 0, place) + 1}")
+
+
+def find_splits(data_dir: Path) -> list[Path | None]:
+    """Finds the files of the training and of the held-out records in a folder."""
+    return [find_split(data_dir, split) for split in ("train", "test")]
+
+
+def find_split(data_dir: Path, split: str) -> Path | None:
+    """Finds data_<split> or <split> with any readable ending in a folder."""
+    stems, endings = (f"data_{split}", split), (".json", ".jsonl", ".csv", ".parquet")
+    paths = [data_dir / f"{stem}{ending}" for stem in stems for ending in endings]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def to_messages(record: Any) -> list[Message]:
+    """Turns a record of any known format into messages.
+
+    Known are the original's and ShareGPT's `conversations`, OpenAI's `messages`, Alpaca's `instruction`, `input`,
+    `output` (with `system` and `history`) and lists of `human`, `assistant` pairs.
+
+    Returns:
+        [{"role": ..., "content": stripped text}]: perhaps a system message, then user and assistant by turns.
+
+    Raises:
+        DataError: if the format is unknown.
+        UnusableRecord: if a turn is empty or no text, a role is unknown or the turns do not alternate.
+    """
+    if isinstance(record, list) and all(
+        isinstance(turn, dict) and {"human", "assistant"} <= {*turn} for turn in record
+    ):
+        turns = [(role, turn[role]) for turn in record for role in ("human", "assistant")]
+    elif not isinstance(record, dict):
+        raise DataError(f"got a {type(record).__name__}, expected {FORMATS}.")
+    elif record.get("conversations") is not None:
+        turns = _named_turns(record["conversations"], "from", "value")
+    elif record.get("messages") is not None:
+        turns = _named_turns(record["messages"], "role", "content")
+    elif "instruction" in record and "output" in record:
+        parts = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
+        turns = [*_past_turns(record.get("history") or []), ("user", question), ("gpt", record["output"])]
+    else:
+        raise DataError(f"got the fields {sorted(record)}, expected {FORMATS}.")
+    if isinstance(record, dict) and record.get("system"):
+        turns = [("system", record["system"]), *turns]
+    return _checked(turns)
+
+
+def _named_turns(turns: Any, role: str, content: str) -> list[tuple[str, Any]]:
+    try:
+        return [(turn[role], turn[content]) for turn in turns]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"a turn without {role!r} and {content!r}, expected {FORMATS}.") from error
+
+
+def _past_turns(history: Any) -> list[tuple[str, Any]]:
+    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
+        raise DataError(f"a history that is not a list of [question, answer] pairs, expected {FORMATS}.")
+    return [turn for pair in history for turn in zip(("user", "gpt"), pair, strict=False)]
+
+
+def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
+    messages = []
+    for role, content in turns:
+        if role not in [*ROLES]:  # A list, since what stands for the role may not be hashable.
+            raise UnusableRecord(f"a turn of {role!r}, known are {', '.join(ROLES)}")
+        if content is not None and not isinstance(content, str):
+            raise UnusableRecord(f"a {ROLES[role]} turn that is not a text")
+        if not content or not content.strip():
+            raise UnusableRecord(f"an empty {ROLES[role]} turn")
+        # Half of a surrogate pair, which JSON can carry, is no character: tokenizers refuse it.
+        whole = content.strip().encode("utf-8", "replace").decode()
+        messages.append({"role": ROLES[role], "content": whole})
+    roles = [message["role"] for message in messages]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
+        raise UnusableRecord("turns that are not user and assistant by turns")
+    return messages
+
+

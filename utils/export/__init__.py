@@ -1,0 +1,1 @@
+"""A finished model leaves: model folders, GGUF files, publishing to the hubs."""

@@ -1,0 +1,1 @@
+"""What every training run does around its method: arguments, engine, packs, checkpoints, metrics."""

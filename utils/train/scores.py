@@ -1,0 +1,88 @@
+"""How much texts that models wrote are like those of people: scores of test mode, as a table and a picture."""
+
+from pathlib import Path
+from statistics import mean, median
+
+from utils.files import replacing
+
+
+def distinct_2(texts: list[str]) -> float:
+    """Part of all pairs of neighbouring characters that are different ones (distinct-2, arXiv 1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text, text[1:], strict=False)]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def compare_texts(rows: list[dict[str, str]], names: list[str], real: str) -> dict[str, dict[str, float]]:
+    """Measures texts of several writers on the same prompts.
+
+    Args:
+        rows: A text of each writer.
+        names: The models.
+        real: The writer whom they shall be like.
+
+    Returns:
+        For each, the last one `real`: "chrF" (Popovic 2015) and "ROUGE-L" (F of characters, Lin 2004) against the real
+        texts, 0 to 1; "distinct-2"; the mean and the median "characters" of a text.
+    """
+    from rapidfuzz.distance import Indel
+    from sacrebleu import corpus_chrf
+
+    references = [row[real] for row in rows]
+    table = {}
+    for name in [*names, real]:
+        texts = [row[name] for row in rows]
+        table[name] = {
+            "chrF": corpus_chrf(texts, [references]).score / 100,
+            # 2 LCS / (m + n), of texts with m and n characters whose longest common subsequence has LCS.
+            "ROUGE-L": mean(Indel.normalized_similarity(*pair) for pair in zip(texts, references, strict=True)),
+            "distinct-2": distinct_2(texts),
+            "mean characters": mean(map(len, texts)),
+            "median": median(map(len, texts)),
+        }
+    return table
+
+
+def write_comparison(
+    rows: list[dict[str, str]], names: list[str], real: str, beside: Path
+) -> dict[str, dict[str, float]]:
+    """Does what `compare_texts` does, and leaves the table and a picture beside a file (.md, .png)."""
+    table = compare_texts(rows, names, real)
+    with replacing(beside.with_suffix(".md")) as temporary:
+        temporary.write_text(as_markdown(table), encoding="utf-8")
+    plot_comparison(rows, table, beside.with_suffix(".png"))
+    return table
+
+
+def as_markdown(table: dict[str, dict[str, float]]) -> str:
+    """Writes a comparison as a table."""
+    *_, real = table
+    lines = ["| | chrF | ROUGE-L | distinct-2 | characters, mean | median |", "|---|---|---|---|---|---|"]
+    for name, row in table.items():
+        against = [f"{row[score]:.3f}" if name != real else "" for score in ("chrF", "ROUGE-L")]
+        numbers = [*against, f"{row['distinct-2']:.3f}", f"{row['mean characters']:.1f}", f"{row['median']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_comparison(rows: list[dict[str, str]], table: dict[str, dict[str, float]], path: Path) -> None:
+    """Draws the scores, and how long the texts are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    *_, real = table
+    scores = ("chrF", "ROUGE-L", "distinct-2")
+    width = 0.8 / len(table)
+    for number, (name, row) in enumerate(table.items()):
+        color = "0.6" if name == real else f"C{number}"
+        heights = [row[score] if name != real or score == "distinct-2" else 0 for score in scores]
+        left.bar([place + width * number for place in range(len(scores))], heights, width, color=color, label=name)
+        lengths = sorted(len(row[name]) for row in rows)
+        right.step(lengths, [(place + 1) / len(lengths) for place in range(len(lengths))], where="post", color=color)
+    left.set_xticks([place + width * (len(table) - 1) / 2 for place in range(len(scores))], scores)
+    left.set(title=f"chrF and ROUGE-L against {real}", ylim=(0, 1))
+    left.legend()
+    right.set(xlabel="characters of a text", ylabel="part of the texts that are not longer", title="length")
+    right.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

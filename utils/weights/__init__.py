@@ -1,0 +1,1 @@
+"""Models and their weights: loaded, read tensor by tensor, adapted, merged, and compared with what was trained."""

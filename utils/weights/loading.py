@@ -1,0 +1,147 @@
+"""Models as they are trained: base weights in 32, 16 or 4 bits, LoRA, and what their attention can see."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# NF4 with double quantisation: 4 bits a weight and 0.127 bits a weight of scales (QLoRA, arXiv 2305.14314, section 3).
+NF4_BYTES = 4.127 / 8
+
+# On CPUs with AVX512-BF16 bitsandbytes asks at its import for a package of kernels that `load_model` has no use for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def load_model(
+    path: Path, dtype: torch.dtype, quant_bits: int | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """Loads a causal language model for training or merging.
+
+    Args:
+        path: The model's folder.
+        dtype: Of the weights; with `quant_bits`, of the arithmetic and of what is not quantised.
+        quant_bits: 4 for NF4 with double quantisation (arXiv 2305.14314), None for none.
+        device: Where quantised weights go; other weights stay on the CPU (or are sharded as they are read, if a
+            `HfDeepSpeedConfig` of ZeRO stage 3 is alive) until DeepSpeed moves them.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if quant_bits == 4:
+        options["quantization_config"] = nf4_config(dtype)
+        options["device_map"] = {"": device}
+    # Attention is SDPA where the model's code has it: transformers' own choice.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    keep_packing(model)
+    return model
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """4-bit NormalFloat weights with double quantisation (arXiv 2305.14314); arithmetic in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in place at the first evaluation, as it does on some CPUs.
+
+    ZeRO stage 3 brings the old ones back, which are then read wrongly; and other kernels give other numbers than
+    training saw.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:
+    """Freezes a model and puts trainable low-rank matrices beside its linear layers (LoRA, arXiv 2106.09685).
+
+    Args:
+        model: The base model.
+        r: Rank.
+        alpha: The update is scaled by alpha / r.
+        dropout: On the input of the low-rank matrices.
+        target: "all-linear" (all but the output head) or names of layers separated by commas.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target if target == "all-linear" else [name.strip() for name in target.split(",")]
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def scale_early(model: torch.nn.Module) -> None:
+    """Lets LoRA layers scale what comes out of A, of r numbers a token, not what comes out of B, as wide as the layer.
+
+    The same function and gradients, with fewer passes over memory both ways. Variants as DoRA, and B with a bias,
+    are left alone. The adapter can no longer be merged in this model; that is done in one that is loaded anew.
+    """
+    from peft.tuners.lora.layer import LoraLayer, LoraVariant
+
+    class ScaledEarly(LoraVariant):
+        @staticmethod
+        def forward(
+            module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **options: Any
+        ) -> torch.Tensor:
+            low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+            return result + module.lora_B[active_adapter](low * module.scaling[active_adapter])
+
+        @staticmethod
+        def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+            raise NotImplementedError("Merge the adapter in a model that is loaded anew.")  # PEFT's would do nothing.
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            plain = [name for name in module.lora_A if name not in module.lora_variant and not module.lora_bias[name]]
+            module.lora_variant |= dict.fromkeys(plain, ScaledEarly())
+
+
+def choose_device(asked: str) -> str:
+    """Where to compute: what was asked for, or with "auto" a card if there is one.
+
+    Raises:
+        SystemExit: if there is no card.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no card that PyTorch can use. Use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """What each kind of attention layer of a model can see.
+
+    A ready 4-D mask replaces the model's own, so a sliding window has to be in it.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        Kind of layer -> window in tokens, or None where a layer sees all. Models with one kind take one mask, models
+        with several take a dict of masks by kind.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Counts (trainable, all) weights; sharded and 4-bit ones as what they stand for."""
+
+    def size(parameter: torch.nn.Parameter) -> int:
+        if state := getattr(parameter, "quant_state", None):
+            return state.shape.numel()
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
