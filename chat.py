@@ -27,7 +27,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from utils.cli import boolean, underscored
+from utils.cli import ArgumentParser, boolean, underscored
 from utils.data.held_out import parts_of, read_held_out
 from utils.data.records import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
 from utils.files import from_root, replacing, shown
@@ -57,7 +57,7 @@ def note(text: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Talk to a model in the terminal.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument

@@ -32,7 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.cli import LARGE_PAGES, add_write_arguments, boolean
+from utils.cli import LARGE_PAGES, ArgumentParser, add_write_arguments, boolean
 from utils.files import (
     check_target,
     explained,
@@ -48,7 +48,7 @@ from utils.files import (
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Convert a training checkpoint to a plain model folder, and prove that it is the trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

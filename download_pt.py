@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from utils.cli import progress_bar
+from utils.cli import ArgumentParser, progress_bar
 from utils.files import from_root, replacing, sha256, shown
 
 HUB = "https://huggingface.co"
@@ -572,7 +572,7 @@ def convert_gguf(gguf: Path, folder: Path, digits_apart: bool) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="ORG/NAME", help="model, as the hub names it")
     what.add_argument("--dataset", metavar="ORG/NAME", help="data set, as the hub names it")

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import LARGE_PAGES, add_write_arguments
+from utils.cli import LARGE_PAGES, ArgumentParser, add_write_arguments
 from utils.files import check_manifest, check_target, explained, from_root, only_writer, replacing, shown
 
 # What an adapter of another tool is tried with.
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--base_model", required=True, help="folder of the base model, such as model/<model_name>")

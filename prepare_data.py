@@ -27,8 +27,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING, Any
 
-from utils.cli import boolean
-from utils.data.records import SYSTEM_PROMPT
+from utils.cli import ArgumentParser, boolean
+from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
 from utils.files import from_root, replacing_all, shown
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ BEGINNINGS = {
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
-# What Python's str.strip() takes away, so that SQL trims like utils.data.records.comment_prompt.
-WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 SOMEONE = "@某人"
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
 REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
@@ -475,9 +473,10 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
     title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
     description = anonymized("coalesce(description, '')", anonymize)
-    # These two lines are utils.data.records.comment_prompt in SQL, in which a million prompts take a second.
+    # This is utils.data.records.comment_prompt in SQL, in which a million prompts take a second.
+    tells_nothing = f"{description} IN ('', '-') OR regexp_full_match({description}, {sql_text(MENTIONS)})"
     head = f"""'视频标题：' || {title} ||
-        CASE WHEN {description} IN ('', '-') THEN '' ELSE '\n视频简介：' || {description} END"""
+        CASE WHEN {tells_nothing} THEN '' ELSE '\n视频简介：' || {description} END"""
     parent = "'\n父评论：' || p.text"
     said = f"replace(text, {sql_text(SOMEONE)}, '')" if anonymize else "text"
     con.execute(f"""
@@ -662,8 +661,8 @@ def describe_drops(report: Record) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_share(text: str, total: int | None) -> float:
-    """Turns --test_size into the share of the videos that is held out.
+def test_share(text: str, total: int | None) -> float | None:
+    """Turns --test_size into the share of the videos that is held out; None for a number without --total.
 
     The share may depend on what was typed but never on how much data there is: a share that follows the data would move
     the border, and with it videos from one side to the other.
@@ -676,12 +675,9 @@ def test_share(text: str, total: int | None) -> float:
         return size
     if not size.is_integer() or size < 1:
         raise SystemExit(f"--test_size: got {text!r}, expected a share such as 0.1 or a whole number of comments.")
-    if total is None or size >= total:
-        raise SystemExit(
-            f"--test_size {text}: a number of comments is counted as a share of --total, which must be larger. "
-            "Give --total too, or a share such as --test_size 0.1."
-        )
-    return size / total
+    if total is not None and size >= total:
+        raise SystemExit(f"--test_size {text}: expected less than --total, which is {total}, or a share such as 0.1.")
+    return None if total is None else size / total
 
 
 def nothing_usable(data_dir: Path, files: list[Record]) -> str:
@@ -698,7 +694,7 @@ def nothing_usable(data_dir: Path, files: list[Record]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -716,7 +712,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(
-    con: "DuckDBPyConnection", args: argparse.Namespace, share: float, work: Path, paths: list[Path],
+    con: "DuckDBPyConnection", args: argparse.Namespace, share: float | None, work: Path, paths: list[Path],
 ) -> Record:
     """Reads, joins, says what became of the comments, and writes the kept ones to `paths`.
 
@@ -728,7 +724,7 @@ def prepare(
     """
     data_dir = from_root(args.data_dir)
     files = load_files(con, data_dir, work, print)
-    counts = join_tables(con, args.anonymize, args.total, share, args.seed)
+    counts = join_tables(con, args.anonymize, args.total, share or 0.0, args.seed)
     torn = sum(line["torn"] for line in files if line["kind"] == "comments")
     counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
     report = {
@@ -740,6 +736,14 @@ def prepare(
     if not report["lengths"]["comment"]:
         raise SystemExit(nothing_usable(data_dir, files))
     print(describe_kept(report))
+    if share is None:
+        kept, part = report["splits"]["train"]["comments"], 0.1
+        if float(args.test_size) < kept:
+            part = float(args.test_size) / kept
+        raise SystemExit(
+            f"--test_size {args.test_size}: a number of comments is counted as a share of --total, and {kept:,} are "
+            f"kept here. Give --total too, such as --total {kept}, or a share such as --test_size {part:.2g}."
+        )
     if not report["splits"]["train"]["comments"]:
         raise SystemExit("All comments fell into the test set. Take another --seed or a smaller --test_size.")
     write_splits(con, paths)

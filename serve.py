@@ -27,13 +27,13 @@ from socket import socket
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
-from utils.cli import underscored
+from utils.cli import ArgumentParser, underscored
 from utils.files import explained, from_root, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; those that vLLM knows have its names."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Serve a model over HTTP. Further arguments are passed on to vLLM, if that is the engine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -70,12 +70,14 @@ class Plan(NamedTuple):
     Attributes:
         path: The model's folder.
         name: What clients call it.
+        given: What --model was given, if clients may call it so as well; else "".
         adapters: Name -> folder.
         limits: What the server takes.
     """
 
     path: Path
     name: str
+    given: str
     adapters: dict[str, Path]
     limits: Any
 
@@ -121,7 +123,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         adapters[adapter] = from_root(folder)
         if not any((adapters[adapter] / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise SystemExit(f"--adapter: no adapter_config.json in {shown(adapters[adapter])}.")
-    return Plan(path, name, adapters, make_limits(args))
+    given = "" if args.served_model_name or args.model == name else args.model
+    return Plan(path, name, given, adapters, make_limits(args))
 
 
 def make_limits(args: argparse.Namespace) -> Any:
@@ -167,7 +170,7 @@ def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
 
     logging.disable_progress_bar()
     with explained(f"{shown(plan.path)} cannot be served"):
-        served = [Served(plan.name, tuning_of(plan.path).system_prompt)]
+        served = [Served(plan.name, tuning_of(plan.path).system_prompt, plan.given)]
         served += [Served(name, tuning_of(folder).system_prompt) for name, folder in plan.adapters.items()]
         model, chat = load_finished(plan.path, args.trust_remote_code, plan.adapters, args.bits)
         room = make_room(model, chat, len(served), args)

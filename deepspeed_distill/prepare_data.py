@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from utils.cli import progress_bar
+from utils.cli import ArgumentParser, progress_bar
 from utils.data.answers import ANSWER_FIELDS, answers_path
 from utils.data.records import DataError, Message, UnusableRecord, find_split, read_records, to_messages
 from utils.files import from_root, only_writer, read_lines, shown
@@ -134,7 +134,7 @@ class Hopeless(Exception):
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument

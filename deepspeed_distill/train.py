@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import boolean, fail
+from utils.cli import ArgumentParser, boolean, fail
 from utils.data.answers import answers_path, join_answers
 from utils.data.records import DataError, find_splits
 from utils.data.samples import Samples, load_splits
@@ -134,7 +134,7 @@ def distill_loss(
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; those that all training scripts share come from utils/train/arguments.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Let a small language model learn from a larger one (LoRA, QLoRA, full) with DeepSpeed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

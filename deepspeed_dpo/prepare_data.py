@@ -30,14 +30,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prepare_data import find_files, kind_of, tables_or_problem
-from utils.cli import boolean
+from utils.cli import ArgumentParser, boolean
 from utils.data.records import DataError, Message, find_split, read_records, to_messages
 from utils.files import from_root, replacing_all, shown, write_problem
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument

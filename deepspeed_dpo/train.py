@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import boolean, fail
+from utils.cli import ArgumentParser, boolean, fail
 from utils.data.pairs import pair
 from utils.data.records import find_split
 from utils.data.samples import load_splits
@@ -169,7 +169,7 @@ def means(sums: Counter[str], pairs: int) -> dict[str, float]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; those that all training scripts share come from utils/train/arguments.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Teach a language model which of two answers is preferred (LoRA, QLoRA, full) with DeepSpeed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

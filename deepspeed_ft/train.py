@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import boolean
+from utils.cli import ArgumentParser, boolean
 from utils.data.records import find_splits
 from utils.data.samples import load_splits
 from utils.files import explained, from_root, shown, write_lines
@@ -55,7 +55,7 @@ def sft_loss(logits: Any, target_ids: Any, target_weight: Any) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; those that all training scripts share come from utils/train/arguments.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Fine-tune a language model on conversations (LoRA, QLoRA, full) with DeepSpeed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.cli import ArgumentParser
 from utils.data.held_out import read_held_out
 from utils.data.records import Message, find_split
 from utils.files import from_root, shown
@@ -19,7 +20,7 @@ from utils.files import from_root, shown
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Answer held-out comments with two models, side by side.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -277,6 +277,7 @@ def test_top_comment_spellings(tmp_path: Path, top: Any) -> None:
 TEXTS = [
     "普通", "", "-", " - ", "  两边  ", "\u3000全角\u3000\n", "a\"b\\c/d", "行\n\n行\t制表", "\u2028分行\u2029",
     "😀\x01\x7f", "</s>{}[]", "\u200b零宽", "\xa0", "'单引号' || \"", "%s {0} $1 \\1", "\x1f边\x85",
+    "@某人", " @甲\u3000@乙 ", "＠甲 看这里", "看这里 @甲", "@", "@甲@乙",
 ]  # fmt: skip
 
 
@@ -724,7 +725,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--test_size", "viele"], "--test_size: got 'viele'"),
     (["--test_size", "nan"], "--test_size: got 'nan'"),
     (["--test_size", "20"], "Give --total too"),
-    (["--test_size", "20", "--total", "20"], "--total, which must be larger"),
+    (["--test_size", "20", "--total", "20"], "expected less than --total, which is 20"),
     (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
     (["--data_dir", "examples/README.md"], "examples/README.md is a file, expected a folder"),
     (["--data_dir", "examples/README.md"], "python prepare_data.py --data_dir examples"),

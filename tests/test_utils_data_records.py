@@ -4,10 +4,13 @@ python -m pytest tests/test_utils_data_records.py
 """
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from utils.data.records import DataError, UnusableRecord, comment_prompt, find_split, read_records, to_messages
 
@@ -221,3 +224,44 @@ def test_comment_prompt() -> None:
     assert comment_prompt("标题", "简介", "评论") == "视频标题：标题\n视频简介：简介\n父评论：评论"
     assert comment_prompt(" 标题\n", "-") == "视频标题：标题"
     assert comment_prompt("标题", parent=" ") == "视频标题：标题"
+    for desc in ("@某人", "@甲 ＠乙\n@丙", "@甲@乙"):
+        assert comment_prompt("标题", desc) == "视频标题：标题", "mentions tell nothing"
+    for desc in ("@某人 看这里", "看 @某人", "@", "a@b.c"):
+        assert comment_prompt("标题", desc) == f"视频标题：标题\n视频简介：{desc}"
+
+
+PIECES = ["1", "-3", "12.5e3", "true", "null", '"a]b,["', "[]", "[[1], 2]", "{}", '{"a": [1, {"b": "x,]"}]}']
+SPACES = st.sampled_from(["", " ", "\n"])
+
+
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=6), size=st.integers(1, 9), space=SPACES)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_an_array_is_read_in_parts(pieces: list[str], size: int, space: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Wherever the parts of a file end, even in the midst of a number."""
+    text = f"{space}[{space}{f'{space},{space}'.join(pieces)}{space}]{space}"
+    (tmp_path / "data.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("utils.data.records.PART_CHARACTERS", size)
+    assert list(read_records(tmp_path / "data.json")) == json.loads(text)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "Expecting value"), ("[1", "line 1"), ("[1,]", "line 1"), ("[1 2]", "line 1"), ("[1]x", "Extra data: line 1"),
+     ('[\n{"a": 1},\n{"a": }]', "line 3"), ("[1\n\n2]", "line 3"), ("{}", "one JSON dict"), ("3", "one JSON int")],
+)  # fmt: skip
+def test_what_is_no_array(text: str, says: str, size: int, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "data.json").write_text(text)
+    monkeypatch.setattr("utils.data.records.PART_CHARACTERS", size)
+    with pytest.raises(DataError, match=says):
+        list(read_records(tmp_path / "data.json"))
+
+
+def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    """32 MB of records, read with a few."""
+    with (tmp_path / "data.json").open("w") as file:
+        file.write("[" + ",\n".join([json.dumps({"messages": "x" * 1000})] * 32_000) + "]")
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(tmp_path / "data.json")) == 32_000
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()

@@ -1,13 +1,80 @@
 """What every argparse script needs: booleans, dashes for underscores, sizes, progress bars, and how a script fails."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 GIB = 1024**3
+# What transformers' trainer, TRL and LLaMA-Factory call an argument -> what it is called here, the first that there is.
+CALLED_ELSEWHERE = {
+    "adapter_name_or_path": "adapter",
+    "base_model_name_or_path": "base_model org_model",
+    "bf16": "precision",
+    "cutoff_len": "max_tokens",
+    "dataset": "data_dir data_path",
+    "dataset_dir": "data_dir data_path",
+    "dataset_name": "data_dir data_path",
+    "deepspeed": "deepspeed_config",
+    "do_eval": "test_mode",
+    "do_predict": "test_mode",
+    "do_train": "train_mode",
+    "dpo_beta": "beta",
+    "finetuning_type": "tuner",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "grad_accum",
+    "learning_rate": "lr",
+    "load_in_4bit": "quant_bits bits",
+    "lora_rank": "lora_r",
+    "lora_target_modules": "lora_target",
+    "loss_type": "loss",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_eval_samples": "eval_samples",
+    "max_length": "max_tokens max_model_len",
+    "max_samples": "total max_steps",
+    "max_seq_length": "max_tokens",
+    "model_name_or_path": "model_name model student_model_name base_model",
+    "num_train_epochs": "epochs",
+    "overwrite_output_dir": "overwrite",
+    "packing": "pack_tokens",
+    "per_device_train_batch_size": "batch_size",
+    "pref_beta": "beta",
+    "pref_loss": "loss",
+    "quantization_bit": "quant_bits bits",
+    "report_to": "track",
+    "resume_from_checkpoint": "resume",
+    "target_modules": "lora_target",
+    "template": "chat_template",
+}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, which tells what to give instead of what is wrong in a line or two, without the whole usage."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parses arguments, all of which are to be known."""
+        args = sys.argv[1:] if args is None else args
+        options = [text.partition("=")[0] for text in args if text.startswith("--")]
+        # First, since argparse would tell of what is missing because it is called otherwise.
+        wrong = [name for name in options if not any(known.startswith(name) for known in self._option_string_actions)]
+        found, unknown = (None, wrong) if wrong else self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]}: there is no such argument.{self._meant(unknown[0])}")
+        return found
+
+    def _meant(self, unknown: str) -> str:
+        names = {option.removeprefix("--"): option for option in self._option_string_actions if option[:2] == "--"}
+        name = unknown.partition("=")[0].lstrip("-").replace("-", "_")
+        near = [*CALLED_ELSEWHERE.get(name, "").split(), *difflib.get_close_matches(name, names)]
+        known = next((names[other] for other in near if other in names), None)
+        return f" Did you mean {known}?" if unknown[:1] == "-" and known else ""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong, and where all arguments are told."""
+        self.exit(2, f"{message}\nAll arguments: python {sys.argv[0]} --help\n")
 
 
 def boolean(text: str) -> bool:

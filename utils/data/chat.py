@@ -4,7 +4,7 @@ Shapes: L tokens in a sample.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -65,7 +65,8 @@ class Chat:
     folds_system: bool  # The template knows no system role: its text goes before the first user's.
     stop_id: int  # The token that ends an answer.
     writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
-    special: re.Pattern[str] | None  # What a text of a batch must not hold; None if there are no batches.
+    # What a text of a batch must not hold; None for a tokenizer that takes no batches.
+    special: re.Pattern[str] | None = None
     # Token ids of conversations that were tokenized together, by what `_key` makes of them.
     known: Mapping[Key, list[int]] = field(default_factory=dict, repr=False)
 
@@ -78,13 +79,13 @@ class Chat:
     def _ids(self, messages: list[Message], asks: bool) -> list[int]:
         if self.known and (ids := self.known.get(_key(messages, asks))) is not None:
             return ids
-        if self._is_plain(messages):
+        if self._is_plain(message["content"] for message in messages):
             return _tokenized(self.tokenizer.backend_tokenizer, [self._text(messages, asks)])[0]
         return _apply_template(self.tokenizer, self._folded(messages), add_generation_prompt=asks)["input_ids"]
 
-    def _is_plain(self, messages: list[Message]) -> bool:
-        """Whether a conversation's tokens are those of its text."""
-        return bool(self.special) and not any(self.special.search(message["content"]) for message in messages)
+    def _is_plain(self, texts: Iterable[str]) -> bool:
+        """Whether the tokens of conversations of these texts are those of what the template writes."""
+        return self.special is not None and not self.special.search("\0".join(texts))
 
     def _text(self, messages: list[Message], asks: bool) -> str:
         return _apply_template(self.tokenizer, self._folded(messages), tokenize=False, add_generation_prompt=asks)
@@ -182,13 +183,15 @@ class Chat:
         What holds control tokens is left out: its tokens are not those of its text.
         """
         asked: dict[bool, dict[Key, list[Message]]] = {True: {}, False: {}}
-        for messages, asks in (rendering for dialogue in dialogues for rendering in dialogue.renderings()):
-            if self._is_plain(messages):
-                asked[asks].setdefault(_key(messages, asks), self._folded(messages))
+        for dialogue in dialogues:
+            if self._is_plain([*(message["content"] for message in dialogue.messages), *(dialogue.answers or [])]):
+                for messages, asks in dialogue.renderings():
+                    asked[asks].setdefault(_key(messages, asks), messages)
         texts: dict[Key, str] = {}
         for asks, conversations in asked.items():
             if conversations:
-                written = _apply_template(self.tokenizer, [*conversations.values()], False, add_generation_prompt=asks)
+                folded = [self._folded(messages) for messages in conversations.values()]
+                written = _apply_template(self.tokenizer, folded, tokenize=False, add_generation_prompt=asks)
                 texts |= zip(conversations, written, strict=True)
         return texts
 

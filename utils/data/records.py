@@ -22,6 +22,10 @@ FORMATS = (
 )
 
 Message = dict[str, str]
+# What Python's str.strip() takes away.
+WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+# A description that tells nothing: it names other users, and that is all. A pattern for Python's and DuckDB's engine.
+MENTIONS = f"(?:[@＠][^@＠{WHITESPACE}]+[{WHITESPACE}]*)+"
 PART_CHARACTERS = 1 << 20  # So much of a file is read at once.
 LONGEST_ITEM = 1 << 26  # Characters of what can be meant as one item.
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # Of JSON.
@@ -42,14 +46,14 @@ def comment_prompt(title: str, desc: str = "", parent: str = "") -> str:
 
     Args:
         title: The video's title.
-        desc: Its description; no line is written for an empty one or for Bilibili's "-".
+        desc: Its description; no line is written for an empty one, for Bilibili's "-" and for mentions alone.
         parent: The comment to answer; no line is written for a comment on the video itself.
 
     Returns:
         One line a part.
     """
     lines = [f"视频标题：{title.strip()}"]
-    if desc.strip() not in ("", "-"):
+    if desc.strip() not in ("", "-") and not re.fullmatch(MENTIONS, desc.strip()):
         lines.append(f"视频简介：{desc.strip()}")
     if parent.strip():
         lines.append(f"父评论：{parent.strip()}")

@@ -5,6 +5,7 @@ Shapes: N samples, K tokens in all of them.
 
 import argparse
 import copy
+import gc
 import hashlib
 import inspect
 import json
@@ -195,6 +196,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str, parse: Parse) -> None:
     folder.mkdir()
+    gc.freeze()  # Millions of objects of the libraries need not be gone through again and again.
     ids: list[str] = []
     lengths, groups, targets = array("q"), array("q"), array("q")
     counts: Counter[str] = Counter()
@@ -219,6 +221,7 @@ def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progre
                 prompt = sample.input_ids[: sample.supervised.argmax()].tobytes()
                 groups.append(zlib.crc32(prompt if video is None else str(video).encode()))
                 targets.append(int(sample.supervised[1:].sum()))  # Nothing predicts the first token.
+    gc.unfreeze()
     if not ids:
         raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
     arrays = {"lengths": lengths, "group": groups, "targets": targets}

@@ -28,10 +28,12 @@ class Served(NamedTuple):
     Attributes:
         name: Of the model, or of an adapter.
         system_prompt: It was trained with; None if nothing is known.
+        path: What --model was given, which clients of vLLM call it by default; "" if it has no other name.
     """
 
     name: str
     system_prompt: str | None
+    path: str = ""
 
 
 StopWord = Annotated[str, Field(max_length=256)]
@@ -138,7 +140,7 @@ def find_model(engine: Engine, name: str | None) -> Served:
     if name is None:
         return engine.models[0]
     for served in engine.models:
-        if served.name == name:
+        if name == served.name or (served.path and name == served.path):
             return served
     names = ", ".join(served.name for served in engine.models)
     raise Refused(404, f"model: got {shorten(repr(name), 100)}, this server has {names}.")

@@ -161,7 +161,8 @@ def run(args: argparse.Namespace, further: Sequence[str], plan: Any) -> None:
         settings.host, settings.port = listening.getsockname()[:2]
         first = next((tuning for tuning in tunings.values() if tuning.adapter is not None), tunings[plan.name])
         chat = make_renderer(settings, first)
-        models = [Served(name, tuning.system_prompt) for name, tuning in tunings.items()]
+        paths = {plan.name: plan.given}
+        models = [Served(name, tuning.system_prompt, paths.get(name, "")) for name, tuning in tunings.items()]
         if ending := uvloop.run(_serve(settings, chat, models, plan.limits, listening, args.shutdown_sec)):
             raise SystemExit(ending)
 
