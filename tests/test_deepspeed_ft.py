@@ -299,6 +299,63 @@ def test_resume_equals_a_straight_run(ft: ModuleType, train_args: Build, tmp_pat
     assert train_losses(straight) == train_losses(stopped)
 
 
+def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
+    """Starts training as a user does, who can press Ctrl-C."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "deepspeed_ft/train.py"), *arguments],
+        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_lets_the_step_end_and_saves(
+    ft: ModuleType, train_args: Build, tmp_path: Path, number: int, ranks: int
+) -> None:
+    """Nothing is lost: who goes on gets what a straight run gets, bit for bit."""
+    flags = {"lora_dropout": 0.2, "save_steps": 1000, "eval_steps": 1000, "epochs": 1000, "lr_scheduler": "constant"}
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    process = start(train_args(output_dir=stopped, max_steps=-1, **flags), ranks)
+    try:
+        wait_for(lambda: any(len(path.read_bytes().splitlines()) > 4 for path in stopped.rglob("metrics.jsonl")))
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    if ranks == 1:  # torchrun ends with a traceback of its own.
+        assert process.returncode == 128 + number and "Traceback" not in said, said
+    (record,) = stopped.glob("*/*/1-last/run.json")
+    step = json.loads(record.read_text())["progress"]["step"]
+    assert len(train_losses(stopped)) == step and f"Stopped after step {step} of {6000 // ranks}, saved in" in said
+    assert "Go on with the same command and --resume." in said
+    if ranks == 1:
+        run(ft, train_args(output_dir=stopped, max_steps=step + 2, resume=True, **flags))
+        run(ft, train_args(output_dir=straight, max_steps=step + 2, **flags))
+        assert_same_state(straight, stopped)
+        assert train_losses(straight) == train_losses(stopped)
+
+
+def test_ctrl_c_before_the_first_step(train_args: Build, tmp_path: Path) -> None:
+    process = start(train_args(output_dir=tmp_path / "output"))
+    try:
+        wait_for(lambda: any(tmp_path.rglob("run.json")))
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in said and said.count("Stop") == 1, said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 2), (2, 3)])
 def test_resume_after_kill(train_args: Build, tmp_path: Path, ranks: int, zero_stage: int) -> None:

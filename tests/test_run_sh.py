@@ -40,9 +40,9 @@ def run(bin_dir: Path, *arguments: str, stage: str = "ft", **environment: str) -
     [
         ({}, "python"),
         ({"NUM_GPUS": "1"}, "python"),
-        ({"NUM_GPUS": "2"}, "deepspeed --num_gpus 2"),
-        ({"LAUNCHER_ARGS": "--include localhost:1"}, "deepspeed --include localhost:1"),
-        ({"NUM_GPUS": "2", "LAUNCHER_ARGS": "--master_port 29501"}, "deepspeed --num_gpus 2 --master_port 29501"),
+        ({"NUM_GPUS": "2"}, "deepspeed --quiet --num_gpus 2"),
+        ({"LAUNCHER_ARGS": "--include localhost:1"}, "deepspeed --quiet --include localhost:1"),
+        ({"NUM_GPUS": "2", "LAUNCHER_ARGS": "--master_port 1"}, "deepspeed --quiet --num_gpus 2 --master_port 1"),
     ],
     ids=str,
 )
@@ -57,9 +57,9 @@ def test_several_nodes(bin_dir: Path, node: int) -> None:
     hosts = bin_dir.parent / "hosts"
     hosts.write_text("node1 slots=8\nnode2 slots=8\n")
     start = f"--no_ssh --node_rank {node} --master_addr node1"
-    assert run(bin_dir, HOSTFILE="hosts").stdout == f"deepspeed --hostfile {hosts} {TRAIN}\n"
+    assert run(bin_dir, HOSTFILE="hosts").stdout == f"deepspeed --quiet --hostfile {hosts} {TRAIN}\n"
     done = run(bin_dir, "--epochs", "3", HOSTFILE="hosts", LAUNCHER_ARGS=start)
-    assert (done.returncode, done.stdout) == (0, f"deepspeed --hostfile {hosts} {start} {TRAIN} --epochs 3\n")
+    assert (done.returncode, done.stdout) == (0, f"deepspeed --quiet --hostfile {hosts} {start} {TRAIN} --epochs 3\n")
 
 
 def test_a_missing_hostfile_is_named(bin_dir: Path) -> None:
@@ -80,4 +80,5 @@ def test_a_missing_hostfile_is_named(bin_dir: Path) -> None:
 def test_every_stage(bin_dir: Path, stage: str, arguments: str) -> None:
     """What is tested here of fine-tuning's script holds for the others': they source the same file."""
     done = run(bin_dir, "--epochs", "3", stage=stage, NUM_GPUS="2")
-    assert done.stdout == f"deepspeed --num_gpus 2 deepspeed_{stage}/train.py {arguments} --epochs 3\n", done.stderr
+    command = f"deepspeed --quiet --num_gpus 2 deepspeed_{stage}/train.py {arguments} --epochs 3\n"
+    assert done.stdout == command, done.stderr

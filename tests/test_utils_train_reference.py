@@ -3,6 +3,7 @@
 python -m pytest tests/test_utils_train_reference.py
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from utils.data.samples import Samples
 from utils.train.attention import usable_masks
 from utils.train.engine import start_ranks
 from utils.train.packing import Layout, Pack, plan_packs, rank_packs
-from utils.train.reference import precompute_reference, reference_logps, target_begin, target_places, token_logps
+from utils.train.reference import (
+    computed_once,
+    precompute_reference,
+    reference_logps,
+    target_begin,
+    target_places,
+    token_logps,
+)
 from utils.weights.loading import attention_windows
 
 PROMPTS = [30, 21]  # Tokens; longer than the windows of 16.
@@ -139,6 +147,43 @@ def test_what_was_computed_is_read_again(tmp_path: Path) -> None:
         calls = 0
         precompute_reference(engine, samples, other_units, LAYOUT, windows, made_from, tmp_path)
         assert calls == first
+
+
+@pytest.mark.parametrize("damage", [None, "0-00000001.npz"])
+def test_what_was_computed_before_a_kill_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None, capsys: Any
+) -> None:
+    """Pack by pack; a damaged file and those after it are computed anew."""
+    start_ranks(0)
+    monkeypatch.setattr("utils.train.reference.KEEP_SEC", -1)
+    samples, units, layout = pairs(), np.arange(len(ANSWERS)), LAYOUT._replace(pack_tokens=0, share_prefix=False)
+    asked: list[list[int]] = []
+
+    def compute(pack: Pack, last: int) -> list[torch.Tensor]:
+        if len(asked) == last:
+            raise KeyboardInterrupt
+        asked.append(pack.sample.tolist())
+        numbers = pack.target_ids.float()
+        return [numbers, torch.stack([numbers, -numbers], 1).half()]
+
+    def computed(last: int) -> list[torch.Tensor]:
+        asked.clear()
+        return computed_once(lambda: (layout, partial(compute, last=last)), samples, units, "model", tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        computed(last=4)
+    first, (folder,) = [*asked], tmp_path.glob(".computed-*.parts")
+    if damage:
+        (folder / damage).write_bytes(b"PK torn")
+        capsys.readouterr()
+    ids, both = computed(last=99)
+    assert asked == [[number] for number in (range(1, 6) if damage else range(4, 6))], f"after {first}"
+    assert ("is damaged: what follows is computed anew" in capsys.readouterr().out) == bool(damage)
+    expected = torch.cat([torch.from_numpy(s.input_ids[s.supervised].astype(np.float32)) for s in samples])
+    assert torch.equal(ids, expected) and torch.equal(both, torch.stack([expected, -expected], 1).half())
+    assert not [*tmp_path.glob("*.parts")]
+    computed(last=0)
+    assert not asked, "found on the disk"
 
 
 def test_places_by_hand() -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -149,3 +151,13 @@ def progress_bar(things: Iterable[Any] | None, what: str, unit: str, shows: bool
     if not sys.stderr.isatty():
         options |= {"file": _Lines(), "mininterval": 30, "maxinterval": 60, "delay": 30, "ncols": 100}
     return tqdm(things, what, disable=not shows, unit=unit, **options)
+
+
+def quiet_libraries() -> None:
+    """Silences what the libraries tell those who program with them, and their bars in the midst of our lines."""
+    warnings.simplefilter("ignore", FutureWarning)
+    found_no_card = "Setting accelerator to CPU"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: found_no_card not in record.getMessage())
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

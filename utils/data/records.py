@@ -129,8 +129,9 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
                     place += length
                     return item
             except json.JSONDecodeError as error:
+                line = lines + error.lineno
                 if len(text) - place > LONGEST_ITEM or not read_more():
-                    raise ValueError(f"{error.msg}: line {lines + error.lineno}") from error
+                    raise ValueError(f"{error.msg}: line {line}") from error
 
     if next_character() != "[":
         got = type(json.loads(text + file.read())).__name__

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.cli import boolean, fail
+from utils.cli import boolean, fail, quiet_libraries
 from utils.data.records import find_split
 from utils.files import explained, from_root, missing_model, only_writer, read_json, sha256, shown, write_problem
 
@@ -208,6 +208,7 @@ def check_and_start(
         problems.append("Neither --train_mode nor --test_mode is True: nothing to do.")
     if problems:
         fail("\n".join(problems))
+    quiet_libraries()
     try:
         if args.train_mode:
             train(args, model_path)

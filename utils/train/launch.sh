@@ -23,8 +23,14 @@ if ! command -v deepspeed >/dev/null; then source ./setup_env.sh; fi
 launch() {
     local launcher=(python)
     if [ -n "${HOSTFILE:-}${LAUNCHER_ARGS:-}" ] || [ "${NUM_GPUS:-1}" != 1 ]; then
+        # Where there is no device that could be a card, each process would tell so.
+        if ! compgen -G "/dev/nvidia*" && ! compgen -G "/dev/d[rx]*" && ! compgen -G "/dev/[adk][acf][cdv]*"; then
+            export DS_ACCELERATOR=cpu
+        fi >/dev/null
+        # Ctrl-C goes to the processes on each node, which pass it on; the launcher above them would end with a traceback.
+        trap '' INT
         # LAUNCHER_ARGS without quotes: it is several words.
-        launcher=(deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} ${LAUNCHER_ARGS:-})
+        launcher=(deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} ${LAUNCHER_ARGS:-})
     fi
     exec "${launcher[@]}" "$@"
 }
