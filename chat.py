@@ -30,7 +30,7 @@ from typing import Any
 from utils.cli import ArgumentParser, boolean, underscored
 from utils.data.held_out import parts_of, read_held_out
 from utils.data.records import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
-from utils.files import from_root, replacing, shown
+from utils.files import atomic_write, from_root, shown
 
 # What keys such as the arrows send, and control characters, but for tabs and line breaks.
 UNTYPED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -170,7 +170,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
     from jinja2 import TemplateError
     from safetensors import SafetensorError
 
-    from utils.serve.generate import Tuning, load_finished, tuning_of
+    from utils.serve.generate import Tuning, load_for_inference, tuning_of
 
     names = (args.model, args.adapter, args.offload_folder)
     path, adapter, offload = (from_root(name) if name else None for name in names)
@@ -181,7 +181,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
             note("the model is loaded in 4 bits, as the adapter was trained")
         trained = tuning_of(path).system_prompt if tuning.system_prompt is None else tuning.system_prompt
         adapters = {"default": adapter} if adapter else None
-        model, chat = load_finished(path, args.trust_remote_code, adapters, args.bits, offload, template)
+        model, chat = load_for_inference(path, args.trust_remote_code, adapters, args.bits, offload, template)
     except DataError as error:  # The chat template is not one that can be used.
         raise SystemExit(f"{shown(path)}: {error}") from error
     except TemplateError as error:
@@ -200,7 +200,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
 
 
 @dataclass(frozen=True)
-class Voice:
+class Replier:
     """A model that speaks in the terminal."""
 
     model: Any
@@ -212,7 +212,7 @@ class Voice:
     in_turns: bool  # Ctrl-C ends an answer and no more.
 
     @property
-    def room_tokens(self) -> float:
+    def most_prompt_tokens(self) -> float:
         """The longest prompt."""
         return math.inf if self.limit_tokens is None else self.limit_tokens - self.options["max_new_tokens"]
 
@@ -236,7 +236,7 @@ class Voice:
             return self.chat.prompt_ids([*system, *talk[2 * start :]])
 
         starts = range(left_out, len(talk) // 2)
-        start = left_out + bisect_left(starts, True, key=lambda start: len(ids(start)) <= self.room_tokens)
+        start = left_out + bisect_left(starts, True, key=lambda start: len(ids(start)) <= self.most_prompt_tokens)
         input_ids = self.checked(ids(start))
         if start > left_out:
             exchanges, fit, were = ("exchange", "fits", "was") if start == 1 else (f"{start} exchanges", "fit", "were")
@@ -249,7 +249,7 @@ class Voice:
         Raises:
             DataError: if there is none.
         """
-        if len(input_ids) > self.room_tokens:
+        if len(input_ids) > self.most_prompt_tokens:
             raise DataError(
                 f"{len(input_ids):,} tokens are too many: the model reads and writes {self.limit_tokens:,} in all, and "
                 f"{self.options['max_new_tokens']:,} are for the answer. Shorten the text, or lower --max_new_tokens"
@@ -278,8 +278,8 @@ class Voice:
 class Conversation:
     """What was said so far, and the file that keeps it."""
 
-    def __init__(self, voice: Voice, system: list[Message], messages: list[Message], file: Path | None) -> None:
-        self.voice, self.system, self.file = voice, system, file
+    def __init__(self, replier: Replier, system: list[Message], messages: list[Message], file: Path | None) -> None:
+        self.replier, self.system, self.file = replier, system, file
         self.messages = messages or [*system]
         self.left_out = 0  # The oldest exchanges, for which there is no room.
 
@@ -290,8 +290,8 @@ class Conversation:
             DataError: if there is no room for the question.
         """
         question = {"role": "user", "content": text.strip()}
-        input_ids, self.left_out = self.voice.prompt([*self.messages, question], self.left_out)
-        reply = self.voice.say(input_ids).strip()
+        input_ids, self.left_out = self.replier.prompt([*self.messages, question], self.left_out)
+        reply = self.replier.say(input_ids).strip()
         if reply and remember:
             self.messages += [question, {"role": "assistant", "content": reply}]
             self._keep()
@@ -305,7 +305,7 @@ class Conversation:
     def _keep(self) -> None:
         if self.file:
             try:
-                with replacing(self.file) as temporary:
+                with atomic_write(self.file) as temporary:
                     text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
                     temporary.write_text(f"{text}\n", encoding="utf-8")
             except OSError as error:
@@ -339,11 +339,11 @@ def read_history(path: Path) -> list[Message]:
         ) from error
 
 
-def answer_tests(voice: Voice, groups: list[list[list[Message]]], system: str | None) -> None:
+def answer_tests(replier: Replier, groups: list[list[list[Message]]], system: str | None) -> None:
     """Answers held-out comments beside the real ones.
 
     Args:
-        voice: Who answers.
+        replier: Who answers.
         groups: From `read_held_out`.
         system: In place of the records' own system prompt.
     """
@@ -357,7 +357,7 @@ def answer_tests(voice: Voice, groups: list[list[list[Message]]], system: str | 
         before = shared
         print("\n" + "\n".join(filter(None, (parent, f"real: {messages[-1]['content']}"))).translate(PICTURES))
         try:
-            voice.say(voice.prompt(messages[:-1])[0])
+            replier.say(replier.prompt(messages[:-1])[0])
         except DataError as error:
             note(str(error))
 
@@ -429,19 +429,19 @@ def main(args: argparse.Namespace) -> None:
     options = {name: value for name, value in options.items() if value is not None}
     name = args.bot_name or ("model" if args.from_test else "")
     label = f"{name}: " if name and not args.completion else ""
-    voice = Voice(model, chat, options, limit, label, not args.no_streamer, in_turns)
+    replier = Replier(model, chat, options, limit, label, not args.no_streamer, in_turns)
     default = SYSTEM_PROMPT if args.title else ""
     system = as_messages(next(text for text in (args.system, trained, default) if text is not None))
     if messages and args.system is not None:
         messages = [*system, *(message for message in messages if message["role"] != "system")]
-    conversation = Conversation(voice, system, messages, history)
+    conversation = Conversation(replier, system, messages, history)
     try:
         if args.completion:
-            input_ids = voice.checked(chat.tokenizer.encode(args.completion))
+            input_ids = replier.checked(chat.tokenizer.encode(args.completion))
             print(args.completion.translate(PICTURES), end="", flush=True)
-            voice.say(input_ids)
+            replier.say(input_ids)
         elif args.from_test:
-            answer_tests(voice, tests, args.system)
+            answer_tests(replier, tests, args.system)
         elif args.title:
             conversation.ask(comment_prompt(args.title, args.desc, args.parent))
         elif args.prompt:

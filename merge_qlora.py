@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.cli import LARGE_PAGES, ArgumentParser, add_write_arguments
-from utils.files import check_manifest, check_target, explained, from_root, only_writer, replacing, shown
+from utils.files import atomic_write, check_manifest, check_target, exclusive_lock, explained, from_root, shown
 
 # What an adapter of another tool is tried with.
 TEXTS = (
@@ -255,13 +255,13 @@ def expected_logits(
     import torch
 
     from utils.weights.fidelity import check_original, check_rebuilt
-    from utils.weights.merging import filled
+    from utils.weights.merging import offloaded
     from utils.weights.probe import replay
     from utils.weights.run_folder import read_probe
 
     if not recorded(places):
         probe = make_probe(found.chat)
-        with filled(found.parts, torch.float32, device) as model:
+        with offloaded(found.parts, torch.float32, device) as model:
             return probe, replay(model, probe, device), []
     probe, settings = read_probe(places[0].folder.parent / "probe.safetensors"), places[0].record["settings"]
     if found.kind == "original" and settings["quant_bits"]:
@@ -283,7 +283,7 @@ def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
 
     from huggingface_hub import ModelCard
 
-    from utils.export.model_folder import check_links, check_room, write_for_llama_cpp, write_model, write_record
+    from utils.export.model_folder import check_disk_space, check_links, write_for_llama_cpp, write_model, write_record
     from utils.weights.fidelity import check_written
     from utils.weights.loading import choose_device
 
@@ -297,7 +297,7 @@ def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
 
         with explained(f"--gguf {args.gguf}"):  # Before anything that takes long.
             gguf_head(found.parts.plain, found.chat, args.gguf, target.name)
-    check_room(found.parts, dtype, args.gguf, target)
+    check_disk_space(found.parts, dtype, args.gguf, target)
     print(f"Merging {', '.join(shown(place.folder) for place in places) or 'nothing'} into {shown(base)} ...")
     with explained("Not written"):
         card = ModelCard.load(base / "README.md").data.to_dict() if (base / "README.md").is_file() else {}
@@ -308,7 +308,7 @@ def merge(args: argparse.Namespace, base: Path, target: Path) -> None:
             "adapters": {public_name(place.folder): place.weight for place in places},
             "merged_into": MEANING[found.kind],
         }
-        with replacing(target) as folder:
+        with atomic_write(target) as folder:
             write_model(found.parts, base, found.chat, dtype, args.max_shard_size, device, folder)
             links.append(check_written(folder, probe, logits, dtype, device, args.trust_remote_code))
             (folder / "README.md").write_text(merge_card(args, record, links, card), encoding="utf-8")
@@ -324,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
     os.environ.setdefault(*LARGE_PAGES)
     base, target = from_root(args.base_model), from_root(args.save_path)
     check_arguments(args, base, target)
-    with only_writer(target):
+    with exclusive_lock(target):
         merge(args, base, target)
 
 

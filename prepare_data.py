@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from utils.cli import ArgumentParser, boolean
 from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
-from utils.files import from_root, replacing_all, shown
+from utils.files import atomic_writes, from_root, shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -776,7 +776,7 @@ def main(args: argparse.Namespace) -> None:
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
     with ExitStack() as results:
         try:
-            temporaries = results.enter_context(replacing_all([output_dir / name for name in OUR_FILES]))
+            temporaries = results.enter_context(atomic_writes([output_dir / name for name in OUR_FILES]))
             shutil.rmtree(work, ignore_errors=True)  # What a killed run left.
             work.mkdir()
         except OSError as error:

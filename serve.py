@@ -164,17 +164,18 @@ def load_engine(args: argparse.Namespace, plan: Plan) -> Any:
     """
     from transformers.utils import logging
 
-    from utils.serve.generate import load_finished, tuning_of
+    from utils.serve.capacity import find_capacity
+    from utils.serve.generate import load_for_inference, tuning_of
     from utils.serve.routes import Served
-    from utils.serve.transformers_engine import TransformersEngine, check_engine, make_room
+    from utils.serve.transformers_engine import TransformersEngine, check_engine
 
     logging.disable_progress_bar()
     with explained(f"{shown(plan.path)} cannot be served"):
         served = [Served(plan.name, tuning_of(plan.path).system_prompt, plan.given)]
         served += [Served(name, tuning_of(folder).system_prompt) for name, folder in plan.adapters.items()]
-        model, chat = load_finished(plan.path, args.trust_remote_code, plan.adapters, args.bits)
-        room = make_room(model, chat, len(served), args)
-        engine = TransformersEngine(model, chat, served, [*plan.adapters], room)
+        model, chat = load_for_inference(plan.path, args.trust_remote_code, plan.adapters, args.bits)
+        capacity = find_capacity(model, chat, len(served), args)
+        engine = TransformersEngine(model, chat, served, [*plan.adapters], capacity)
         check_engine(engine)
     return engine
 

@@ -107,7 +107,7 @@ def make_model(size: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    from utils.weights.lazy import Stored, write_weights
+    from utils.weights.lazy import LazyTensor, write_weights
     from utils.weights.merging import make_skeleton
 
     (folder / "base").mkdir(parents=True)
@@ -120,7 +120,7 @@ def make_model(size: str, folder: Path) -> None:
         return noise + 1 if len(shape) == 1 else noise
 
     tensors = {
-        name: Stored(tuple(one.shape), torch.bfloat16, partial(read, tuple(one.shape)))
+        name: LazyTensor(tuple(one.shape), torch.bfloat16, partial(read, tuple(one.shape)))
         for name, one in model.state_dict().items()
     }
     write_weights(folder / "base", tensors, "5GB")

@@ -217,11 +217,11 @@ def engine_alone(args: argparse.Namespace, clients: int, start: int) -> tuple[li
     from contextlib import aclosing
 
     from utils.serve.routes import Sampling, Served
-    from utils.serve.transformers_engine import Room, TransformersEngine
+    from utils.serve.transformers_engine import Capacity, TransformersEngine
 
     model, chat = loaded(args.model)
     attention = model.config._attn_implementation
-    engine = TransformersEngine(model, chat, [Served("m", None)], [], Room(1024, 32, 512, 32 * 1056))
+    engine = TransformersEngine(model, chat, [Served("m", None)], [], Capacity(1024, 32, 512, 32 * 1056))
     sampling, numbers, last = Sampling(temperature=0, max_tokens=args.tokens), count(start), 0
 
     async def client() -> list[Asked]:
@@ -254,9 +254,9 @@ def engine_alone(args: argparse.Namespace, clients: int, start: int) -> tuple[li
 @cache
 def loaded(model: str) -> Any:
     """A model and its chat template."""
-    from utils.serve.generate import load_finished
+    from utils.serve.generate import load_for_inference
 
-    return load_finished(from_root(model))
+    return load_for_inference(from_root(model))
 
 
 HERE = {"generate": generate, "serve.py's engine alone": engine_alone}

@@ -44,10 +44,10 @@ class Server(ThreadingHTTPServer):
     """A model behind /v1/chat/completions; requests that come together are answered together."""
 
     def __init__(self, path: Path) -> None:
-        from utils.serve.generate import load_finished
+        from utils.serve.generate import load_for_inference
 
         super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.chat = load_finished(path)
+        self.model, self.chat = load_for_inference(path)
         self.tokenizing = threading.Lock()  # Fast tokenizers keep settings of a call in themselves.
         self.waiting: Queue[tuple[list[int], Queue[str]]] = Queue()
         for target in (self.serve_forever, self.answer):

@@ -81,10 +81,10 @@ def expected_texts(args: argparse.Namespace) -> dict[str, list[Expected]]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from utils.serve.generate import load_finished, tuning_of
+    from utils.serve.generate import load_for_inference, tuning_of
 
     adapters = {"tuned": from_root(args.adapter)} if args.adapter else None
-    _, chat = load_finished(from_root(args.model), adapters=adapters)
+    _, chat = load_for_inference(from_root(args.model), adapters=adapters)
     model = AutoModelForCausalLM.from_pretrained(from_root(args.model), dtype=torch.float32).eval()
     numbers = range(args.questions)
     found = {"base": [Expected(model, chat, some_messages(n)[1:], args.tokens) for n in numbers]}

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from utils.cli import ArgumentParser, progress_bar
 from utils.data.answers import ANSWER_FIELDS, answers_path
 from utils.data.records import DataError, Message, UnusableRecord, find_split, read_records, to_messages
-from utils.files import from_root, only_writer, read_lines, shown
+from utils.files import exclusive_lock, from_root, read_lines, shown
 
 INSTRUCTION = (
     "你是一名B站用户。请根据视频的标题、简介和父评论（如果有），模仿B站用户的语气写一条评论或回复，不超过50个字。只写评论本身，不要解释。"
@@ -631,7 +631,7 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
     answers, other = (answers_path(place, split, args.model_name) for split in (args.d_type, other_type))
     failures = answers.with_name(f"{answers.stem}_failures.jsonl")
     client = make_client(teacher, args.model_name, args.timeout)
-    with only_writer(answers):
+    with exclusive_lock(answers):
         cut_torn_line(answers)
         left, again = answered_before(questions, answers, other)
         append(answers, again)

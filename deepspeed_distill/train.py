@@ -1,7 +1,7 @@
 """Distillation of a causal language model with LoRA, QLoRA or all weights, on DeepSpeed.
 
 A student learns a teacher's answers (--kd sft), or its next-token distributions on given answers: of a local teacher
-beside it (--kd logits), or of one that has left its favourites on the disk (--kd topk). Knowledge distillation: arXiv
+beside it (--kd logits), or of one whose top k tokens were kept on the disk (--kd topk). Knowledge distillation: arXiv
 1503.02531; reverse KL: 2306.08543; generalised JSD: 2306.13649.
 
     bash deepspeed_distill/run.sh
@@ -15,7 +15,7 @@ Writes  deepspeed_distill/output/DS-<student_model_name>[-BNB|-FULL]/: the best 
 
 Left out on purpose: answers that the student writes while it learns (on-policy distillation), losses between hidden
 states, teachers with another tokenizer (but for --kd sft).
-Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary, C events of a distribution, k favourites.
+Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary, C events of a distribution, k top tokens.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from utils.train.run import SHOWN_REPLIES, Run
 PANELS = {"loss": "loss (nats a token)", "kd": "distance from the teacher (nats a token)"}
 LORA_LR, FULL_LR = 2e-4, 2e-5
 COMPARED_TEXTS = 200
-LEAST = -50.0  # The logarithm of no probability.
+LOG_ZERO = -50.0  # In the place of log 0.
 
 
 def divergence(student: Any, teacher: Any, kind: str, beta: float) -> Any:
@@ -74,8 +74,8 @@ def divergence(student: Any, teacher: Any, kind: str, beta: float) -> Any:
     return beta * (teacher.exp() * (teacher - mixed)).sum(-1) + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
 
 
-def favourites(logprobs: Any, ids: Any) -> Any:
-    """Puts all tokens but some together to one event, so that a teacher's favourites make a distribution.
+def topk_and_rest(logprobs: Any, ids: Any) -> Any:
+    """Keeps some tokens and adds all others up to one event, so that a teacher's top k make a distribution.
 
     No divergence of what is left is larger than that of the whole distributions; with all tokens it is the same.
 
@@ -105,7 +105,7 @@ def distill_loss(
         logits: (T, at least V) of the student at the places before the targets; what is behind V is cut off.
         target_ids: (T,) int64.
         target_weight: (T,) fp32.
-        teacher: (T, V) fp32 log-probabilities at temperature t; or of its favourites (T, k) int64 ids and (T, k + 1)
+        teacher: (T, V) fp32 log-probabilities at temperature t; or of its top k (T, k) int64 ids and (T, k + 1)
             fp32 log-probabilities; None to learn the targets alone.
         vocab_size: V; None for all that the student has.
         args: Of the run: kd_loss, kd_temperature, kd_alpha, kd_beta.
@@ -124,7 +124,7 @@ def distill_loss(
     student = torch.log_softmax(logits.float() / args.kd_temperature, -1)
     if isinstance(teacher, tuple):
         ids, teacher = teacher
-        student = favourites(student, ids)
+        student = topk_and_rest(student, ids)
     apart = divergence(student, teacher, args.kd_loss, args.kd_beta)
     kd = args.kd_temperature**2 * (target_weight * apart).sum()
     loss = (1 - args.kd_alpha) * ce + args.kd_alpha * kd
@@ -229,7 +229,7 @@ def teacher_logprobs(model: Any, attention: Any, vocab_size: int, temperature: f
         return torch.log_softmax(logits[:, :vocab_size].float() / temperature, -1)
 
 
-def most_likely(logprobs: Any, k: int) -> list[Any]:
+def topk_logprobs(logprobs: Any, k: int) -> list[Any]:
     """The likeliest tokens, and all others together, small enough for a disk.
 
     Args:
@@ -242,7 +242,7 @@ def most_likely(logprobs: Any, k: int) -> list[Any]:
     import torch
 
     values, ids = logprobs.topk(min(k, logprobs.shape[1]))
-    rest = logprobs.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True).clamp_min(LEAST)
+    rest = logprobs.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True).clamp_min(LOG_ZERO)
     return [ids.int(), torch.cat([values, rest], 1).half()]
 
 
@@ -284,7 +284,7 @@ def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | No
         model, masks, _ = load()
         cost = pack_cost(model, get_accelerator().device_name())
         layout = Layout(args.pack_tokens if masks else 0, run.world_size, masks is not None, cost)
-        return layout, lambda pack: most_likely(
+        return layout, lambda pack: topk_logprobs(
             teacher_logprobs(model, masks, vocab_size, args.kd_temperature, pack), args.kd_topk
         )
 
@@ -293,15 +293,15 @@ def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | No
     teachers = []
     for samples in sets:  # All of them: with other --max_steps the same are found on the disk.
         kept = computed_once(make_ready, samples, np.arange(len(samples)), made_from, run.cache)
-        teachers.append(partial(kept_favourites, kept, partial(target_places, target_begin(samples))))
+        teachers.append(partial(cached_topk, kept, partial(target_places, target_begin(samples))))
     make_ready.cache_clear()  # The teacher goes.
     gc.collect()
     get_accelerator().empty_cache()
     return teachers, None
 
 
-def kept_favourites(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, Any]:
-    """A pack's favourites, as `distill_loss` takes them, from those of all samples."""
+def cached_topk(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, Any]:
+    """A pack's top k, as `distill_loss` takes them, from those of all samples."""
     ids, logprobs = (part[places_of(pack)].to(pack.input_ids.device) for part in kept)
     return ids.long(), logprobs.float().log_softmax(-1)  # Rounded to 16 bits they no longer sum to 1.
 
@@ -327,7 +327,7 @@ def compare_tokenizers(chat: Any, samples: Samples, used: int, args: argparse.Na
         fail(f"No tokenizer in {shown(path)}: {error}\nFetch the model: python download_pt.py --model {name}")
 
 
-def meet_teacher(run: Run) -> tuple[int | None, dict[str, int]]:
+def check_teacher(run: Run) -> tuple[int | None, dict[str, int]]:
     """Finds out, before any weight is read, what student and teacher have in common, and what the teacher takes.
 
     Returns:
@@ -374,7 +374,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.train.tensors import means_over_ranks
 
     run.load_data(learnt_files(args))
-    vocab_size, needed = meet_teacher(run)
+    vocab_size, needed = check_teacher(run)
     panels = PANELS if args.kd != "sft" else {"loss": PANELS["loss"]}
     run.open(Path(__file__).with_name("ds_config.json"), panels, needed)
     # Before weights are sharded as they are read: each rank has the whole of the teacher.

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import find_files, kind_of, tables_or_problem
 from utils.cli import ArgumentParser, boolean
 from utils.data.records import DataError, Message, find_split, read_records, to_messages
-from utils.files import from_root, replacing_all, shown, write_problem
+from utils.files import atomic_writes, from_root, shown, write_problem
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -322,7 +322,7 @@ def main(args: argparse.Namespace) -> None:
             "--train_mode False --test_mode True --test_model base --test_split train"
         )
     files = {split: output_dir / f"data_{split}_pairs.jsonl" for split in ("train", "test")}
-    with replacing_all([*(files[split] for split in results), output_dir / "report.json"]) as temporaries:
+    with atomic_writes([*(files[split] for split in results), output_dir / "report.json"]) as temporaries:
         for temporary, pairs in zip(temporaries, results.values(), strict=False):
             lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
             temporary.write_text("".join(lines), encoding="utf-8")

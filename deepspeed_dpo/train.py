@@ -228,7 +228,7 @@ def pair_files(args: argparse.Namespace) -> list[Path | None]:
     return [find_split(path, f"{split}_pairs") or find_split(path, split) for split in ("train", "test")]
 
 
-def reference_of(run: Run) -> list[Any]:
+def make_references(run: Run) -> list[Any]:
     """For the training and the held-out pairs: a function of packs that makes (T,) log-probabilities of each."""
     import numpy as np
     import torch
@@ -253,7 +253,7 @@ def keeps_adapter(args: argparse.Namespace) -> bool:
     return bool(args.adapter) and not args.precompute_reference and args.loss not in WITHOUT_REFERENCE
 
 
-def together(packs: list[Any], reference: Any, masks: Any) -> list[tuple[list[Any], Any, Any]]:
+def answer_groups(packs: list[Any], reference: Any, masks: Any) -> list[tuple[list[Any], Any, Any]]:
     """Packs whose answers the loss needs together: each by itself, or two where every sample has a pack of its own.
 
     With (T,) the reference's log-probabilities, and (S,) the tokens of each answer.
@@ -273,7 +273,7 @@ def evaluate(run: Run, reference: Any) -> dict[str, float]:
     from utils.train.reference import token_logps
 
     sums: Counter[str] = Counter()
-    for packs, reference_logps, sizes in together(run.eval_packs(), reference, run.masks):
+    for packs, reference_logps, sizes in answer_groups(run.eval_packs(), reference, run.masks):
         sums.update(pair_loss(token_logps(run.engine, packs, run.masks), reference_logps, sizes, run.args)[1])
     return means(sums, len(run.eval_set) // PAIR)
 
@@ -301,11 +301,11 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     if keeps_adapter(args):
         run.model.load_adapter(from_root(args.adapter), "reference")
     run.make_engine()
-    reference, eval_reference = reference_of(run)
+    reference, eval_reference = make_references(run)
     run.resume_or_evaluate(partial(evaluate, run, eval_reference))
     for step in run.steps():
         sums, pairs = Counter(), len(run.windows[step - 1])
-        for packs, reference_logps, sizes in together(run.packs(step), reference, run.masks):
+        for packs, reference_logps, sizes in answer_groups(run.packs(step), reference, run.masks):
             loss, part = pair_loss(token_logps(run.engine, packs, run.masks), reference_logps, sizes, args)
             run.backward(loss, pairs)
             sums.update(part)
@@ -322,7 +322,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     from utils.train.reference import answer_logps
     from utils.weights.adapters import read_adapter
     from utils.weights.loading import DTYPES
-    from utils.weights.merging import assemble, whole
+    from utils.weights.merging import assemble, materialize
     from utils.weights.run_folder import as_trained, check_tag
 
     folder = run_dir(args)
@@ -340,7 +340,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         else:
             adapters = [read_adapter(from_root(settings["adapter"]))] if settings["adapter"] else []
             parts = assemble(model_path, dtype, settings["quant_bits"], adapters, args.trust_remote_code)
-        model = whole(parts, dtype).to(device)
+        model = materialize(parts, dtype).to(device)
         logps.append(answer_logps(model, samples, f"{name}: pairs"))
         chosen = list(samples.select(range(0, len(samples), PAIR)))
         replies.append(show_replies(model, chat, chosen, args.max_new_tokens, progress=f"{name}: answering"))

@@ -125,7 +125,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
 
     from utils.serve.generate import show_replies
     from utils.train.scores import as_markdown, compare_texts
-    from utils.weights.adapters import put_beside, read_adapter
+    from utils.weights.adapters import attach_adapters, read_adapter
     from utils.weights.run_folder import check_tag, load_trained
 
     folder, tuned = run_dir(args), args.test_model == "tuned"
@@ -145,7 +145,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
         model = load_base(model_path, args.model_name, precision, bits, device, args.trust_remote_code)
     if tuned and args.test_bnb_enabled:
         with explained(f"{shown(folder / args.ckpt_id / 'adapter')} cannot be used"):
-            model = put_beside(model, {"default": read_adapter(folder / args.ckpt_id / "adapter")})
+            model = attach_adapters(model, {"default": read_adapter(folder / args.ckpt_id / "adapter")})
     rows = show_replies(model.to(device).eval(), chat, samples, args.max_new_tokens, progress="answering")
     who = args.ckpt_id if tuned else "base"
     target = folder / f"test_{who}{'_train' if args.test_split == 'train' else ''}.jsonl"

@@ -55,12 +55,12 @@ def main(args: argparse.Namespace) -> None:
 
     from transformers.utils import logging
 
-    from utils.serve.generate import load_finished, replies
+    from utils.serve.generate import load_for_inference, replies
 
     logging.disable_progress_bar()
     texts = []
     for path in (args.base, args.tuned):
-        model, chat = load_finished(from_root(path))
+        model, chat = load_for_inference(from_root(path))
         prompts = [chat.prompt_ids(messages[:-1]) for messages in conversations]
         texts.append(replies(model, chat, prompts, args.max_new_tokens))
     for messages, base, tuned in zip(conversations, *texts, strict=True):

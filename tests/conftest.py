@@ -360,8 +360,8 @@ class LocalServer(ThreadingHTTPServer):
 @contextmanager
 def another_writer(path: Path) -> Iterator[None]:
     """Another process writes there until the block ends."""
-    program = "import sys; from pathlib import Path; from utils.files import only_writer\n"
-    program += "with only_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.readline()"
+    program = "import sys; from pathlib import Path; from utils.files import exclusive_lock\n"
+    program += "with exclusive_lock(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.readline()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     other = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT, **pipes)
     assert other.stdout.readline() == "at work\n"

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.data.records import SYSTEM_PROMPT
 from utils.files import write_manifest
-from utils.weights.merging import whole
+from utils.weights.merging import materialize
 from utils.weights.probe import compare_logits, record_probe, recorded, replay
 from utils.weights.run_folder import as_trained, check_tag
 
@@ -165,7 +165,7 @@ def test_a_bf16_run_is_the_trained_model(
         assert len(links) == 2 and "computed in bf16" in links[0] and "max |d logit| 0.00e+00" in links[0]
     # The same weights, their probe recorded by other kernels.
     record = check_tag(run, "1")
-    model = whole(as_trained(run, "1", record, model_dir / loud), torch.bfloat16)
+    model = materialize(as_trained(run, "1", record, model_dir / loud), torch.bfloat16)
     (model if kind == "full" else model.get_base_model()).set_attn_implementation("eager")
     probe = load_file(run / "1/probe.safetensors")
     prompts = [value for name, value in probe.items() if name.startswith("input_ids")]
@@ -302,14 +302,14 @@ def test_llama_cpp_answers_as_the_model_does(
     convert: ModuleType, ft: ModuleType, train_args: Any, model_dir: Path, root: Path, kind: str
 ) -> None:
     """Its server renders the conversation itself, by the template and the tokenizer in the GGUF file."""
-    from utils.serve.generate import load_finished, replies
+    from utils.serve.generate import load_for_inference, replies
 
     run = train(ft, train_args(lr=2e-2, epochs=6), root / "output")
     converted(convert, run, model_dir / "tiny/qwen2", "org/Bili", "--gguf", kind)
     folder = root / "output_hf/org/Bili"
     lines = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"FROM ./Bili-{kind}.gguf" and f'SYSTEM """{SYSTEM_PROMPT}"""' in lines
-    model, chat = load_finished(folder)
+    model, chat = load_for_inference(folder)
     texts = ["视频标题：第3个视频\n视频简介：简介简介", "视频标题：第40个视频", "视频标题：第5个视频\n父评论：前排"]
     talks = [[{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}] for text in texts]
     expected = replies(model, chat, [chat.prompt_ids(talk) for talk in talks], 12)

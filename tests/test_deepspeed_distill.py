@@ -163,7 +163,7 @@ def test_rows_of_padding_change_nothing(distill: ModuleType, kind: str, topk: bo
         wide = torch.cat([logits, torch.full((6, padding), 30.0)], 1).requires_grad_()
         said = torch.cat([teacher, torch.full((6, 2 * padding), 30.0)], 1)[:, :40].log_softmax(-1)
         if topk:
-            ids, values = distill.most_likely(said, 5)
+            ids, values = distill.topk_logprobs(said, 5)
             said = ids.long(), values.float()
         loss, _ = distill.distill_loss(wide, target, weight, said, 40, settings(kd_loss=kind, kd_alpha=0.5))
         loss.backward()
@@ -189,7 +189,7 @@ def test_favourites_say_less_the_fewer_they_are(distill: ModuleType, kind: str) 
     whole, whole_grad = result(teacher)
     losses = []
     for k in (1, 5, 20, 50, 99):
-        ids, values = distill.most_likely(teacher, k)
+        ids, values = distill.topk_logprobs(teacher, k)
         assert ids.shape == (8, min(k, 50)) and values.shape == (8, min(k, 50) + 1) and values.dtype == torch.float16
         loss, grad = result((ids.long(), values.float().log_softmax(-1)))
         losses.append(loss)
@@ -201,19 +201,19 @@ def test_favourites_say_less_the_fewer_they_are(distill: ModuleType, kind: str) 
 def test_a_teachers_favourites_are_at_no_distance_from_it(distill: ModuleType, k: int) -> None:
     """However they are rounded on the disk: the distance of distributions is not negative."""
     teacher = torch.randn(500, 40, generator=torch.Generator().manual_seed(4)).mul(3).log_softmax(-1)
-    kept = distill.most_likely(teacher, k)
+    kept = distill.topk_logprobs(teacher, k)
     pack = SimpleNamespace(input_ids=torch.zeros(1))
-    ids, values = distill.kept_favourites(kept, lambda _: torch.arange(500), pack)
-    own = distill.favourites(teacher, ids)
+    ids, values = distill.cached_topk(kept, lambda _: torch.arange(500), pack)
+    own = distill.topk_and_rest(teacher, ids)
     distance = (values.exp() * (values - own)).sum(-1)
     assert distance.min() > -1e-6 and distance.max() < 1e-5
 
 
 def test_the_rest_is_counted(distill: ModuleType) -> None:
     """(1/2, 1/4, 1/8, 1/8), the two likeliest: 1/2, 1/4 and 1/4 for all others; of the student 0.1, 0.2 and 0.7."""
-    ids, values = distill.most_likely(torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log(), 2)
+    ids, values = distill.topk_logprobs(torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log(), 2)
     assert ids.tolist() == [[1, 3]] and values.exp().tolist()[0] == pytest.approx([0.5, 0.25, 0.25], rel=1e-3)
-    student = distill.favourites(torch.tensor([[0.3, 0.1, 0.4, 0.2]]).log(), ids.long())
+    student = distill.topk_and_rest(torch.tensor([[0.3, 0.1, 0.4, 0.2]]).log(), ids.long())
     assert student.exp().tolist()[0] == pytest.approx([0.1, 0.2, 0.7])
 
 
@@ -324,9 +324,7 @@ def test_cutting_changes_nothing(
 @pytest.mark.parametrize(
     "flags", [slow({"kd": "topk"}), slow({"kd": "logits", "zero_stage": 3}), slow({"kd": "sft"})], ids=str
 )
-def test_two_ranks_equal_one(
-    distill: ModuleType, distill_args: Build, tmp_path: Path, flags: dict[str, Any]
-) -> None:
+def test_two_ranks_equal_one(distill: ModuleType, distill_args: Build, tmp_path: Path, flags: dict[str, Any]) -> None:
     run(distill, distill_args(output_dir=tmp_path / "one", batch_size=4, grad_accum=2, **flags))
     arguments = distill_args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, **flags)
     finished = launch("deepspeed_distill/train.py", arguments, ranks=2)
@@ -436,5 +434,3 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     with pytest.raises(SystemExit, match="--kd sft"):
         run(distill, distill_args(kd="logits", model_dir=tmp_path / "model"))
     assert not list((tmp_path / "output").glob("DS-*")), "nothing is left"
-
-

@@ -232,12 +232,12 @@ def test_a_token_stays_with_its_hub(hub, monkeypatch, tmp_path, source):
             else:
                 super().do_GET()
 
-    class Stored(Answer):
+    class LazyTensor(Answer):
         def do_GET(self) -> None:
             sent_on.append(str(self.headers))
             super().do_GET()
 
-    hub.RequestHandlerClass, storage.RequestHandlerClass = Redirect, Stored
+    hub.RequestHandlerClass, storage.RequestHandlerClass = Redirect, LazyTensor
     monkeypatch.setenv("HF_TOKEN" if source == "hf" else "MODELSCOPE_API_TOKEN", "secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     folder = run(tmp_path, *where)

@@ -23,7 +23,7 @@ from test_utils_weights_llama_pth import make_weights, meta_logits, write
 from test_utils_weights_merging import ALL, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.files import only_writer
+from utils.files import exclusive_lock
 from utils.weights.loading import load_model
 
 IDS = torch.arange(5, 45)[None]
@@ -276,7 +276,7 @@ def test_patterns_are_matched_as_by_peft(merge: ModuleType, base: Path, root: Pa
 
 def test_two_merges_at_once(merge: ModuleType, base: Path, root: Path) -> None:
     adapter_on(plain(base), root / "adapter")
-    with only_writer(root / "merged"):
+    with exclusive_lock(root / "merged"):
         command = [sys.executable, str(ROOT / "merge_qlora.py"), "--base_model", str(base)]
         command += ["--qlora_model", str(root / "adapter"), "--save_path", str(root / "merged")]
         second = subprocess.run(command, capture_output=True, text=True)

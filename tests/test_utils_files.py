@@ -15,12 +15,12 @@ import pytest
 from conftest import ROOT
 
 from utils.files import (
+    atomic_write,
     check_manifest,
+    exclusive_lock,
     from_root,
     made_once,
     missing_model,
-    only_writer,
-    replacing,
     sha256,
     shown,
     write_manifest,
@@ -87,7 +87,7 @@ def test_replacing(tmp_path: Path, kind: str, old: str | None) -> None:
     if old:
         path.parent.mkdir(parents=True)
         put(path, old, "old")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.parent == path.parent and not temporary.exists()
         put(temporary, kind, "new")
         assert content(path) == ("old" if old else None), "nothing is seen before the end"
@@ -102,7 +102,7 @@ def test_a_failure_leaves_the_old(tmp_path: Path, kind: str, old: str | None, er
     path = tmp_path / "name"
     if old:
         put(path, old, "old")
-    with pytest.raises(error), replacing(path) as temporary:
+    with pytest.raises(error), atomic_write(path) as temporary:
         put(temporary, kind, "half")
         raise error
     assert content(path) == ("old" if old else None)
@@ -112,7 +112,7 @@ def test_a_failure_leaves_the_old(tmp_path: Path, kind: str, old: str | None, er
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_that_writes_nothing_leaves_the_old(tmp_path: Path, kind: str) -> None:
     put(tmp_path / "name", kind, "old")
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "name"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "name"):
         pass
     assert content(tmp_path / "name") == "old"
 
@@ -122,14 +122,14 @@ def test_a_kill_leaves_the_old_and_is_cleaned_up(tmp_path: Path, kind: str) -> N
     path = tmp_path / "name"
     put(path, kind, "old")
     program = (
-        "import sys, os, signal; from pathlib import Path; from utils.files import replacing\n"
-        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "import sys, os, signal; from pathlib import Path; from utils.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary:\n"
         "    temporary.mkdir(); (temporary / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", program, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
     assert content(path) == "old" and sorted(beside(path)) == [".name.lock", ".name.partial"]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         put(temporary, kind, "new")
     assert content(path) == "new" and beside(path) == []
 
@@ -139,7 +139,7 @@ def test_a_kill_between_the_two_moves_of_a_folder_is_cleaned_up(tmp_path: Path) 
     path = tmp_path / "name"
     put(tmp_path / ".name.old", "folder", "old")
     put(tmp_path / ".name.partial", "folder", "new")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         put(temporary, "folder", "newer")
     assert content(path) == "newer" and beside(path) == []
 
@@ -148,8 +148,8 @@ def test_replacing_waits_for_another_process_and_then_says_so(tmp_path: Path) ->
     """The other's work comes to its end as if nobody had asked."""
     path = tmp_path / "name"
     program = (
-        "import sys, time; from pathlib import Path; from utils.files import replacing\n"
-        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "import sys, time; from pathlib import Path; from utils.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary:\n"
         "    temporary.mkdir(); print('at work', flush=True); sys.stdin.readline(); (temporary / 'inner').mkdir()\n"
         "    (temporary / 'inner/file').write_text('theirs')\n"
     )
@@ -161,19 +161,23 @@ def test_replacing_waits_for_another_process_and_then_says_so(tmp_path: Path) ->
         text=True,
     )
     assert other.stdout.readline() == "at work\n"
-    with pytest.raises(SystemExit, match="Another process is writing .*name"), replacing(path) as temporary:
+    with pytest.raises(SystemExit, match="Another process is writing .*name"), atomic_write(path) as temporary:
         put(temporary, "folder", "ours")
-    with pytest.raises(SystemExit, match="Another process is writing"), only_writer(path):
+    with pytest.raises(SystemExit, match="Another process is writing"), exclusive_lock(path):
         pass
     other.communicate("go on\n")
     assert other.returncode == 0 and content(path) == "theirs" and beside(path) == []
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         put(temporary, "folder", "ours")
     assert content(path) == "ours" and beside(path) == []
 
 
 def test_blocks_for_one_place_may_stand_in_one_another(tmp_path: Path) -> None:
-    with only_writer(tmp_path / "name"), only_writer(tmp_path / "name"), replacing(tmp_path / "name") as temporary:
+    with (
+        exclusive_lock(tmp_path / "name"),
+        exclusive_lock(tmp_path / "name"),
+        atomic_write(tmp_path / "name") as temporary,
+    ):
         temporary.write_text("new")
     assert content(tmp_path / "name") == "new" and beside(tmp_path / "name") == []
 
@@ -181,10 +185,10 @@ def test_blocks_for_one_place_may_stand_in_one_another(tmp_path: Path) -> None:
 def test_many_processes_write_one_after_the_other(tmp_path: Path) -> None:
     """Who waits for a lock whose file is removed makes another, and nobody is in it together with somebody else."""
     program = (
-        "import sys; from pathlib import Path; from utils.files import only_writer\n"
+        "import sys; from pathlib import Path; from utils.files import exclusive_lock\n"
         "path = Path(sys.argv[1])\n"
         "for _ in range(100):\n"
-        "    with only_writer(path, wait_sec=-1):\n"
+        "    with exclusive_lock(path, wait_sec=-1):\n"
         "        path.write_text(str(int(path.read_text()) + 1))\n"
     )
     (tmp_path / "count").write_text("0")

@@ -23,7 +23,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from utils.data.chat import Chat, make_chat
-from utils.serve.generate import Speech, context_tokens, load_finished, replies, stream, tuning_of, use_adapter
+from utils.serve.generate import (
+    IncrementalDetokenizer,
+    context_tokens,
+    load_for_inference,
+    replies,
+    stream,
+    tuning_of,
+    use_adapter,
+)
 
 N_NEW = 12
 
@@ -201,7 +209,7 @@ def test_an_error_while_generating_reaches_the_reader(
 
 
 def test_load_finished(model_dir: Path, prompts: list[list[int]]) -> None:
-    model, chat = load_finished(model_dir / "tiny/llama")
+    model, chat = load_for_inference(model_dir / "tiny/llama")
     assert not model.training and model.dtype == torch.float32
     assert chat.tokenizer.convert_ids_to_tokens(chat.stop_id) == "<|im_end|>"
     plain = make_model("llama", len(chat.tokenizer)).eval()
@@ -257,7 +265,7 @@ def test_pieces_are_the_whole_text(tokenizers: dict[str, Any], kind: str, data: 
     ids = tokenizer.encode(text, add_special_tokens=False)
     if data.draw(st.booleans()):
         ids.insert(data.draw(st.integers(0, len(ids))), 1)
-    speech, pieces, start = Speech(tokenizer), [], 0
+    speech, pieces, start = IncrementalDetokenizer(tokenizer), [], 0
     while start < len(ids):
         end = start + data.draw(st.integers(1, 3))
         pieces.append(speech.add(ids[start:end]))
@@ -273,7 +281,7 @@ def test_pieces_are_the_whole_text(tokenizers: dict[str, Any], kind: str, data: 
 def test_bytes_that_make_no_letters(tokenizers: dict[str, Any], kind: str, numbers: list[int]) -> None:
     """They come as the replacement character, and what follows them comes."""
     tokenizer = tokenizers[kind]
-    speech = Speech(tokenizer)
+    speech = IncrementalDetokenizer(tokenizer)
     text = "".join(speech.add([number]) for number in numbers) + speech.add(tokenizer.encode("ok"), last=True)
     assert text.endswith("ok")
     if kind == "bytes":
@@ -291,7 +299,7 @@ def test_a_text_ends_before_the_first_stop_word(tokenizers: dict[str, Any], kind
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.decode(ids)
     end = min((whole.index(word) for word in words if word in whole), default=len(whole))
-    speech, said = Speech(tokenizer, words), ""
+    speech, said = IncrementalDetokenizer(tokenizer, words), ""
     for number in ids:
         said += speech.add([number])
         assert end == len(whole) or len(said) <= end, "no part of a stop word is said"
@@ -303,7 +311,7 @@ def test_a_text_ends_before_the_first_stop_word(tokenizers: dict[str, Any], kind
 
 
 def test_what_may_begin_a_stop_word_is_said_when_it_does_not(tokenizer: Any) -> None:
-    speech = Speech(tokenizer, ["用户：", ""])
+    speech = IncrementalDetokenizer(tokenizer, ["用户：", ""])
     pieces = [speech.add(tokenizer.encode(text)) for text in ("好用", "户", "们", "用户")]
     assert pieces == ["好", "", "用户们", ""]
     assert speech.add([], last=True) == "用户" and not speech.stopped
@@ -324,10 +332,10 @@ def test_a_control_token_as_a_stop_word(tokenizer: Any, chat: Chat, prompts: lis
     model = speaking_model("llama", tokenizer)
     tokens = alone(model, prompts[0])
     model = ends_after(model, tokens[3], end_id=tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    spoken = partial(stream, model, tokenizer, prompts[0], N_NEW, chat.stop_id, do_sample=False)
+    without_system = partial(stream, model, tokenizer, prompts[0], N_NEW, chat.stop_id, do_sample=False)
     expected = tokenizer.decode(tokens[: tokens.index(tokens[3]) + 1])
-    assert "".join(spoken(stop_words=["<|im_start|>"])) == expected
-    assert len("".join(spoken())) > len(expected)
+    assert "".join(without_system(stop_words=["<|im_start|>"])) == expected
+    assert len("".join(without_system())) > len(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +398,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_an_adapter_says_what_it_says_in_peft(model_dir: Path, tmp_path: Path, kind: str, settings: Any) -> None:
     base = model_dir / "tiny" / kind
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
-    model, _ = load_finished(base, adapters={"one": adapter})
+    model, _ = load_for_inference(base, adapters={"one": adapter})
     assert near(model, with_peft(base, adapter))
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert type(model) is type(plain), "no wrapper"
@@ -406,17 +414,17 @@ def test_a_larger_vocabulary(model_dir: Path, tokenizer: Any, tmp_path: Path) ->
     larger.save_pretrained(adapter)
     plain = AutoModelForCausalLM.from_pretrained(base)
     plain.resize_token_embeddings(len(larger), mean_resizing=False)
-    model, chat = load_finished(base, adapters={"one": adapter})
+    model, chat = load_for_inference(base, adapters={"one": adapter})
     assert near(model, PeftModel.from_pretrained(plain, adapter)) and len(chat.tokenizer) == len(larger)
     other = make_adapter(base, tmp_path / "other")
     with pytest.raises(ValueError, match="another vocabulary"):
-        load_finished(base, adapters={"other": other, "one": adapter})
+        load_for_inference(base, adapters={"other": other, "one": adapter})
 
 
 def test_several_adapters_in_turn(model_dir: Path, tmp_path: Path) -> None:
     base = model_dir / "tiny/qwen2"
     adapters = {name: make_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "other"))}
-    model, _ = load_finished(base, adapters=adapters)
+    model, _ = load_for_inference(base, adapters=adapters)
     expected = {name: logits_of(with_peft(base, folder)) for name, folder in adapters.items()}
     expected[None] = logits_of(AutoModelForCausalLM.from_pretrained(base))
     assert (logits_of(model) - expected["one"]).abs().max() < 1e-5, "the first one is in use"
@@ -437,7 +445,7 @@ def test_bits(
     plain, full = (with_peft(base, adapter, n) if adapted else in_bits(base, n) for n in (bits, None))
     bnb = logging.getLogger("bitsandbytes")
     bnb.addHandler(caplog.handler)
-    model, chat = load_finished(base, adapters={"one": adapter} if adapted else None, bits=bits)
+    model, chat = load_for_inference(base, adapters={"one": adapter} if adapted else None, bits=bits)
     assert near(model, plain)
     assert not near(model, full), "the weights are other ones"
     ids = torch.tensor(prompts[:1])
@@ -464,29 +472,29 @@ def test_an_adapter_of_4_bits_is_used_in_4_bits(model_dir: Path, tmp_path: Path,
     template = CHATML.replace("<|im_start|>", "<|im_start|>>")
     adapter = checkpoint(base, tmp_path / "24", chat_template=template) / place
     assert tuning_of(adapter) == (tmp_path / "24/adapter", "设定", template, 4)
-    model, chat = load_finished(base, adapters={"one": adapter})
+    model, chat = load_for_inference(base, adapters={"one": adapter})
     assert near(model, with_peft(base, tmp_path / "24/adapter", 4))
     assert chat.tokenizer.chat_template == template
-    model, _ = load_finished(base, adapters={"one": adapter}, bits=8)
+    model, _ = load_for_inference(base, adapters={"one": adapter}, bits=8)
     assert near(model, with_peft(base, tmp_path / "24/adapter", 8)), "another number on demand"
-    model, chat = load_finished(base, adapters={"plain": make_adapter(base, tmp_path / "plain"), "one": adapter})
+    model, chat = load_for_inference(base, adapters={"plain": make_adapter(base, tmp_path / "plain"), "one": adapter})
     assert model.is_loaded_in_4bit and chat.tokenizer.chat_template == CHATML
 
 
 def test_an_adapter_of_whole_weights(model_dir: Path, tmp_path: Path) -> None:
     base = model_dir / "tiny/llama"
     adapter = checkpoint(base, tmp_path / "24", bits=None)
-    model, _ = load_finished(base, adapters={"one": adapter})
+    model, _ = load_for_inference(base, adapters={"one": adapter})
     assert near(model, with_peft(base, adapter / "adapter"))
 
 
 def test_a_template_on_demand(model_dir: Path, tmp_path: Path) -> None:
     base, template = model_dir / "tiny/llama", "{{ messages[-1].content }}{% if add_generation_prompt %}{% endif %}"
     plain = CHATML.replace("\n", " ")
-    _, chat = load_finished(base, adapters={"one": checkpoint(base, tmp_path / "24", None)}, chat_template=plain)
+    _, chat = load_for_inference(base, adapters={"one": checkpoint(base, tmp_path / "24", None)}, chat_template=plain)
     assert chat.tokenizer.chat_template == plain
     with pytest.raises(ValueError, match="template"):
-        load_finished(base, chat_template=template)
+        load_for_inference(base, chat_template=template)
 
 
 def test_what_is_known_of_a_model(model_dir: Path, tmp_path: Path) -> None:
@@ -505,7 +513,7 @@ def test_a_damaged_record(model_dir: Path, tmp_path: Path, text: str) -> None:
     folder = checkpoint(model_dir / "tiny/llama", tmp_path / "24")
     (folder / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"24/run\.json is damaged"):
-        load_finished(model_dir / "tiny/llama", adapters={"one": folder})
+        load_for_inference(model_dir / "tiny/llama", adapters={"one": folder})
 
 
 def cut(path: Path) -> None:
@@ -543,7 +551,7 @@ def test_a_damaged_adapter(model_dir: Path, tmp_path: Path, damage: Any, message
     adapter = make_adapter(model_dir / "tiny/llama", tmp_path / "adapter")
     damage(adapter)
     with pytest.raises((OSError, ValueError), match=message) as error:
-        load_finished(model_dir / "tiny/llama", adapters={"one": adapter})
+        load_for_inference(model_dir / "tiny/llama", adapters={"one": adapter})
     assert str(adapter) in str(error.value)
 
 
@@ -565,7 +573,7 @@ def test_an_adapter_of_another_model(
     make_model("llama", len(tokenizer), **changes).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=message):
-        load_finished(tmp_path / "other", adapters={"one": adapter})
+        load_for_inference(tmp_path / "other", adapters={"one": adapter})
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.2])
@@ -582,13 +590,13 @@ def test_weights_on_the_disk(
     base = tmp_path / "base"
     shutil.copytree(model_dir / "tiny/llama", base)
     adapters = {"one": make_adapter(base, tmp_path / "adapter")} if adapted else None
-    model, chat = load_finished(base, adapters=adapters)
+    model, chat = load_for_inference(base, adapters=adapters)
     (expected,) = replies(model, chat, prompts[:1], N_NEW)
     files = {path.name: path.read_bytes() for path in base.iterdir()}
     room = (base / "model.safetensors").stat().st_size * share
     monkeypatch.setattr("transformers.integrations.accelerate.accelerate_max_memory", lambda _=None: {"cpu": room})
     monkeypatch.chdir(tmp_path)
-    model, chat = load_finished(base, adapters=adapters, offload_folder=tmp_path / "offload")
+    model, chat = load_for_inference(base, adapters=adapters, offload_folder=tmp_path / "offload")
     assert "disk" in model.hf_device_map.values()
     text = "".join(stream(model, chat.tokenizer, prompts[0], N_NEW, chat.stop_id, do_sample=False))
     assert text.strip() == expected
@@ -603,7 +611,7 @@ def test_only_plain_lora_beside_weights_on_the_disk(
     adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
     monkeypatch.setattr("transformers.integrations.accelerate.accelerate_max_memory", lambda _=None: {"cpu": 4e5})
     with pytest.raises(ValueError, match="merge_qlora.py"):
-        load_finished(base, adapters={"one": adapter}, offload_folder=tmp_path / "offload")
+        load_for_inference(base, adapters={"one": adapter}, offload_folder=tmp_path / "offload")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from utils.data.records import comment_prompt
 from utils.serve.limits import Guard, Limits, Refused
 from utils.serve.routes import (
-    Piece,
+    Delta,
     Question,
     Sampling,
     Served,
@@ -54,7 +54,7 @@ class Parrot:
         self.asked.append(messages)
         return [*range(sum(len(message["content"]) for message in messages))]
 
-    async def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Piece]:
+    async def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         self.sampling.append(sampling)
         self.at_work += 1
         try:
@@ -62,7 +62,7 @@ class Parrot:
                 await asyncio.sleep(self.rest_sec)
                 for index in range(sampling.n):
                     last = number == sampling.max_tokens - 1
-                    yield Piece(index, self.text or chr(97 + number % 26), 1, "length" if last else None)
+                    yield Delta(index, self.text or chr(97 + number % 26), 1, "length" if last else None)
             self.ended += 1
         finally:
             self.at_work -= 1

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from utils.serve.sampling import LIKELIEST, Choice, choose, kept, penalised
+from utils.serve.sampling import LIKELIEST, SamplingParams, kept, sample_tokens, with_penalties
 
 V = 2000
 
@@ -40,7 +40,7 @@ def test_the_same_tokens_as_transformers(scale: float, temperature: float, top_k
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     expected = expected.softmax(-1)[0]
-    found = dense(*kept(logits, Choice(temperature, top_p, top_k)))
+    found = dense(*kept(logits, SamplingParams(temperature, top_p, top_k)))
     assert torch.allclose(found, expected, atol=1e-6)
     if scale == 0.1 and top_k == 0 and top_p < 1:
         assert (expected > 0).sum() > LIKELIEST
@@ -50,14 +50,16 @@ def test_repetition_penalty_is_transformers() -> None:
     logits = some_logits(2.0)
     prompt, answer = [3, 5, 3], [7, 5]
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + answer]), logits[None].clone())[0]
-    found = penalised(logits, Choice(repetition_penalty=1.3), prompt, answer)
+    found = with_penalties(logits, SamplingParams(repetition_penalty=1.3), prompt, answer)
     assert torch.equal(found, expected) and not torch.equal(found, logits)
 
 
 def test_frequency_and_presence_by_hand() -> None:
     """OpenAI's formula: logit - count x frequency_penalty - (1 if count > 0) x presence_penalty, of the answer."""
     logits = torch.tensor([1.0, 2.0, 3.0, -1.0])
-    found = penalised(logits, Choice(frequency_penalty=0.5, presence_penalty=0.25), prompt=[0, 0], answer=[2, 3, 2])
+    found = with_penalties(
+        logits, SamplingParams(frequency_penalty=0.5, presence_penalty=0.25), prompt=[0, 0], answer=[2, 3, 2]
+    )
     assert found.tolist() == [1.0, 2.0, 3.0 - 2 * 0.5 - 0.25, -1.0 - 0.5 - 0.25]
     assert logits.tolist() == [1.0, 2.0, 3.0, -1.0], "the caller's are left as they are"
 
@@ -68,17 +70,17 @@ def test_a_batch_of_different_requests() -> None:
     best = logits.argmax(-1)
     logits[1, best[1]] += 0.5
     choices = [
-        Choice(temperature=0),
-        Choice(temperature=0, presence_penalty=2.0),
-        Choice(temperature=1.0),
-        Choice(temperature=1.0),
-        Choice(temperature=5.0, top_k=1),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, presence_penalty=2.0),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=5.0, top_k=1),
     ]
     said = [([], []), ([], [int(best[1])]), ([], []), ([], []), ([], [])]
 
     def drawn(seed: int) -> list[int]:
         generators = [None, None, torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed), None]
-        return choose(logits, choices, said, generators).tolist()
+        return sample_tokens(logits, choices, said, generators).tolist()
 
     one, two, other = drawn(1), drawn(1), drawn(2)
     second = logits[1].clone()
@@ -91,7 +93,7 @@ def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0]).log1p()  # Probabilities 1, 2, 3, 4 of 10.
     generator = torch.Generator().manual_seed(0)
     n = 4000
-    tokens = choose(logits.repeat(n, 1), [Choice()] * n, [([], [])] * n, [generator] * n)
+    tokens = sample_tokens(logits.repeat(n, 1), [SamplingParams()] * n, [([], [])] * n, [generator] * n)
     found = tokens.bincount(minlength=4) / n
     # Four standard deviations of a mean of 4,000 draws.
     assert torch.allclose(found, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=4 * (0.25 / n) ** 0.5)
@@ -100,14 +102,14 @@ def test_draws_follow_the_probabilities() -> None:
 def test_numbers_too_small_for_fp32() -> None:
     """A top_p that is 0 in fp32 keeps the likeliest token, and not none."""
     logits = some_logits(1.0)
-    (token,) = choose(logits[None], [Choice(top_p=1e-320)], [([], [])], [None])
+    (token,) = sample_tokens(logits[None], [SamplingParams(top_p=1e-320)], [([], [])], [None])
     assert token == logits.argmax()
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-5, 100.0])
 def test_extreme_temperatures(temperature: float) -> None:
     logits = some_logits(30.0)
-    probs, _ = kept(logits, Choice(temperature=temperature))
+    probs, _ = kept(logits, SamplingParams(temperature=temperature))
     assert probs.isfinite().all() and probs.sum() > 0
     if temperature < 1:
         assert probs.argmax() == logits.argmax() and probs.max() > 0.999

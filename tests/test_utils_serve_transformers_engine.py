@@ -18,11 +18,12 @@ from conftest import make_model
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from utils.data.chat import Chat, make_chat
-from utils.serve.generate import load_finished
+from utils.serve.capacity import Capacity, find_capacity
+from utils.serve.generate import load_for_inference
 from utils.serve.limits import Refused
 from utils.serve.paged_attention import attend
 from utils.serve.routes import Answers, Sampling, Served, collect
-from utils.serve.transformers_engine import Room, TransformersEngine, check_engine, make_room
+from utils.serve.transformers_engine import TransformersEngine, check_engine
 
 N_NEW = 24
 GREEDY = Sampling(temperature=0, max_tokens=N_NEW)
@@ -46,7 +47,7 @@ def engines() -> Iterator[Callable[..., TransformersEngine]]:
     made = []
 
     def make(model: Any, chat: Chat, names: tuple[str, ...] = ("m",), **changes: int) -> TransformersEngine:
-        room = Room(512, 8, 64, 4096)._replace(**changes)
+        room = Capacity(512, 8, 64, 4096)._replace(**changes)
         served = [Served(name, None) for name in names]
         made.append(TransformersEngine(model, chat, served, names[1:], room))
         return made[-1]
@@ -227,7 +228,7 @@ def test_an_error_of_the_engine_reaches_all_and_it_starts_anew(
     expected, engine = alone(model, chat, prompts), engines(model, chat)
     with monkeypatch.context() as patch:
         failing = lambda *_: (_ for _ in ()).throw(MemoryError("the card is full"))  # noqa: E731
-        patch.setattr("utils.serve.transformers_engine.choose", failing)
+        patch.setattr("utils.serve.transformers_engine.sample_tokens", failing)
         # pytest would keep what is logged, and with the traceback all that the engine held.
         patch.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)
 
@@ -271,7 +272,7 @@ def test_adapters_answer_at_the_same_time(
 
     base = model_dir / "tiny/qwen2"
     folders = with_adapters(tmp_path, base, ("one", "two"))
-    model, chat = load_finished(base, adapters=folders)
+    model, chat = load_for_inference(base, adapters=folders)
     expected = {"m": alone(AutoModelForCausalLM.from_pretrained(base), chat, prompts)}
     for name, folder in folders.items():
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).merge_and_unload()
@@ -287,7 +288,7 @@ def test_adapters_answer_at_the_same_time(
     found = asyncio.run(all_three())
     assert [texts_of(answers) for answers in found] == [*expected.values()]
     assert expected["m"] != expected["one"] != expected["two"]
-    check_engine(engines(load_finished(base, adapters=folders)[0], chat, names=("m", "one", "two")))
+    check_engine(engines(load_for_inference(base, adapters=folders)[0], chat, names=("m", "one", "two")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_small_rooms(tokenizer: Any, chat: Chat, prompts: list[list[int]], engin
         model = make_model("llama", len(tokenizer)).eval()
         expected = alone(model, chat, prompts[:1], args.max_model_len - len(prompts[0]))
         engine = engines(model, chat)
-        engine._room = make_room(model, chat, 1, args)
+        engine._room = find_capacity(model, chat, 1, args)
         engine.max_model_len = args.max_model_len
         check_engine(engine)
         longest = GREEDY.model_copy(update={"max_tokens": args.max_model_len - len(prompts[0])})
@@ -358,13 +359,13 @@ def test_room(tokenizer: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> No
         max_model_len=None, max_num_seqs=4, max_num_batched_tokens=None, gpu_memory_utilization=0.85
     )
     token_bytes = 2 * 2 * 2 * 16 * 4
-    monkeypatch.setattr("utils.serve.transformers_engine._free_bytes", lambda *_: 10_000 * token_bytes)
-    assert make_room(model, chat, 1, args) == Room(2048, 4, 512, 8448)
-    assert make_room(model, chat, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
+    monkeypatch.setattr("utils.serve.capacity._free_bytes", lambda *_: 10_000 * token_bytes)
+    assert find_capacity(model, chat, 1, args) == Capacity(2048, 4, 512, 8448)
+    assert find_capacity(model, chat, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
     args.max_model_len = 4000
     with pytest.raises(ValueError, match="made for 2,048 tokens"):
-        make_room(model, chat, 1, args)
+        find_capacity(model, chat, 1, args)
     args.max_model_len = 1000
-    monkeypatch.setattr("utils.serve.transformers_engine._free_bytes", lambda *_: 700 * token_bytes)
+    monkeypatch.setattr("utils.serve.capacity._free_bytes", lambda *_: 700 * token_bytes)
     with pytest.raises(ValueError, match="--max_model_len 672 or less"):
-        make_room(model, chat, 1, args)
+        find_capacity(model, chat, 1, args)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from utils.weights.layouts import open_weights
-from utils.weights.lazy import Stored, weights_digest, write_weights
+from utils.weights.lazy import LazyTensor, weights_digest, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_what_is_written_is_what_was_read(model: Any, layouts: dict[str, Path], 
     weights = open_weights(layouts["safetensors"])
     # Not only numbers of two bytes: a whole number, a byte, a scalar.
     others = {"steps": torch.arange(3), "flag": torch.tensor([True]), "scalar": torch.tensor(2.5)}
-    extra = {name: Stored(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in others.items()}
+    extra = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in others.items()}
     (tmp_path / "whole").mkdir()
     write_weights(tmp_path / "whole", extra | weights, "5GB")
     expected = model.state_dict() | others
@@ -93,7 +93,7 @@ def test_what_is_written_is_what_was_read(model: Any, layouts: dict[str, Path], 
 
 
 def test_reading_less_than_was_promised_is_noticed(tmp_path: Path) -> None:
-    wrong = Stored((2, 3), torch.float32, lambda: torch.zeros(3, 2))
+    wrong = LazyTensor((2, 3), torch.float32, lambda: torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"x became \(3, 2\)"):
         write_weights(tmp_path, {"x": wrong}, "5GB")
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from utils.weights.layouts import open_weights
 from utils.weights.llama_pth import load_llama_tokenizer, open_llama
-from utils.weights.merging import assemble, whole
+from utils.weights.merging import assemble, materialize
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 VOCAB, HIDDEN, HEAD = 320, 96, 16
@@ -86,7 +86,7 @@ def meta_logits(weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Te
 def test_logits_are_metas(tmp_path: Path, parts: int) -> None:
     weights = make_weights()
     write(weights, tmp_path / "meta", parts)
-    model = whole(assemble(tmp_path / "meta", torch.float32, None, [], False), torch.float32)
+    model = materialize(assemble(tmp_path / "meta", torch.float32, None, [], False), torch.float32)
     ids = torch.arange(7, 57)
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0]

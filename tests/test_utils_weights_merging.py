@@ -18,7 +18,7 @@ from utils.weights.adapters import read_adapter
 from utils.weights.layouts import open_weights
 from utils.weights.lazy import write_weights
 from utils.weights.loading import load_model
-from utils.weights.merging import assemble, filled, merged_weights, whole
+from utils.weights.merging import assemble, materialize, merged_weights, offloaded
 
 VOCAB, IDS = 300, torch.arange(5, 45)[None]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -91,7 +91,7 @@ def test_every_kind_of_adapter(tmp_path: Path, name: str) -> None:
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     assert (expected - untrained).abs().max() > 0.05
     parts = assemble(tmp_path / "base", torch.float32, None, [read_adapter(tmp_path / "adapter")], False)
-    with filled(parts, torch.float32, "cpu") as model:
+    with offloaded(parts, torch.float32, "cpu") as model:
         assert all(parameter.is_meta for parameter in model.parameters())
         assert (logits_of(model) - expected).abs().max() < 1e-5
     merged, tensors = write_merged(parts, tmp_path / "merged")
@@ -100,7 +100,7 @@ def test_every_kind_of_adapter(tmp_path: Path, name: str) -> None:
     # Once more: reading does not use the parts up.
     again = merged_weights(parts, torch.float32, "cpu")
     assert all(torch.equal(again[key].read(), tensor.read()) for key, tensor in tensors.items())
-    assert (logits_of(whole(parts, torch.float32)) - expected).abs().max() < 1e-5
+    assert (logits_of(materialize(parts, torch.float32)) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -136,7 +136,7 @@ def test_several_adapters_are_summed_by_weight(tmp_path: Path) -> None:
     for name, tensor in base.items():
         expected = tensor + 0.3 * changes[0][name] - 1.5 * changes[1][name]
         assert (tensors[name].read() - expected).abs().max() < 1e-5, name
-    with filled(parts, torch.float32, "cpu") as model:
+    with offloaded(parts, torch.float32, "cpu") as model:
         assert (logits_of(model) - logits_of(merged)).abs().max() < 1e-4
 
 
@@ -166,7 +166,7 @@ def test_a_base_whose_files_contradict_its_configuration(tmp_path: Path) -> None
     save_file(state | {"lm_head.weight": -state["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
     parts = assemble(tmp_path, torch.float32, None, [], False)
     expected = logits_of(load_model(tmp_path, torch.float32).eval())
-    with filled(parts, torch.float32, "cpu") as streamed:
+    with offloaded(parts, torch.float32, "cpu") as streamed:
         assert (logits_of(streamed) - expected).abs().max() < 1e-5
     merged, _ = write_merged(parts, tmp_path / "merged")
     assert (logits_of(merged) - expected).abs().max() < 1e-5
@@ -291,7 +291,7 @@ def test_experts_are_written_as_they_were(tmp_path: Path) -> None:
     expected = logits_of(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     parts = assemble(tmp_path / "base", torch.float32, None, [read_adapter(tmp_path / "adapter")], False)
-    with filled(parts, torch.float32, "cpu") as model:
+    with offloaded(parts, torch.float32, "cpu") as model:
         assert (logits_of(model) - expected).abs().max() < 1e-5
     merged, _ = write_merged(parts, tmp_path / "merged")
     assert (logits_of(merged) - expected).abs().max() < 1e-4
@@ -329,7 +329,7 @@ def test_an_adapter_saved_as_bin(base: Path, tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "adapter/adapter_model.safetensors"), tmp_path / "adapter/adapter_model.bin")
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     parts = assemble(base, torch.float32, None, [read_adapter(tmp_path / "adapter")], False)
-    with filled(parts, torch.float32, "cpu") as model:
+    with offloaded(parts, torch.float32, "cpu") as model:
         assert (logits_of(model) - logits_of(adapted)).abs().max() < 1e-5
 
 

@@ -130,7 +130,7 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSON object a line, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -154,7 +154,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_writer(path: Path, wait_sec: float = 0) -> Iterator[None]:
+def exclusive_lock(path: Path, wait_sec: float = 0) -> Iterator[None]:
     """Keeps other processes from writing to a place until the block ends.
 
     Args:
@@ -186,7 +186,7 @@ def only_writer(path: Path, wait_sec: float = 0) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Lets the caller write a file or a folder beside its place and moves it there when the block ends well.
 
     A failure or a kill inside the block leaves whatever stood at `path` before. What a killed run left beside it is
@@ -202,7 +202,7 @@ def replacing(path: Path) -> Iterator[Path]:
         SystemExit: if another process is writing there, and does so for a second.
     """
     temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("partial", "old"))
-    with only_writer(path, wait_sec=1):
+    with exclusive_lock(path, wait_sec=1):
         _remove(temporary)
         if old.exists() and not path.exists():
             old.rename(path)  # A kill came between the two renames below.
@@ -222,7 +222,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Lets the caller write files that belong together, each as `replacing` does.
 
     The first one is taken away before another one changes, and put in its place last: whatever ends the program, it
@@ -237,8 +237,8 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
     Raises:
         SystemExit: if another process is writing there.
     """
-    with only_writer(paths[0]), ExitStack() as files:
-        yield [files.enter_context(replacing(path)) for path in paths]
+    with exclusive_lock(paths[0]), ExitStack() as files:
+        yield [files.enter_context(atomic_write(path)) for path in paths]
         paths[0].unlink(missing_ok=True)
 
 
@@ -254,20 +254,20 @@ def made_once(path: Path) -> Iterator[Path | None]:
     Yields:
         Where to make it, as `replacing` does; None if it is there already.
     """
-    with only_writer(path, wait_sec=-1):
+    with exclusive_lock(path, wait_sec=-1):
         drop_damaged(path)
         if path.exists():
             yield None
         else:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 yield temporary
-            with replacing(_contents_file(path)) as temporary:
+            with atomic_write(_contents_file(path)) as temporary:
                 temporary.write_text(json.dumps(_contents(path)), encoding="utf-8")
 
 
 def drop_damaged(path: Path) -> None:
     """Removes what `made_once` has made if it is not what it was, and says so."""
-    with only_writer(path, wait_sec=-1):
+    with exclusive_lock(path, wait_sec=-1):
         if not path.exists():
             return
         try:
@@ -299,7 +299,7 @@ def write_manifest(folder: Path) -> None:
     """Writes manifest.json, the hashes of a finished folder's files. It is the last file to be written."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    with replacing(folder / "manifest.json") as temporary:
+    with atomic_write(folder / "manifest.json") as temporary:
         temporary.write_text(json.dumps(hashes, indent=1))
 
 

@@ -131,9 +131,9 @@ class Stages:
 
     def replies(self, output: str) -> dict[str, Any]:
         """Loads a converted model and lets it answer eight prompts at once."""
-        from utils.serve.generate import load_finished, replies
+        from utils.serve.generate import load_for_inference, replies
 
-        model, chat = load_finished(self.folder / "output_hf" / output)
+        model, chat = load_for_inference(self.folder / "output_hf" / output)
         ids = chat.prompt_ids([{"role": "user", "content": "视频标题：第1个视频"}])
         started = time.perf_counter()
         texts = replies(model, chat, [ids] * 8, 32)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.files import from_root, replacing, shown
+from utils.files import atomic_write, from_root, shown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     tokens, supervised, lengths, group = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     video = np.unique(group, return_inverse=True)[1]
     target = from_root(args.output)
-    with replacing(target) as temporary, temporary.open("wb") as file:
+    with atomic_write(target) as temporary, temporary.open("wb") as file:
         arrays = {"lengths": lengths.astype(np.int32), "video": video.astype(np.int32)}
         np.savez_compressed(file, tokens=tokens.astype(np.int32), supervised=supervised, **arrays)
     print(f"{shown(target)}: {len(lengths)} comments, {len(tokens)} tokens, {supervised.sum()} of them learnt.")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import boolean  # noqa: E402
-from utils.files import replacing, shown  # noqa: E402
+from utils.files import atomic_write, shown  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- cards: made by benchmarks/gpu/table.py -->", "<!-- cards: end -->"
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
         return
     for language, name in READMES.items():
         text = with_tables((ROOT / name).read_text(encoding="utf-8"), of_all(files, language))
-        with replacing(ROOT / name) as temporary:
+        with atomic_write(ROOT / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"Written: {shown(ROOT / name)}")
 

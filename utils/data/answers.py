@@ -47,7 +47,7 @@ def join_answers(data: Path, answers: Path, cache: Path) -> Path:
                     *asked, real = to_messages(record)
                 except UnusableRecord:  # As it was when the teacher was asked.
                     continue
-                if spoken(prompt) == spoken(asked):
+                if without_system(prompt) == without_system(asked):
                     turns = [{"from": turn["role"], "value": turn["content"]} for turn in (*asked, answer)]
                     kept = {"id": row["id"], "video_id": row["video_id"], "conversations": turns}
                     lines.append(json.dumps(kept | {"real": real["content"]}, ensure_ascii=False) + "\n")
@@ -65,6 +65,6 @@ def join_answers(data: Path, answers: Path, cache: Path) -> Path:
     return path
 
 
-def spoken(turns: list[Message]) -> list[Message]:
+def without_system(turns: list[Message]) -> list[Message]:
     """Turns without the system prompt."""
     return [turn for turn in turns if turn["role"] != "system"]

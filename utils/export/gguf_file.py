@@ -14,7 +14,7 @@ import torch
 from utils.cli import progress_bar
 from utils.data.chat import Chat
 from utils.export.gguf_tokenizer import add_tokenizer
-from utils.weights.lazy import Stored
+from utils.weights.lazy import LazyTensor
 from utils.weights.loading import attention_windows
 from utils.weights.merging import assemble
 
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     shape: tuple[int, ...]
     kind: Any
-    stored: Stored
+    stored: LazyTensor
     heads: int = 0
     shift: float = 0.0
 
@@ -221,7 +221,7 @@ def add_settings(writer: Any, config: Any, kind: str, name: str) -> None:
         writer.add_rope_scaling_orig_ctx_len(original)
 
 
-def gguf_parts(weights: Mapping[str, Stored], config: Any, arch: str, kind: str) -> Iterator[tuple[str, Part]]:
+def gguf_parts(weights: Mapping[str, LazyTensor], config: Any, arch: str, kind: str) -> Iterator[tuple[str, Part]]:
     """Finds what a model's tensors are called and become in a GGUF file.
 
     Args:
@@ -261,5 +261,5 @@ def gguf_parts(weights: Mapping[str, Stored], config: Any, arch: str, kind: str)
         changed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         places = torch.arange(0, 2 * len(changed), 2) / (2 * len(changed))
         factors = rope_of(config)[0]["rope_theta"] ** -places / changed
-        stored = Stored(tuple(factors.shape), torch.float32, lambda: factors)
+        stored = LazyTensor(tuple(factors.shape), torch.float32, lambda: factors)
         yield "rope_freqs.weight", Part(stored.shape, GGMLQuantizationType.F32, stored)

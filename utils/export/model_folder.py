@@ -18,7 +18,7 @@ from utils.serve.generate import end_ids
 from utils.weights.adapters import adapted
 from utils.weights.lazy import write_weights
 from utils.weights.loading import DTYPES
-from utils.weights.merging import Trained, merged_weights, parted_ties
+from utils.weights.merging import ModelParts, merged_weights, untied
 
 TERMS = ("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")  # How files begin that say what one may do with a model.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -60,7 +60,7 @@ def code_files(base: Path) -> set[Path]:
 
 
 def write_model(
-    trained: Trained, base: Path, chat: Chat, dtype: str, max_shard_size: str, device: str, folder: Path
+    trained: ModelParts, base: Path, chat: Chat, dtype: str, max_shard_size: str, device: str, folder: Path
 ) -> None:
     """Writes a model with all that is needed to use it; no more than a tensor or two of it is in memory.
 
@@ -133,13 +133,13 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
         print(f"No Modelfile for Ollama: {error} llama.cpp itself uses the template in the GGUF file.")
 
 
-def check_room(trained: Trained, dtype: str, gguf: str | None, target: Path) -> None:
+def check_disk_space(trained: ModelParts, dtype: str, gguf: str | None, target: Path) -> None:
     """Makes sure that a disk has the room for a model.
 
     Raises:
         SystemExit: if it has not.
     """
-    parted = [trained.find(name) for name in parted_ties(trained, adapted(trained.model))]
+    parted = [trained.find(name) for name in untied(trained, adapted(trained.model))]
     numbers = sum(torch.Size(stored.shape).numel() for stored in [*trained.weights.values(), *parted])
     place = next(folder for folder in target.parents if folder.is_dir())
     size_bytes = DTYPES[dtype].itemsize + (2 if gguf else 0)

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from utils.files import from_root, only_writer, reason_of, replacing, shown
+from utils.files import atomic_write, exclusive_lock, from_root, reason_of, shown
 
 STUB = "当前模型的贡献者未提供更加详细的模型介绍"  # ModelScope's words in the card of a new repository.
 
@@ -106,7 +106,7 @@ def lay_out(model: Path, clone: Path) -> None:
     Raises:
         SystemExit: if the disk has not the room, git would leave out a file, or another process is writing there.
     """
-    with only_writer(clone / "README.md"):
+    with exclusive_lock(clone / "README.md"):
         _lay_out(model, clone)
 
 
@@ -124,13 +124,13 @@ def _lay_out(model: Path, clone: Path) -> None:
             f"Kept {shown(clone / 'README.md')}, which somebody may have completed. The new model's card is another "
             f"one; to take it: cp {shlex.quote(str(path))} {shlex.quote(str(clone))}/"
         )
-    _check_room(clone, sum(path.stat().st_size for path in changed.values()))
+    _check_disk_space(clone, sum(path.stat().st_size for path in changed.values()))
     _write_attributes(clone / ".gitattributes", files)
     for name in outdated([path.name for path in clone.iterdir() if not path.is_dir()], files):
         (clone / name).unlink()
         print(f"Removed {shown(clone / name)}, which an earlier model left.")
     for name, path in changed.items():
-        with replacing(clone / name) as temporary:
+        with atomic_write(clone / name) as temporary:
             shutil.copyfile(path, temporary)
     command = ["git", "-C", str(clone), "check-ignore", *files]
     if ignored := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[:-1]:
@@ -145,7 +145,7 @@ def _is_there(path: Path, copy: Path) -> bool:
     return copy.is_file() and not copy.is_symlink() and filecmp.cmp(path, copy, shallow=False)
 
 
-def _check_room(clone: Path, new_bytes: int) -> None:
+def _check_disk_space(clone: Path, new_bytes: int) -> None:
     """Makes sure that a disk has the room for files and for git's copies of them."""
     free = shutil.disk_usage(clone).free
     if free < 2 * new_bytes:
@@ -167,7 +167,7 @@ def _write_attributes(path: Path, files: dict[str, Path]) -> None:
     if missing := [pattern for pattern in patterns if pattern not in held]:
         text += "" if not text or text.endswith("\n") else "\n"
         text += "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in missing)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(text.encode(errors="surrogateescape"))
 
 

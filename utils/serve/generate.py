@@ -63,7 +63,7 @@ def tuning_of(path: Path) -> Tuning:
     return Tuning(adapter, system, template, bits) if adapter else Tuning(None, system)
 
 
-def load_finished(
+def load_for_inference(
     path: Path,
     trust_remote_code: bool = False,
     adapters: Mapping[str, Path] | None = None,
@@ -125,7 +125,7 @@ def _with_adapters(model: Any, folders: Mapping[str, Path]) -> Any:
     Raises:
         ValueError: if one does not go with the model.
     """
-    from utils.weights.adapters import Adapter, put_beside, read_adapter, vocabulary_rows
+    from utils.weights.adapters import Adapter, attach_adapters, read_adapter, vocabulary_rows
 
     on_disk = any(parameter.is_meta for parameter in model.parameters())
     adapters = {}
@@ -148,7 +148,7 @@ def _with_adapters(model: Any, folders: Mapping[str, Path]) -> Any:
             model.resize_token_embeddings(rows, mean_resizing=False)
         adapters[name] = Adapter(config, tensors, weight)
     try:
-        tuned = put_beside(model, adapters)
+        tuned = attach_adapters(model, adapters)
     except ValueError as error:
         raise ValueError(f"{' or '.join(map(shown, folders.values()))}: {error}") from error
     tuned.set_adapter(next(iter(folders)))
@@ -243,7 +243,7 @@ def show_replies(
     ]
 
 
-class Speech:
+class IncrementalDetokenizer:
     """What a model says, as text that comes piece by piece and ends before a stop word.
 
     Pieces are whole letters: the bytes of one may be spread over several tokens. Put together they are the text that
@@ -360,7 +360,7 @@ def stream(
     worker = Thread(target=work, daemon=True)
     try:
         worker.start()
-        speech, first = Speech(tokenizer, stop_words), tokens.get()  # The prompt.
+        speech, first = IncrementalDetokenizer(tokenizer, stop_words), tokens.get()  # The prompt.
         while first is not None and not speech.stopped:
             new = tokens.get()
             if piece := speech.add(new or [], last=new is None):

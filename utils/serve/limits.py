@@ -139,9 +139,9 @@ class Guard:
                 await self.app(scope, receive, send)
                 return
             self._check_headers(scope)
-            self._check_room()
+            self._check_disk_space()
             body = await self._read_body(receive)
-            self._check_room()
+            self._check_disk_space()
         except Refused as refusal:
             await self._refuse(refusal, scope, receive, send)
             return
@@ -182,7 +182,7 @@ class Guard:
                     "other names, as behind a proxy, start it with --api_key.",
                 )
 
-    def _check_room(self) -> None:
+    def _check_disk_space(self) -> None:
         """Raises `Refused` if too much is being done."""
         limits = self.limits
         if self.at_work >= limits.max_requests or self._arriving_bytes > limits.max_requests * limits.max_body_bytes:
@@ -219,7 +219,7 @@ class Guard:
                     self._arriving_bytes += len(part)
                     if len(body) > most:
                         raise Refused(413, f"The request is larger than {most:,} bytes.")
-                    self._check_room()
+                    self._check_disk_space()
         except TimeoutError:
             seconds = self.limits.body_timeout_sec
             raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from utils.data.records import Message
 from utils.serve.limits import Refused
-from utils.serve.routes import Piece, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
+from utils.serve.routes import Delta, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
 from utils.serve.transformers_engine import TransformersEngine
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -168,7 +168,7 @@ async def _text_ids(engine: TransformersEngine, prompt: str | list[int] | list[s
 
 
 async def _chunks(
-    head: dict[str, Any], kind: str, pieces: AsyncIterator[Piece], input_ids: list[int], counted: bool
+    head: dict[str, Any], kind: str, pieces: AsyncIterator[Delta], input_ids: list[int], counted: bool
 ) -> AsyncIterator[dict[str, Any]]:
     begun, tokens = set(), 0
     async with aclosing(pieces):

@@ -62,7 +62,7 @@ class Sampling(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """A part of an answer.
 
     Attributes:
@@ -95,7 +95,7 @@ class Engine(Protocol):
         """Renders a conversation as in training. Raises `Refused` where the template cannot."""
         ...
 
-    def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Piece]:
+    def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         """Answers; `sampling.max_tokens` is set. Closing the iterator ends the work."""
         ...
 
@@ -197,14 +197,14 @@ class Answers:
         self.finish_reasons: list[str | None] = [None] * n
         self.tokens = 0
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Delta) -> None:
         """Takes a piece."""
         self.texts[piece.index] += piece.text
         self.tokens += piece.tokens
         self.finish_reasons[piece.index] = piece.finish_reason or self.finish_reasons[piece.index]
 
 
-async def collect(pieces: AsyncIterator[Piece], n: int) -> Answers:
+async def collect(pieces: AsyncIterator[Delta], n: int) -> Answers:
     """Waits for whole answers."""
     answers = Answers(n)
     async with aclosing(pieces):

@@ -12,7 +12,7 @@ import torch
 LIKELIEST = 512
 
 
-class Choice(NamedTuple):
+class SamplingParams(NamedTuple):
     """How one answer's next token is chosen.
 
     Attributes:
@@ -38,7 +38,9 @@ class Choice(NamedTuple):
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
-def penalised(logits: torch.Tensor, choice: Choice, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+def with_penalties(
+    logits: torch.Tensor, choice: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
+) -> torch.Tensor:
     """Lowers the logits of tokens that were said.
 
     Args:
@@ -61,7 +63,7 @@ def penalised(logits: torch.Tensor, choice: Choice, prompt: Sequence[int], answe
     return logits
 
 
-def kept(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
+def kept(logits: torch.Tensor, choice: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Finds the tokens to draw from; `top_k` is applied before `top_p`, both after the temperature, as in transformers
     and vLLM.
 
@@ -92,9 +94,9 @@ def kept(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tens
     return probs, ids
 
 
-def choose(
+def sample_tokens(
     logits: torch.Tensor,
-    choices: Sequence[Choice],
+    choices: Sequence[SamplingParams],
     said: Sequence[tuple[Sequence[int], Sequence[int]]],
     generators: Sequence[torch.Generator | None],
 ) -> torch.Tensor:
@@ -113,7 +115,7 @@ def choose(
     for row, (choice, (prompt, answer), generator) in enumerate(zip(choices, said, generators, strict=True)):
         if not choice.penalises and choice.temperature == 0:
             continue
-        own = penalised(logits[row], choice, prompt, answer) if choice.penalises else logits[row]
+        own = with_penalties(logits[row], choice, prompt, answer) if choice.penalises else logits[row]
         if choice.temperature == 0:
             tokens[row] = own.argmax()
             continue

@@ -14,7 +14,6 @@ from contextlib import suppress
 from threading import Lock, Thread, main_thread
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -24,25 +23,22 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.logits_process import LogitsProcessorList
 
-from utils.cli import GIB
 from utils.data.chat import Chat
 from utils.data.records import Message
-from utils.serve.generate import Speech, context_tokens, end_ids, use_adapter
+from utils.serve.capacity import PAGE_TOKENS, Capacity
+from utils.serve.generate import IncrementalDetokenizer, end_ids, use_adapter
 from utils.serve.limits import Refused
 from utils.serve.paged_attention import NAME
-from utils.serve.routes import Answers, Piece, Sampling, Served, collect
-from utils.serve.sampling import Choice, choose
+from utils.serve.routes import Answers, Delta, Sampling, Served, collect
+from utils.serve.sampling import SamplingParams, sample_tokens
 
-DEFAULT_LEN = 4096
 PATIENCE_SEC = 5
-SPARE_TOKENS = 128  # Kept free of the cache, so that few answers fit as well as many.
-PAGE_TOKENS = 32  # Prompts that begin alike share whole pages of keys and values.
 
 
-class Chooser(ContinuousBatchingLogitsProcessorList):
-    """Has each answer's next token chosen by its own settings, where transformers knows one `do_sample` for all.
+class PerRequestSampler(ContinuousBatchingLogitsProcessorList):
+    """Samples each answer's next token with its own settings, where transformers has one `do_sample` for all.
 
-    It leaves one token of each row, which the manager's greedy choice then takes.
+    It leaves one token of each row, which the manager's greedy decoding then takes.
     """
 
     def __init__(self) -> None:
@@ -52,10 +48,10 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
         self._rows: list[RequestState] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Settings were looked at as the request came."""
+        """Settings were checked when the request came."""
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor) -> Any:
-        """Notes whose logits the next ones are."""
+        """Remembers whose logits come next."""
         self._rows = [request.state for request in requests_in_batch if request.has_new_token]
         return arg_storage
 
@@ -69,7 +65,7 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
             # A request that was pushed out of the cache comes again with its answer so far as a part of the prompt.
             tokens = [*state.initial_tokens, *state.generated_tokens] if one["choice"].penalises else []
             said.append((tokens[: one["prompt_tokens"]], tokens[one["prompt_tokens"] :]))
-        tokens = choose(scores[: len(rows)], choices, said, generators)
+        tokens = sample_tokens(scores[: len(rows)], choices, said, generators)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
@@ -112,102 +108,44 @@ class Router(OutputRouter):
             self.deliver(output)
 
 
-class Turns:
-    """A model whose adapters speak by turns.
+class SharedModel:
+    """A model whose adapters are used in turn.
 
     Each adapter, and the model without one, has a manager with a cache of its own. They share the weights, and compute
-    a step each.
+    one step at a time.
     """
 
     def __init__(self, model: Any, adapters: Sequence[str]) -> None:
         self.model = model
         self.adapters = adapters
-        self.speaking = ""  # Unknown at first.
+        self.active = ""  # Not known at first.
         self.lock = Lock()
 
-    def give(self, name: str) -> None:
-        """Lets the adapter of that name speak; the model itself for any other name."""
-        if self.speaking != name:
+    def activate(self, name: str) -> None:
+        """Makes the adapter of that name the active one; none for any other name."""
+        if self.active != name:
             use_adapter(self.model, name if name in self.adapters else None)
-            self.speaking = name
+            self.active = name
 
 
-class Voice:
+class AdapterView:
     """A model with one of its adapters, or none, as a manager sees a model."""
 
-    def __init__(self, turns: Turns, name: str) -> None:
-        self._turns, self._name = turns, name
+    def __init__(self, shared: SharedModel, name: str) -> None:
+        self._shared, self._name = shared, name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._turns.model, name)
+        return getattr(self._shared.model, name)
 
-    def eval(self) -> "Voice":
+    def eval(self) -> "AdapterView":
         """The model is in evaluation mode."""
         return self
 
     def __call__(self, **batch: Any) -> Any:
         """A forward pass."""
-        with self._turns.lock:
-            self._turns.give(self._name)
-            return self._turns.model(**batch)
-
-
-class Room(NamedTuple):
-    """How much is computed at once.
-
-    Attributes:
-        max_model_len: Longest prompt and answer together, tokens.
-        max_num_seqs: Most answers that are written at once; others wait.
-        max_num_batched_tokens: Most tokens computed in one step.
-        cache_tokens: Whose keys and values each manager keeps.
-    """
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    cache_tokens: int
-
-
-def make_room(model: Any, chat: Chat, voices: int, args: Any) -> Room:
-    """Finds how much can be computed at once.
-
-    Args:
-        model: Loaded.
-        chat: Its template.
-        voices: How many names are served; each has keys and values of its own.
-        args: serve.py's.
-
-    Raises:
-        ValueError: if there is not enough memory for one request.
-    """
-    config = model.config.get_text_config()
-    longest = context_tokens(model.config, chat.tokenizer) or DEFAULT_LEN
-    asked = args.max_model_len or min(longest, DEFAULT_LEN)
-    if asked > longest:
-        raise ValueError(f"--max_model_len: got {asked:,}, the model was made for {longest:,} tokens.")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    free = _free_bytes(model.device, args.gpu_memory_utilization)
-    fitting = int(free / voices / token_bytes) // PAGE_TOKENS * PAGE_TOKENS
-    if fitting < asked:
-        names = f", for each of {voices} names," if voices > 1 else ""
-        raise ValueError(
-            f"the keys and values of {asked:,} tokens{names} need {voices * asked * token_bytes / GIB:.2f} GiB, and "
-            f"{free / GIB:.2f} GiB are left for them beside the weights. Use --max_model_len {max(fitting, 2)} or "
-            "less, weights in 4 bits (--bits 4), a smaller model, or --gpu_memory_utilization nearer to 1."
-        )
-    batched = args.max_num_batched_tokens or (512 if model.device.type == "cpu" else 2048)
-    cache_tokens = min(fitting, args.max_num_seqs * (asked + PAGE_TOKENS) + SPARE_TOKENS)
-    return Room(asked, args.max_num_seqs, max(batched, args.max_num_seqs), cache_tokens)
-
-
-def _free_bytes(device: torch.device, utilization: float) -> float:
-    """What keys and values may take: of a card a part of what is left, of a host's memory a quarter."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available / 4
-    free, total = torch.cuda.mem_get_info(device)
-    return max(free - (1 - utilization) * total, 0) * 0.8  # The rest is for what a step computes.
+        with self._shared.lock:
+            self._shared.activate(self._name)
+            return self._shared.model(**batch)
 
 
 def check_engine(engine: "TransformersEngine") -> None:
@@ -247,25 +185,27 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: Any, chat: Chat, served: Sequence[Served], adapters: Sequence[str], room: Room) -> None:
+    def __init__(
+        self, model: Any, chat: Chat, served: Sequence[Served], adapters: Sequence[str], capacity: Capacity
+    ) -> None:
         """Takes a loaded model.
 
         Args:
-            model: In evaluation mode, from `utils.serve.generate.load_finished`.
+            model: In evaluation mode, from `utils.serve.generate.load_for_inference`.
             chat: Its template.
             served: The model's own name, if it is offered, and its adapters'.
             adapters: Those of the names that are adapters'.
-            room: How much is computed at once.
+            capacity: How much is computed at once.
         """
         self.models = [*served]
-        self.max_model_len = room.max_model_len
+        self.max_model_len = capacity.max_model_len
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._room, self._chat, self._model = room, chat, model
+        self._capacity, self._chat, self._model = capacity, chat, model
         chat.tokenizer.model_max_length = sys.maxsize  # It would warn of what is looked after here.
         self._decoder = copy.deepcopy(chat.tokenizer)  # Encoding changes a tokenizer's state, in another thread.
         self._ends = end_ids(model.generation_config, chat.stop_id)
-        self._turns = Turns(model, [*adapters]) if adapters else None
-        self._voices = {one.name: Voice(self._turns, one.name) if self._turns else model for one in served}
+        self._shared = SharedModel(model, [*adapters]) if adapters else None
+        self._voices = {one.name: AdapterView(self._shared, one.name) if self._shared else model for one in served}
         self._managers: dict[str, ContinuousBatchingManager] = {}
         self._renderer = ThreadPoolExecutor(1, "render")
         self._closing = False
@@ -287,8 +227,8 @@ class TransformersEngine:
     @torch.no_grad()
     def greedy(self, input_ids: list[int], max_tokens: int, model: str) -> str:
         """What transformers' own `generate` writes. For use before the first request: attention is another then."""
-        if self._turns is not None:
-            self._turns.give(model)
+        if self._shared is not None:
+            self._shared.activate(model)
         ids = torch.tensor([input_ids], device=self._model.device)
         settings = {"max_new_tokens": max_tokens, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         out = self._model.generate(
@@ -302,22 +242,22 @@ class TransformersEngine:
         whole = text.encode(errors="replace").decode()  # JSON can carry half a character.
         return await asyncio.get_running_loop().run_in_executor(self._renderer, self._chat.tokenizer.encode, whole)
 
-    def choice(self, sampling: Sampling) -> Choice:
+    def choice(self, sampling: Sampling) -> SamplingParams:
         """What is not given is the model's own setting, as vLLM has it; the names are the same in both."""
         given = sampling.model_dump(exclude_none=True)
-        own = {name: getattr(self._model.generation_config, name, None) for name in Choice._fields}
+        own = {name: getattr(self._model.generation_config, name, None) for name in SamplingParams._fields}
         own = {name: value for name, value in own.items() if value is not None}
-        choice = Choice(**(own | {name: given[name] for name in Choice._fields if name in given}))
+        choice = SamplingParams(**(own | {name: given[name] for name in SamplingParams._fields if name in given}))
         return choice._replace(top_k=max(choice.top_k, 0))  # vLLM's -1 means all, too.
 
-    async def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Piece]:
+    async def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         """Answers; closing the iterator ends the work."""
         manager, choice = self._manager(model), self.choice(sampling)
         ends = {*self._ends, *(sampling.stop_token_ids or [])}
         steps: asyncio.Queue[Step] = asyncio.Queue()
         request = uuid.uuid4().hex
         ids = [f"{request}-{index}" for index in range(sampling.n)]
-        speeches = [Speech(self._decoder, sampling.stop_words) for _ in ids]
+        speeches = [IncrementalDetokenizer(self._decoder, sampling.stop_words) for _ in ids]
         untold = [0] * sampling.n  # Tokens that are in no piece yet.
         open_ids, waiting = set(), [*ids]
 
@@ -358,7 +298,7 @@ class TransformersEngine:
                     self._failures = 0
                 untold[index] += len(new)
                 if text or reason:
-                    yield Piece(index, text, untold[index], reason)
+                    yield Delta(index, text, untold[index], reason)
                     untold[index] = 0
         finally:
             for request_id in [*open_ids]:
@@ -385,12 +325,12 @@ class TransformersEngine:
             self._failures += 1
             del self._managers[name], manager  # The error's traceback holds it, too, in a circle.
             gc.collect()
-        room = self._room
+        capacity = self._capacity
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=-(-room.cache_tokens // PAGE_TOKENS),
-            max_batch_tokens=room.max_num_batched_tokens,
-            max_requests_per_batch=room.max_num_seqs,
+            num_blocks=-(-capacity.cache_tokens // PAGE_TOKENS),
+            max_batch_tokens=capacity.max_num_batched_tokens,
+            max_requests_per_batch=capacity.max_num_seqs,
             # Tokens are chosen with what was said so far in view, which a step that is prepared ahead does not have.
             use_async_batching=False,
             use_cuda_graph=False,
@@ -400,7 +340,7 @@ class TransformersEngine:
         greedy = GenerationConfig(do_sample=False, eos_token_id=self._ends, pad_token_id=self._chat.stop_id)
         self._model.config._attn_implementation = NAME
         manager = ContinuousBatchingManager(self._voices[name], greedy, config)
-        manager.logit_processor = Chooser()
+        manager.logit_processor = PerRequestSampler()
         manager.output_router = Router()
         manager.start()
         self._managers[name] = manager

@@ -26,7 +26,7 @@ from utils.data.records import Message
 from utils.files import reason_of
 from utils.serve.connections import BACKLOG, most_connections, patient_protocol, say_once
 from utils.serve.limits import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
-from utils.serve.routes import MAX_CHOICES, Piece, Sampling, Served, add_error_handlers, own_routes
+from utils.serve.routes import MAX_CHOICES, Delta, Sampling, Served, add_error_handlers, own_routes
 from utils.serve.vllm_rendering import make_renderer
 from utils.serve.vllm_settings import overheard, startup_problem, vllm_settings
 
@@ -83,7 +83,7 @@ class VllmEngine:
         except (TemplateError, ValueError) as error:
             raise Refused(400, f"The chat template cannot write this conversation: {reason_of(error)}") from error
 
-    def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Piece]:
+    def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         """Answers; `sampling.max_tokens` is set. Closing the iterator ends the work.
 
         Raises:
@@ -106,7 +106,7 @@ class VllmEngine:
             raise Refused(400, str(error)) from error
         return self._pieces(input_ids, params, self._adapters.get(model))
 
-    async def _pieces(self, input_ids: list[int], params: Any, adapter: Any) -> AsyncIterator[Piece]:
+    async def _pieces(self, input_ids: list[int], params: Any, adapter: Any) -> AsyncIterator[Delta]:
         from vllm.exceptions import VLLMError
         from vllm.inputs.engine import tokens_input
 
@@ -117,7 +117,7 @@ class VllmEngine:
                     for part in step.outputs:
                         if part.finish_reason not in (None, "stop", "length"):
                             raise Refused(503, f"The answer could not be finished ({part.finish_reason}). Try again.")
-                        yield Piece(part.index, part.text, len(part.token_ids), part.finish_reason)
+                        yield Delta(part.index, part.text, len(part.token_ids), part.finish_reason)
         except VLLMError as error:
             raise Refused(*self.refusal(error)) from error
 

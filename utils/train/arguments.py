@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils.cli import boolean, fail, quiet_libraries
 from utils.data.records import find_split
-from utils.files import explained, from_root, missing_model, only_writer, read_json, sha256, shown, write_problem
+from utils.files import exclusive_lock, explained, from_root, missing_model, read_json, sha256, shown, write_problem
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, lora_lr: float, full_lr: float) -> None:
@@ -214,7 +214,7 @@ def check_and_start(
             train(args, model_path)
             gc.collect()
         if args.test_mode and int(os.environ.get("RANK", 0)) == 0:
-            with only_writer(run_dir(args) / "test"):
+            with exclusive_lock(run_dir(args) / "test"):
                 test(args, model_path)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

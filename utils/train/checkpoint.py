@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from utils.cli import fail
 from utils.files import (
     ROOT,
+    atomic_write,
     check_manifest,
+    exclusive_lock,
     explained,
     from_root,
-    only_writer,
     read_json,
     reason_of,
-    replacing,
     shown,
     write_manifest,
 )
@@ -180,7 +180,7 @@ def _lock_folder(folder: Path, leader: bool) -> Any:
 
     lock, problem = None, ""
     if leader:
-        lock = only_writer(folder)
+        lock = exclusive_lock(folder)
         try:
             lock.__enter__()
         except SystemExit as busy:
@@ -307,12 +307,12 @@ def _write_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:
 
 
 def _point(link: Path, folder: Path) -> None:
-    with replacing(link) as temporary:
+    with atomic_write(link) as temporary:
         temporary.symlink_to(folder.name)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

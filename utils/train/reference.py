@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from utils.cli import progress_bar
 from utils.data.samples import Samples
-from utils.files import drop_damaged, made_once, replacing, sha256, shown
+from utils.files import atomic_write, drop_damaged, made_once, sha256, shown
 from utils.train.attention import model_inputs
 from utils.train.packing import Layout, Pack, lay_out, make_plan, rank_packs
 from utils.train.tensors import all_reduced, token_logprobs
@@ -179,7 +179,7 @@ def _computed_packs(
         if time.monotonic() - kept_at > KEEP_SEC:
             columns = [torch.cat(parts).numpy() for parts in zip(*fresh, strict=True)]
             path = folder / f"{rank}-{number + 1 - len(fresh):08d}.npz"
-            with replacing(path) as temporary, temporary.open("wb") as file:
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, np.array(len(fresh)), *columns)
             fresh, kept_at = [], time.monotonic()
 

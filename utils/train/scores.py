@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import mean, median
 
-from utils.files import replacing
+from utils.files import atomic_write
 
 
 def distinct_2(texts: list[str]) -> float:
@@ -47,7 +47,7 @@ def write_comparison(
 ) -> dict[str, dict[str, float]]:
     """Does what `compare_texts` does, and leaves the table and a picture beside a file (.md, .png)."""
     table = compare_texts(rows, names, real)
-    with replacing(beside.with_suffix(".md")) as temporary:
+    with atomic_write(beside.with_suffix(".md")) as temporary:
         temporary.write_text(as_markdown(table), encoding="utf-8")
     plot_comparison(rows, table, beside.with_suffix(".png"))
     return table
@@ -84,5 +84,5 @@ def plot_comparison(rows: list[dict[str, str]], table: dict[str, dict[str, float
     left.legend()
     right.set(xlabel="characters of a text", ylabel="part of the texts that are not longer", title="length")
     right.grid(alpha=0.3)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.files import read_lines, replacing
+from utils.files import atomic_write, read_lines
 
 LINE = {"step": int}  # What every line of metrics.jsonl and samples.jsonl has.
 
@@ -66,7 +66,7 @@ def _as_json(line: dict[str, Any]) -> str:
 
 def _continue_file(path: Path, first_step: int) -> Any:
     kept = [line for line in read_lines(path, LINE) if line["step"] <= first_step]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(map(_as_json, kept)), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
@@ -114,7 +114,7 @@ def plot_metrics(folder: Path, panels: Mapping[str, str]) -> None:
     rows[-1, 0].set(xlabel="step")
     if rows[0, 0].lines:
         rows[0, 0].legend()
-    with replacing(folder / "loss.png") as temporary:
+    with atomic_write(folder / "loss.png") as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)
 

@@ -170,7 +170,7 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
         ) from None
 
 
-def put_beside(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
+def attach_adapters(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
     """Puts adapters beside the layers of a model, which may be a skeleton or have weights on the disk.
 
     PEFT's own `from_pretrained` passes over tensors that have no place in the model. With a model of which a part is on
@@ -248,7 +248,7 @@ def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.n
 
     check_sum(adapters)
     names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
-    model = put_beside(model, dict(zip(names, adapters, strict=True)))
+    model = attach_adapters(model, dict(zip(names, adapters, strict=True)))
     model.base_model.set_adapter(names)
     for layer in model.modules():
         for key, buffer in layer.named_buffers(recurse=False):

@@ -7,7 +7,7 @@ import torch
 
 from utils.files import shown
 from utils.weights.loading import DTYPES
-from utils.weights.merging import Trained, assemble, filled
+from utils.weights.merging import ModelParts, assemble, offloaded
 from utils.weights.probe import compare_logits, recorded, replay
 
 # Two models are the same if no logit differs by more than MAX_ABS.
@@ -25,7 +25,7 @@ MAX_PART = 0.1
 
 
 def check_rebuilt(
-    trained: Trained, probe: dict[str, Any], precision: str, device: str, base: Path, trained_on: str
+    trained: ModelParts, probe: dict[str, Any], precision: str, device: str, base: Path, trained_on: str
 ) -> tuple[torch.Tensor, str]:
     """Link 1: holds what was rebuilt against the probe.
 
@@ -43,12 +43,12 @@ def check_rebuilt(
     Raises:
         SystemExit: if this is not the model that was trained.
     """
-    with filled(trained, DTYPES[precision], device) as model:
+    with offloaded(trained, DTYPES[precision], device) as model:
         rebuilt = replay(model, probe, device)
     drift = compare_logits(recorded(probe), rebuilt, DTYPES[precision])
     logits = rebuilt
     if precision != "fp32":
-        with filled(trained, torch.float32, device) as model:
+        with offloaded(trained, torch.float32, device) as model:
             logits = replay(model, probe, device)
     noise = compare_logits(logits, rebuilt, DTYPES[precision]).kl
     found = f"rebuilt as it was trained, computed in {precision}, against what the training run recorded: {drift}"
@@ -63,7 +63,7 @@ def check_rebuilt(
     return logits, found
 
 
-def check_original(trained: Trained, probe: dict[str, Any], device: str) -> tuple[torch.Tensor, str]:
+def check_original(trained: ModelParts, probe: dict[str, Any], device: str) -> tuple[torch.Tensor, str]:
     """Link 1 of `--base original`, which is not what was trained: bounds its distance by the training's effect.
 
     Returns:
@@ -72,7 +72,7 @@ def check_original(trained: Trained, probe: dict[str, Any], device: str) -> tupl
     Raises:
         SystemExit: if the model is too far from the trained one.
     """
-    with filled(trained, torch.float32, device) as model:
+    with offloaded(trained, torch.float32, device) as model:
         with model.disable_adapter():
             untuned = compare_logits(recorded(probe), replay(model, probe, device), probe["logits_0"].dtype)
         logits = replay(model, probe, device)
@@ -106,7 +106,7 @@ def check_written(
     Raises:
         SystemExit: if the folder does not hold that model.
     """
-    with filled(assemble(folder, None, None, [], trust_remote_code), torch.float32, device) as model:
+    with offloaded(assemble(folder, None, None, [], trust_remote_code), torch.float32, device) as model:
         written = replay(model, probe, device)
     drift = compare_logits(logits, written, DTYPES[dtype])
     found = f"the written {dtype} weights, loaded anew, against base and adapter, both computed in fp32: {drift}"

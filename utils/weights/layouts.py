@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from utils.files import read_json
-from utils.weights.lazy import CODES, Stored, load_pickle
+from utils.weights.lazy import CODES, LazyTensor, load_pickle
 from utils.weights.llama_pth import open_llama
 
 
-def open_weights(folder: Path) -> dict[str, Stored]:
+def open_weights(folder: Path) -> dict[str, LazyTensor]:
     """Finds the tensors of a model folder: safetensors, pytorch_model.bin, or Meta's consolidated.*.pth.
 
     Args:
@@ -37,7 +37,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     raise FileNotFoundError("it has no weights (model.safetensors, pytorch_model.bin or consolidated.00.pth).")
 
 
-def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     try:
         weight_map = read_json(index)["weight_map"]
         names = list(dict.fromkeys(weight_map.values()))
@@ -46,7 +46,7 @@ def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, Stored]]) -
         raise ValueError(f"{index.name} is no index of weights ({error!r}).") from error
     if outside:
         raise ValueError(f"{index.name} names a file outside of its folder: {outside[0]!r}.")
-    weights: dict[str, Stored] = {}
+    weights: dict[str, LazyTensor] = {}
     for name in names:
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{name}, which {index.name} names, is missing.")
@@ -58,7 +58,7 @@ def _open_indexed(index: Path, open_file: Callable[[Path], dict[str, Stored]]) -
     return weights
 
 
-def _open_safetensors(path: Path) -> dict[str, Stored]:
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     from safetensors import safe_open
 
     # A mapped file would count as memory of this process as far as it has been read; pread reads one tensor. The file
@@ -68,18 +68,20 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     if unknown := sorted({code for _, code in kinds.values()} - set(CODES)):
         raise ValueError(f"{path.name} holds numbers of an unknown kind: {unknown[0]}.")
-    return {name: Stored(shape, CODES[code], partial(_read_safe, file, name)) for name, (shape, code) in kinds.items()}
+    return {
+        name: LazyTensor(shape, CODES[code], partial(_read_safe, file, name)) for name, (shape, code) in kinds.items()
+    }
 
 
 def _read_safe(file: Any, name: str, rows: slice | None = None) -> torch.Tensor:
     return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
-def _open_pickle(path: Path) -> dict[str, Stored]:
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     loaded = load_pickle(path)
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise ValueError(f"{path.name} does not hold tensors by name.")
-    return {name: Stored(tuple(t.shape), t.dtype, partial(_read_pickle, path, name)) for name, t in loaded.items()}
+    return {name: LazyTensor(tuple(t.shape), t.dtype, partial(_read_pickle, path, name)) for name, t in loaded.items()}
 
 
 def _read_pickle(path: Path, name: str, rows: slice | None = None) -> torch.Tensor:

@@ -33,7 +33,7 @@ DIGEST_ROWS = 4
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # As in malloc.h.
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that is read when it is asked for, anew each time.
 
     Attributes:
@@ -79,7 +79,7 @@ def load_pickle(path: Path, trusted: bool = False) -> Any:
         raise ValueError(f"{path.name} cannot be read ({reason_of(error)}).") from error
 
 
-def read_ahead(weights: Mapping[str, Stored]) -> dict[str, Stored]:
+def read_ahead(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Lets a thread read the tensor that follows while the one that was asked for is worked on."""
     reader, ahead, names = ThreadPoolExecutor(max_workers=1), {}, list(weights)
 
@@ -90,10 +90,10 @@ def read_ahead(weights: Mapping[str, Stored]) -> dict[str, Stored]:
             ahead[place + 1] = reader.submit(weights[names[place + 1]].read)
         return asked.result()
 
-    return {name: Stored(*weights[name][:2], partial(read, place)) for place, name in enumerate(names)}
+    return {name: LazyTensor(*weights[name][:2], partial(read, place)) for place, name in enumerate(names)}
 
 
-def weights_digest(weights: Mapping[str, Stored]) -> str:
+def weights_digest(weights: Mapping[str, LazyTensor]) -> str:
     """Tells one base from another by some rows of every tensor; files and dtypes that hold the same do not matter.
 
     It takes seconds for the largest models, but a few changed numbers may go unnoticed.
@@ -106,7 +106,7 @@ def weights_digest(weights: Mapping[str, Stored]) -> str:
     return digest.hexdigest()
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Stored], max_shard_size: str) -> None:
+def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: str) -> None:
     """Writes tensors as safetensors files and their index, one tensor at a time.
 
     Args:
@@ -147,7 +147,7 @@ def _memory_kept() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def _write_file(path: Path, tensors: Mapping[str, Stored], bar: Any) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], bar: Any) -> None:
     """Writes a safetensors file; the library itself wants all tensors of a file in memory."""
     codes = {dtype: code for code, dtype in CODES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

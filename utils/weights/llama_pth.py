@@ -12,7 +12,7 @@ import torch
 
 from utils.data.chat import PLAIN_TEMPLATE
 from utils.files import read_json
-from utils.weights.lazy import Stored, load_pickle
+from utils.weights.lazy import LazyTensor, load_pickle
 
 # Meta's name -> (transformers' name, dimension along which files hold parts; None where each holds the whole).
 TOP = {
@@ -63,7 +63,7 @@ def llama_config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
     }
 
 
-def open_llama(parts: list[Path]) -> dict[str, Stored]:
+def open_llama(parts: list[Path]) -> dict[str, LazyTensor]:
     """Finds the tensors of a model in Meta's layout.
 
     Args:
@@ -93,7 +93,7 @@ def open_llama(parts: list[Path]) -> dict[str, Stored]:
         if dim is not None:
             shape[dim] = sum(one[meta].shape[dim] for one in opened)
         heads = {"wq": params["n_heads"], "wk": params["n_kv_heads"]}.get(meta.split(".")[-2])
-        weights[name] = Stored(tuple(shape), opened[0][meta].dtype, partial(_read, parts, meta, dim, heads))
+        weights[name] = LazyTensor(tuple(shape), opened[0][meta].dtype, partial(_read, parts, meta, dim, heads))
     return weights
 
 

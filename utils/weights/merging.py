@@ -10,11 +10,11 @@ import torch
 
 from utils.weights.adapters import Adapter, adapted, add_adapters, merge_into, plain_name, vocabulary_rows
 from utils.weights.layouts import open_weights
-from utils.weights.lazy import Stored, read_ahead
+from utils.weights.lazy import LazyTensor, read_ahead
 from utils.weights.skeleton import (
     Fused,
     as_4_bit,
-    cast_stored,
+    cast_lazy,
     check_shapes,
     in_4_bit,
     make_skeleton,
@@ -27,26 +27,26 @@ from utils.weights.skeleton import (
 WRAPPERS = ["Linear", "Embedding", "Conv1D", "TrainableTokensWrapper", "TrainableTokensLayer"]
 
 
-class Trained(NamedTuple):
+class ModelParts(NamedTuple):
     """A model in parts.
 
     Attributes:
         model: The modules, adapters included, without the base's weights.
         weights: Plain name -> the base's weight as it was in training, or the trained one of full training.
-        brought: Plain name -> what is computed with in place of the base's (`modules_to_save`).
+        modules_to_save: Plain name -> what is computed with in place of the base's (`modules_to_save`).
         ties: Name of a parameter -> the one that it shares its values with.
         files: Plain name -> name in the base's files.
         fused: Plain name -> the tensors of the files that it is made of.
     """
 
     model: torch.nn.Module
-    weights: dict[str, Stored]
-    brought: dict[str, torch.nn.Parameter]
+    weights: dict[str, LazyTensor]
+    modules_to_save: dict[str, torch.nn.Parameter]
     ties: dict[str, str]
     files: dict[str, str]
     fused: dict[str, Fused]
 
-    def find(self, name: str) -> Stored:
+    def find(self, name: str) -> LazyTensor:
         """The weight of a plain name without adapters."""
         return self.weights.get(name) or self.weights[self.ties[name]]
 
@@ -58,7 +58,7 @@ class Trained(NamedTuple):
 
 def assemble(
     base: Path, dtype: torch.dtype | None, bits: int | None, adapters: Sequence[Adapter], trust_remote_code: bool
-) -> Trained:
+) -> ModelParts:
     """Finds the parts of a base with adapters.
 
     Args:
@@ -86,37 +86,37 @@ def assemble(
     if (base / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base)
     weights = {name: stored[file_name] for name, file_name in files.items()}
-    weights |= {name: join_stored(name, parts, stored, model) for name, parts in fused.items()}
-    weights = {name: cast_stored(one, dtype) for name, one in weights.items()}
+    weights |= {name: join_lazy(name, parts, stored, model) for name, parts in fused.items()}
+    weights = {name: cast_lazy(one, dtype) for name, one in weights.items()}
     if bits:
         quantised = in_4_bit(config, trust_remote_code)
         weights |= {name: as_4_bit(weights[name], turned) for name, turned in quantised.items()}
     ties, shells = dict(model.all_tied_weights_keys), model.state_dict()
-    brought = {}
+    modules_to_save = {}
     if adapters:
         model = add_adapters(model, adapters)
         for name, parameter in model.named_parameters():
             plain = plain_name(name)
             if plain in shells and not parameter.is_meta:
                 if ".modules_to_save." in name:
-                    brought[plain] = parameter  # Beside the base's, to which another one may be tied.
+                    modules_to_save[plain] = parameter  # Beside the base's, to which another one may be tied.
                 else:
                     # In its place, such as the embedding of a larger vocabulary, or a bias.
-                    weights[plain] = Stored(tuple(parameter.shape), parameter.dtype, partial(_copy_of, parameter))
+                    weights[plain] = LazyTensor(tuple(parameter.shape), parameter.dtype, partial(_copy_of, parameter))
     # A base's tensor that is not used may have another shape.
-    unused = brought.keys() - {source for target, source in ties.items() if target not in brought}
+    unused = modules_to_save.keys() - {source for target, source in ties.items() if target not in modules_to_save}
     check_shapes(shells, {name: one for name, one in weights.items() if name not in unused})
     for name, buffer in model.named_buffers():
         if plain_name(name) in weights:
             buffer.copy_(weights[plain_name(name)].read())
-    return Trained(model, weights, brought, ties, files, fused)
+    return ModelParts(model, weights, modules_to_save, ties, files, fused)
 
 
 def _copy_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.data.clone()  # As from a file: who reads it may change it.
 
 
-def join_stored(name: str, parts: Fused, stored: Mapping[str, Stored], model: torch.nn.Module) -> Stored:
+def join_lazy(name: str, parts: Fused, stored: Mapping[str, LazyTensor], model: torch.nn.Module) -> LazyTensor:
     """A parameter that several tensors of the files are put together to."""
     shells = [torch.empty(stored[part].shape, dtype=stored[part].dtype, device="meta") for part in parts.sources]
     shell = parts.join(name, shells, model)
@@ -124,10 +124,10 @@ def join_stored(name: str, parts: Fused, stored: Mapping[str, Stored], model: to
     def read() -> torch.Tensor:
         return parts.join(name, [stored[part].read() for part in parts.sources], model)
 
-    return Stored(tuple(shell.shape), shell.dtype, read)
+    return LazyTensor(tuple(shell.shape), shell.dtype, read)
 
 
-def merged_weights(trained: Trained, dtype: torch.dtype, device: str) -> dict[str, Stored]:
+def merged_weights(trained: ModelParts, dtype: torch.dtype, device: str) -> dict[str, LazyTensor]:
     """Finds what the plain model's tensors become, under the names and in the order of the base's files.
 
     Args:
@@ -150,34 +150,34 @@ def merged_weights(trained: Trained, dtype: torch.dtype, device: str) -> dict[st
             leaves = [key for key, _ in layers[owner].get_base_layer().named_parameters()]
             parts = {key: trained.find(f"{owner}.{key}").read().to(device, torch.float32) for key in leaves}
             tensor = merge_into(layers[owner], leaf, parts)
-        elif name in trained.brought:
-            tensor = trained.brought[name].data
+        elif name in trained.modules_to_save:
+            tensor = trained.modules_to_save[name].data
         else:
             tensor = trained.find(name).read()
         return checked(name, tensor.to(dtype).cpu() if tensor.is_floating_point() else tensor)
 
     result = {}
-    for name in dict.fromkeys([*trained.weights, *sorted(parted_ties(trained, layers))]):
+    for name in dict.fromkeys([*trained.weights, *sorted(untied(trained, layers))]):
         stored = trained.find(name)
         kept = dtype if stored.dtype.is_floating_point else stored.dtype
-        shape = tuple(trained.brought[name].shape) if name in trained.brought else stored.shape
-        merged = Stored(shape, kept, partial(read, name))
+        shape = tuple(trained.modules_to_save[name].shape) if name in trained.modules_to_save else stored.shape
+        merged = LazyTensor(shape, kept, partial(read, name))
         if name in trained.fused:
-            result |= split_stored(name, merged, trained)
+            result |= split_lazy(name, merged, trained)
         else:
             result[trained.files.get(name, name)] = merged
     return result
 
 
-def parted_ties(trained: Trained, layers: Mapping[str, torch.nn.Module]) -> set[str]:
+def untied(trained: ModelParts, layers: Mapping[str, torch.nn.Module]) -> set[str]:
     """Of tied parameters those that are no longer what the other one is, since an adapter changes one of them."""
-    changed = set(trained.brought) | {
+    changed = set(trained.modules_to_save) | {
         name for pair in trained.ties.items() for name in pair if name.rpartition(".")[0] in layers
     }
     return {target for target, source in trained.ties.items() if {target, source} & changed}
 
 
-def split_stored(name: str, merged: Stored, trained: Trained) -> dict[str, Stored]:
+def split_lazy(name: str, merged: LazyTensor, trained: ModelParts) -> dict[str, LazyTensor]:
     """Takes a merged parameter apart into the tensors of the files that it was made of.
 
     Raises:
@@ -200,7 +200,7 @@ def split_stored(name: str, merged: Stored, trained: Trained) -> dict[str, Store
     if set(shells) != set(sources):
         raise ValueError(f"{name} cannot be written as the tensors that it was made of.")
     return {
-        source: Stored(tuple(shells[source].shape), merged.dtype, partial(read, source, source == sources[-1]))
+        source: LazyTensor(tuple(shells[source].shape), merged.dtype, partial(read, source, source == sources[-1]))
         for source in sources
     }
 
@@ -220,7 +220,7 @@ def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
 class _Values(Mapping[str, torch.Tensor]):
     """All parameters of a skeleton by their full names, for accelerate's hooks."""
 
-    def __init__(self, trained: Trained, dtype: torch.dtype) -> None:
+    def __init__(self, trained: ModelParts, dtype: torch.dtype) -> None:
         self.trained, self.dtype = trained, dtype
         named = trained.model.named_parameters(remove_duplicate=False)
         self.real = {name: parameter.data for name, parameter in named if not parameter.is_meta}
@@ -228,7 +228,7 @@ class _Values(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self.real:
             return self.real[name]
-        return cast_stored(self.trained.find(plain_name(name)), self.dtype).read()
+        return cast_lazy(self.trained.find(plain_name(name)), self.dtype).read()
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.trained.model.named_parameters())
@@ -238,7 +238,7 @@ class _Values(Mapping[str, torch.Tensor]):
 
 
 @contextmanager
-def filled(trained: Trained, dtype: torch.dtype, device: str) -> Iterator[torch.nn.Module]:
+def offloaded(trained: ModelParts, dtype: torch.dtype, device: str) -> Iterator[torch.nn.Module]:
     """Lets a model be called of which one layer at a time is in memory.
 
     Args:
@@ -261,7 +261,7 @@ def filled(trained: Trained, dtype: torch.dtype, device: str) -> Iterator[torch.
                 remove_hook_from_module(module)
 
 
-def whole(trained: Trained, dtype: torch.dtype) -> torch.nn.Module:
+def materialize(trained: ModelParts, dtype: torch.dtype) -> torch.nn.Module:
     """Reads a model into memory; the adapters stay beside the base, as in training."""
     values, shared = _Values(trained, dtype), {}
     for name, parameter in list(trained.model.named_parameters(remove_duplicate=False)):

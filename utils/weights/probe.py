@@ -20,8 +20,8 @@ class Drift(NamedTuple):
     Attributes:
         max_abs: Largest difference of a logit.
         kl: KL divergence of this model's next-token distribution from the trained one's, nats, mean over places.
-        top1: Part of the places at which both hold the same token likeliest. Where the trained model's favourites are
-            two steps of their precision apart or less, rounding decides, and either counts.
+        top1: Part of the places at which both hold the same token likeliest. Where the trained model's two likeliest
+            are two steps of their precision apart or less, rounding decides, and either counts.
     """
 
     max_abs: float

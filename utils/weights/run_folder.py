@@ -13,10 +13,10 @@ from utils.weights.adapters import read_adapter
 from utils.weights.layouts import open_weights
 from utils.weights.lazy import weights_digest
 from utils.weights.loading import DTYPES
-from utils.weights.merging import Trained, assemble, whole
+from utils.weights.merging import ModelParts, assemble, materialize
 from utils.weights.probe import PROBE_PLACES
 from utils.weights.shards import open_shards
-from utils.weights.skeleton import cast_stored, check_shapes
+from utils.weights.skeleton import cast_lazy, check_shapes
 
 
 def check_base(base: Path, record: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
 def load_trained(run: Path, tag: str, record: dict[str, Any], base: Path, trust_remote_code: bool) -> torch.nn.Module:
     """Loads a checkpoint's model, its adapter merged, in the precision that it was trained in; as `as_trained`."""
     trained = as_trained(run, tag, record, base, trust_remote_code=trust_remote_code)
-    return whole(trained, DTYPES[record["settings"]["precision"]])
+    return materialize(trained, DTYPES[record["settings"]["precision"]])
 
 
 def as_trained(
@@ -147,7 +147,7 @@ def as_trained(
     base_kind: str = "dequant4",
     trust_remote_code: bool = False,
     trust_checkpoint: bool = False,
-) -> Trained:
+) -> ModelParts:
     """Finds the parts of the model that the training run computed with, adapters not merged.
 
     Args:
@@ -183,6 +183,6 @@ def as_trained(
         parameters = {name for name, _ in trained.model.named_parameters()}
         if differing := sorted((parameters ^ (weights.keys() & shells.keys())) - set(trained.ties)):
             raise ValueError(f"{differing[0]} is not in both the base and the run.")
-        weights = {name: cast_stored(weights[name], dtype) for name in parameters}
+        weights = {name: cast_lazy(weights[name], dtype) for name in parameters}
         check_shapes(shells, weights)
         return trained._replace(weights=trained.weights | weights)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils.weights.lazy import Stored, UnsafePickle, load_pickle
+from utils.weights.lazy import LazyTensor, UnsafePickle, load_pickle
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """A part of a parameter: `start` to `end` in a group of a rank's shards."""
 
     rank: int
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     end: int
 
 
-Place = tuple[str, torch.Size, list[Piece]]
+Place = tuple[str, torch.Size, list[Fragment]]
 Read = Callable[[Path], Any]
 
 
@@ -51,7 +51,7 @@ def check_pickles(folder: Path) -> None:
             load_pickle(path)
 
 
-def open_shards(folder: Path, stage: int, trusted: bool = False) -> dict[str, Stored]:
+def open_shards(folder: Path, stage: int, trusted: bool = False) -> dict[str, LazyTensor]:
     """Finds the trained parameters of a checkpoint in fp32.
 
     Args:
@@ -83,12 +83,13 @@ def _advised() -> Iterator[None]:
         raise UnsafePickle(f"{error} If you know who made it: --trust_checkpoint True") from error
 
 
-def _found_shards(folder: Path, stage: int, read: Read) -> dict[str, Stored]:
+def _found_shards(folder: Path, stage: int, read: Read) -> dict[str, LazyTensor]:
     if stage == 0:
         path = folder / "mp_rank_00_model_states.pt"
         module = read(path)["module"]
         return {
-            name: Stored(tuple(t.shape), t.dtype, partial(_read_module, read, path, name)) for name, t in module.items()
+            name: LazyTensor(tuple(t.shape), t.dtype, partial(_read_module, read, path, name))
+            for name, t in module.items()
         }
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     states = read(folder / f"{prefix}mp_rank_00_model_states.pt")
@@ -98,8 +99,8 @@ def _found_shards(folder: Path, stage: int, read: Read) -> dict[str, Stored]:
         raise FileNotFoundError(f"{folder.name} has not the optimizer states of all ranks (*_optim_states.pt).")
     locate = _in_rank_parts if stage == 3 else _in_one_row
     weights = {
-        name: Stored(tuple(shape), torch.float32, partial(_read_pieces, read, files, stage, pieces, shape))
-        for name, shape, pieces in locate(states["param_shapes"], read, files, stage)
+        name: LazyTensor(tuple(shape), torch.float32, partial(_read_fragments, read, files, stage, fragments, shape))
+        for name, shape, fragments in locate(states["param_shapes"], read, files, stage)
     }
     # One parameter under several names is stored once.
     return weights | {name: weights[other] for name, other in states["shared_params"].items() if other in weights}
@@ -124,12 +125,12 @@ def _in_one_row(shapes: list[dict[str, torch.Size]], read: Read, files: list[Pat
         place = 0
         for index, (name, shape) in enumerate(group.items()):
             end = place + shape.numel()
-            pieces = [
-                Piece(rank, number, max(place - begin, 0), min(end - begin, after - begin))
+            fragments = [
+                Fragment(rank, number, max(place - begin, 0), min(end - begin, after - begin))
                 for rank, (begin, after) in enumerate(pairwise(begins))
                 if begin < end and place < after
             ]
-            yield name, shape, pieces
+            yield name, shape, fragments
             place = end + (gaps[number][index] if gaps else 0)
         # DeepSpeed rounds a group up to a multiple of twice the ranks.
         if math.ceil(place / (2 * len(files))) != math.ceil(begins[-1] / (2 * len(files))):
@@ -142,21 +143,23 @@ def _in_rank_parts(shapes: list[dict[str, torch.Size]], read: Read, files: list[
     place = 0
     for name, shape in (item for group in shapes for item in group.items()):
         end = place + math.ceil(shape.numel() / len(files))
-        pieces = [
-            Piece(rank, number, max(place - begin, 0), min(end - begin, after - begin))
+        fragments = [
+            Fragment(rank, number, max(place - begin, 0), min(end - begin, after - begin))
             for rank in range(len(files))
             for number, (begin, after) in enumerate(pairwise(begins))
             if begin < end and place < after
         ]
-        yield name, shape, pieces
+        yield name, shape, fragments
         place = end
     if place != begins[-1]:
         raise ValueError(f"the shards of a rank hold {begins[-1]} numbers, its parts of the parameters are {place}.")
 
 
-def _read_pieces(read: Read, files: list[Path], stage: int, pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
+def _read_fragments(
+    read: Read, files: list[Path], stage: int, fragments: list[Fragment], shape: torch.Size
+) -> torch.Tensor:
     # Files are mapped for one tensor at a time: pages of them that were read count as this process's memory.
-    parts = [_flat_groups(read, files[rank], stage)[group][start:end] for rank, group, start, end in pieces]
+    parts = [_flat_groups(read, files[rank], stage)[group][start:end] for rank, group, start, end in fragments]
     return torch.cat(parts)[: shape.numel()].view(shape)
 
 

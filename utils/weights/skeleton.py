@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils.weights.lazy import Stored
+from utils.weights.lazy import LazyTensor
 
 
 class Fused(NamedTuple):
@@ -45,7 +45,7 @@ def make_skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> t
     return model.eval()
 
 
-def read_config(base: Path, stored: Mapping[str, Stored], trust_remote_code: bool) -> Any:
+def read_config(base: Path, stored: Mapping[str, LazyTensor], trust_remote_code: bool) -> Any:
     """Reads a base's configuration, or makes it where Meta's files lie.
 
     Raises:
@@ -63,7 +63,7 @@ def read_config(base: Path, stored: Mapping[str, Stored], trust_remote_code: boo
     return config
 
 
-def model_names(model: torch.nn.Module, stored: Mapping[str, Stored]) -> tuple[dict[str, str], dict[str, Fused]]:
+def model_names(model: torch.nn.Module, stored: Mapping[str, LazyTensor]) -> tuple[dict[str, str], dict[str, Fused]]:
     """Finds the parameters that a base's tensors become, by transformers' own rules.
 
     Args:
@@ -107,7 +107,7 @@ def model_names(model: torch.nn.Module, stored: Mapping[str, Stored]) -> tuple[d
     return names, fused
 
 
-def part_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping[str, Stored]) -> bool:
+def part_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping[str, LazyTensor]) -> bool:
     """Settles what tied parameters are, as transformers does.
 
     Args:
@@ -149,7 +149,7 @@ def in_4_bit(config: Any, trust_remote_code: bool) -> dict[str, bool]:
     return {f"{name}.weight": issubclass(layer.source_cls, Conv1D) for name, layer in layers.items()}
 
 
-def as_4_bit(stored: Stored, turned: bool) -> Stored:
+def as_4_bit(stored: LazyTensor, turned: bool) -> LazyTensor:
     """The numbers that a tensor's NF4 weights with double quantisation stand for (QLoRA, arXiv 2305.14314)."""
 
     def read() -> torch.Tensor:
@@ -160,17 +160,17 @@ def as_4_bit(stored: Stored, turned: bool) -> Stored:
         tensor = dequantize_4bit(*quantize_4bit(tensor, quant_type="nf4", compress_statistics=True))
         return tensor.T.contiguous() if turned else tensor
 
-    return Stored(stored.shape, stored.dtype, read)
+    return LazyTensor(stored.shape, stored.dtype, read)
 
 
-def cast_stored(stored: Stored, dtype: torch.dtype | None) -> Stored:
+def cast_lazy(stored: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     """Changes the precision of a tensor when it is read; whole numbers stay as they are, and all if there is none."""
     if dtype is None or not stored.dtype.is_floating_point or stored.dtype == dtype:
         return stored
-    return Stored(stored.shape, dtype, lambda: stored.read().to(dtype))
+    return LazyTensor(stored.shape, dtype, lambda: stored.read().to(dtype))
 
 
-def check_shapes(shells: Mapping[str, torch.Tensor], weights: Mapping[str, Stored]) -> None:
+def check_shapes(shells: Mapping[str, torch.Tensor], weights: Mapping[str, LazyTensor]) -> None:
     """Makes sure that weights are what the configuration wants.
 
     Raises:
