@@ -39,7 +39,7 @@ class Parrot:
     """An engine that says "a", "b", "c"… with a rest after each, as many as are asked for."""
 
     name = "parrot"
-    models = [Served("first", "训练时的设定"), Served("second", None)]
+    models = [Served("first", "训练时的设定", "output_hf/first"), Served("second", None)]
     max_model_len = 100
 
     def __init__(self) -> None:

@@ -59,7 +59,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """Parses arguments, all of which are to be known."""
         args = sys.argv[1:] if args is None else args
-        options = [text.partition("=")[0] for text in args if text.startswith("--")]
+        names = [text.partition("=")[0] for text in args if text.startswith("--")]
+        options = [name for name in names if " " not in name]
         # First, since argparse would tell of what is missing because it is called otherwise.
         wrong = [name for name in options if not any(known.startswith(name) for known in self._option_string_actions)]
         found, unknown = (None, wrong) if wrong else self.parse_known_args(args, namespace)

@@ -30,13 +30,13 @@ class Capacity(NamedTuple):
     cache_tokens: int
 
 
-def find_capacity(model: Any, chat: Chat, names: int, args: Any) -> Capacity:
+def find_capacity(model: Any, chat: Chat, served: int, args: Any) -> Capacity:
     """Finds how much the engine can compute at once.
 
     Args:
         model: Loaded.
         chat: Its template.
-        names: How many names are served; each has keys and values of its own.
+        served: How many names are served; each has keys and values of its own.
         args: serve.py's.
 
     Raises:
@@ -51,11 +51,11 @@ def find_capacity(model: Any, chat: Chat, names: int, args: Any) -> Capacity:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
     free = _free_bytes(model.device, args.gpu_memory_utilization)
-    fitting = int(free / names / token_bytes) // PAGE_TOKENS * PAGE_TOKENS
+    fitting = int(free / served / token_bytes) // PAGE_TOKENS * PAGE_TOKENS
     if fitting < asked:
-        names = f", for each of {names} names," if names > 1 else ""
+        names = f", for each of {served} names," if served > 1 else ""
         raise ValueError(
-            f"the keys and values of {asked:,} tokens{names} need {names * asked * token_bytes / GIB:.2f} GiB, and "
+            f"the keys and values of {asked:,} tokens{names} need {served * asked * token_bytes / GIB:.2f} GiB, and "
             f"{free / GIB:.2f} GiB are left for them beside the weights. Use --max_model_len {max(fitting, 2)} or "
             "less, weights in 4 bits (--bits 4), a smaller model, or --gpu_memory_utilization nearer to 1."
         )

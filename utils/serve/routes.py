@@ -266,7 +266,8 @@ def own_routes(engine: Engine) -> APIRouter:
             return problem_json(503, problem)
         told: dict[str, Any] = {"status": "ok", "engine": engine.name}
         if request.state.knows_key:
-            told |= {"models": [served._asdict() for served in engine.models], "started": started}
+            models = [{"name": served.name, "system_prompt": served.system_prompt} for served in engine.models]
+            told |= {"models": models, "started": started}
         return told
 
     return routes

@@ -83,7 +83,7 @@ class Run:
         args.group_size = args.group_size or (8 if args.share_prefix else 1)
         if args.gradient_checkpointing is None:
             args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
-        self._signals = StopSignals(says=self.rank == 0)
+        self._signals, self._replies_wait = StopSignals(says=self.rank == 0), False
 
     def load_data(self, files: Sequence[Path | None], parse: Parse = conversation, unit: int = 1) -> None:
         """Loads the training and the held-out samples.
@@ -266,23 +266,34 @@ class Run:
         """Held-out metrics; and a few replies are shown, because that is how over-fitting is noticed."""
         import torch
 
-        from utils.serve.generate import show_replies
-
         if not self.eval_set:
             return {}
         self.engine.eval()
         with torch.no_grad():
             means = evaluate()
-        shown_samples = self.eval_set.select(range(0, len(self.eval_set), self._unit)[:SHOWN_REPLIES])
-        rows = show_replies(self.engine.module, self.chat, list(shown_samples), self.args.max_new_tokens)
-        self.engine.train()
         if self._tracker:
-            self._tracker.log_samples(step, rows)
             measured = ", ".join(f"{name} {means[name]:.4f}" for name in self._panels if name in means)
             tqdm.write(f"step {step}: held-out {measured}")
-            for row in rows:
-                tqdm.write(f"    {row['reply'][:80]!r}, in the data: {row['real'][:80]!r}")
+        # What a new adapter changes is nothing yet: the first step need not wait for the replies, which take longest.
+        can_wait = step == 0 and self.args.tuner == "lora" and not getattr(self.args, "adapter", "")
+        if self._replies_wait:
+            with self.engine.module.disable_adapter():
+                self._show_replies(0)
+        if not can_wait:
+            self._show_replies(step)
+        self._replies_wait = can_wait
+        self.engine.train()
         return {f"eval/{name}": value for name, value in means.items()}
+
+    def _show_replies(self, step: int) -> None:
+        from utils.serve.generate import show_replies
+
+        samples = self.eval_set.select(range(0, len(self.eval_set), self._unit)[:SHOWN_REPLIES])
+        rows = show_replies(self.engine.module, self.chat, list(samples), self.args.max_new_tokens)
+        if self._tracker:
+            self._tracker.log_samples(step, rows)
+            for row in rows:
+                tqdm.write(f"    {row['reply'][:80]!r} after step {step}, in the data: {row['real'][:80]!r}")
 
     def _save(self, is_best: bool) -> None:
         from utils.weights.probe import PROBE_PROMPTS, probe_prompt, record_probe
