@@ -185,7 +185,7 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
-    from utils.serve.connections import BACKLOG, most_connections, patient_protocol, say_once
+    from utils.serve.connections import BACKLOG, limit_log_rate, limited_protocol, most_connections
     from utils.serve.limits import LAST_WORD_SEC, Guard
     from utils.serve.openai_routes import openai_routes
     from utils.serve.routes import add_error_handlers, own_routes
@@ -204,11 +204,11 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
 
     # uvicorn itself would only cut them off.
     patience = math.ceil(args.shutdown_sec + 2 * LAST_WORD_SEC)
-    protocol = patient_protocol(most_connections())
+    protocol = limited_protocol(most_connections())
     config = uvicorn.Config(
         guard, http=protocol, ws="none", backlog=BACKLOG, log_level="warning", timeout_graceful_shutdown=patience
     )
-    say_once()
+    limit_log_rate()
     return Server(config)
 
 

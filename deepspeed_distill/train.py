@@ -262,7 +262,7 @@ def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | No
 
     from utils.train.attention import usable_masks
     from utils.train.packing import Layout, pack_cost
-    from utils.train.reference import computed_once, target_begin, target_places
+    from utils.train.reference import compute_or_load, target_begin, target_places
     from utils.weights.loading import attention_windows
 
     args, sets = run.args, (run.train_set, run.eval_set)
@@ -292,7 +292,7 @@ def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | No
     made_from = f"{name} {args.teacher_bnb_enabled} {run.precision} {vocab_size} {args.kd_topk} {args.kd_temperature}"
     teachers = []
     for samples in sets:  # All of them: with other --max_steps the same are found on the disk.
-        kept = computed_once(make_ready, samples, np.arange(len(samples)), made_from, run.cache)
+        kept = compute_or_load(make_ready, samples, np.arange(len(samples)), made_from, run.cache)
         teachers.append(partial(cached_topk, kept, partial(target_places, target_begin(samples))))
     make_ready.cache_clear()  # The teacher goes.
     gc.collect()

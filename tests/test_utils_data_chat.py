@@ -297,7 +297,7 @@ def test_a_batch_has_the_tokens_of_one_by_one(
     assert chat.special, "tokenized in batches"
     alone = replace(chat, special=None)
     texts = chat.texts(dialogues)
-    together = chat.knowing(texts, chat.tokenizer.backend_tokenizer)
+    together = chat.with_tokens_of(texts, chat.tokenizer.backend_tokenizer)
     for dialogue in dialogues:
         expected = samples_or_problem(alone, dialogue, max_tokens)
         assert samples_or_problem(together, dialogue, max_tokens) == expected
@@ -320,7 +320,7 @@ def test_a_tokenizer_of_python_is_asked_one_by_one() -> None:
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = PLAIN_TEMPLATE
     chat, dialogue = make_chat(tokenizer), Dialogue("", say("问", "答"))
-    assert chat.special is None and chat.texts([dialogue]) == {} and chat.knowing({}, None) is chat
+    assert chat.special is None and chat.texts([dialogue]) == {} and chat.with_tokens_of({}, None) is chat
     (sample,) = chat.samples(dialogue, 200)
     whole = chat.tokenizer.apply_chat_template(dialogue.messages, enable_thinking=False, sanitize_control_tokens=True)
     length = int(sample.supervised.argmax()) + len("答".encode())

@@ -17,9 +17,9 @@ from conftest import ROOT
 from utils.files import (
     atomic_write,
     check_manifest,
+    create_once,
     exclusive_lock,
     from_root,
-    made_once,
     missing_model,
     sha256,
     shown,
@@ -204,7 +204,7 @@ def test_many_processes_write_one_after_the_other(tmp_path: Path) -> None:
 
 def make_folder(path: Path) -> list[str]:
     """Makes a folder of two files, or finds it; what was done."""
-    with made_once(path) as temporary:
+    with create_once(path) as temporary:
         if temporary is None:
             return []
         put(temporary, "folder", "new")
@@ -269,7 +269,7 @@ def test_a_file_that_is_made_once(tmp_path: Path) -> None:
     for text in (None, None, "changed", None):
         if text:
             path.write_text(text)
-        with made_once(path) as temporary:
+        with create_once(path) as temporary:
             if temporary:
                 temporary.write_text("right")
                 made.append(text)

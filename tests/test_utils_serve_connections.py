@@ -21,7 +21,7 @@ import pytest
 import uvicorn
 from conftest import ROOT
 
-from utils.serve.connections import SPARE_FILES, SaidOnce, patient_protocol
+from utils.serve.connections import SPARE_FILES, RateLimitedLog, limited_protocol
 from utils.serve.limits import Guard, Limits
 
 HALF_A_HEAD = b"GET / HTTP/1.1\r\nHost: x\r\nX-a: "
@@ -53,7 +53,7 @@ def served(most: int, head_timeout_sec: float = 60, **limits: Any) -> Iterator[t
     app = Slow()
     config = uvicorn.Config(
         Guard(app, Limits(**limits)),
-        http=patient_protocol(most, head_timeout_sec),
+        http=limited_protocol(most, head_timeout_sec),
         ws="none",
         lifespan="off",
         log_level="critical",
@@ -183,7 +183,7 @@ def test_messages_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("utils.serve.connections.time.monotonic", lambda: now[0])
     log, said = logging.Logger("uvicorn.error"), []
-    log.addFilter(SaidOnce())
+    log.addFilter(RateLimitedLog())
     log.addHandler(type("Noted", (logging.Handler,), {"emit": lambda _, record: said.append(record.getMessage())})())
     for _ in range(1000):
         log.warning("Invalid HTTP request received.")

@@ -687,10 +687,10 @@ PARENT = """
 import signal, subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
 from collections import deque
-from utils.serve.vllm_engine import shielded
-from utils.serve.vllm_settings import overheard
+from utils.serve.vllm_engine import interrupts_ignored
+from utils.serve.vllm_settings import captured_output
 heard = deque()
-with shielded(), overheard(heard):
+with interrupts_ignored(), captured_output(heard):
     child = subprocess.Popen([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"])
     while not heard:
         time.sleep(0.05)

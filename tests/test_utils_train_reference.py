@@ -20,7 +20,7 @@ from utils.train.attention import usable_masks
 from utils.train.engine import start_ranks
 from utils.train.packing import Layout, Pack, plan_packs, rank_packs
 from utils.train.reference import (
-    computed_once,
+    compute_or_load,
     precompute_reference,
     reference_logps,
     target_begin,
@@ -168,7 +168,7 @@ def test_what_was_computed_before_a_kill_is_kept(
 
     def computed(last: int) -> list[torch.Tensor]:
         asked.clear()
-        return computed_once(lambda: (layout, partial(compute, last=last)), samples, units, "model", tmp_path)
+        return compute_or_load(lambda: (layout, partial(compute, last=last)), samples, units, "model", tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         computed(last=4)

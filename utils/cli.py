@@ -54,10 +54,10 @@ CALLED_ELSEWHERE = {
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, which tells what to give instead of what is wrong in a line or two, without the whole usage."""
+    """argparse's, with errors of two lines: what is wrong and what to give instead, without the whole usage."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """Parses arguments, all of which are to be known."""
+        """Parses the command line; unknown arguments are errors."""
         args = sys.argv[1:] if args is None else args
         names = [text.partition("=")[0] for text in args if text.startswith("--")]
         options = [name for name in names if " " not in name]
@@ -76,7 +76,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return f" Did you mean {known}?" if unknown[:1] == "-" and known else ""
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong, and where all arguments are told."""
+        """Prints an error and where to find help, and exits with 2."""
         self.exit(2, f"{message}\nAll arguments: python {sys.argv[0]} --help\n")
 
 
@@ -111,7 +111,7 @@ LARGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that the scripts share that write finished models."""
+    """Adds the arguments shared by the scripts that write converted models."""
     add = parser.add_argument
     add("--max_shard_size", type=shard_size, default="5GB", help="the largest file of weights")
     gguf = "also write a GGUF file for llama.cpp, and the Modelfile with which Ollama takes it"
@@ -127,7 +127,7 @@ def fail(message: str) -> None:
 
 
 class _Lines:
-    """A file for tqdm that is no terminal: each state of a bar becomes a line."""
+    """An output for tqdm where there is no terminal: each refresh of a bar becomes a line."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -138,7 +138,7 @@ class _Lines:
 
 
 def progress_bar(things: Iterable[Any] | None, what: str, unit: str, shows: bool = True, **options: Any) -> Any:
-    """Shows how far a work has come: tqdm's bar in a terminal, elsewhere a line every half minute.
+    """Shows progress: tqdm's bar in a terminal, elsewhere a line every half minute.
 
     Args:
         things: To go through; None if the caller says how far it is.
@@ -155,7 +155,7 @@ def progress_bar(things: Iterable[Any] | None, what: str, unit: str, shows: bool
 
 
 def quiet_libraries() -> None:
-    """Silences what the libraries tell those who program with them, and their bars in the midst of our lines."""
+    """Silences the libraries' deprecation warnings and progress bars, on which users cannot act."""
     warnings.simplefilter("ignore", FutureWarning)
     found_no_card = "Setting accelerator to CPU"
     logging.getLogger("DeepSpeed").addFilter(lambda record: found_no_card not in record.getMessage())

@@ -21,7 +21,7 @@ def from_root(path: str | Path) -> Path:
 
 
 def shown(path: str | Path) -> str:
-    """Writes a path the short way for messages: from the repository's root where it lies inside it.
+    """A path for messages: relative to the repository's root where it lies inside it.
 
     Bytes that are no UTF-8 are written as \\xff, since they can be neither printed nor stored in JSON.
     """
@@ -30,7 +30,7 @@ def shown(path: str | Path) -> str:
 
 
 def missing_model(model_dir: Path, model_name: str) -> str:
-    """Writes what to do when a model's folder is not there."""
+    """The error message for a missing model folder."""
     near = sorted(str(path.parent.relative_to(model_dir)) for path in model_dir.glob("*/*/config.json"))
     there = f" There are: {', '.join(near)}." if near else ""
     return (
@@ -135,14 +135,14 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What a library's error says, in a few lines: of places where sizes differ, which may be hundreds, the first."""
+    """The message of a library's error, shortened: of hundreds of mismatching sizes, the first."""
     lines = [line.strip()[:300] for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[:3]) or repr(error)
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Ends with one sentence, and no traceback, whatever files that are not as they should be bring a library to.
+    """Turns any error that a library raises on damaged files into a one-line exit message.
 
     Args:
         what: Did not come about.
@@ -223,7 +223,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Lets the caller write files that belong together, each as `replacing` does.
+    """Lets the caller write files that belong together, each as `atomic_write` does.
 
     The first one is taken away before another one changes, and put in its place last: whatever ends the program, it
     never stands beside files of another run.
@@ -243,8 +243,8 @@ def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def made_once(path: Path) -> Iterator[Path | None]:
-    """Lets one of all processes that ask for a file or folder make it, while the others wait.
+def create_once(path: Path) -> Iterator[Path | None]:
+    """Creates a file or folder once: of several processes one creates it, the others wait.
 
     Sizes and hashes are kept beside it: what has changed since it was made is made anew.
 
@@ -266,7 +266,7 @@ def made_once(path: Path) -> Iterator[Path | None]:
 
 
 def drop_damaged(path: Path) -> None:
-    """Removes what `made_once` has made if it is not what it was, and says so."""
+    """Removes what `create_once` created if it has changed since, and says so."""
     with exclusive_lock(path, wait_sec=-1):
         if not path.exists():
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.cli import fail
 from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
-from utils.files import made_once, read_lines, sha256, shown
+from utils.files import create_once, read_lines, sha256, shown
 
 # What every line of a teacher's collected answers has.
 ANSWER_FIELDS = {"id": str, "key": str, "conversations": list}
@@ -30,7 +30,7 @@ def join_answers(data: Path, answers: Path, cache: Path) -> Path:
         SystemExit: if nothing is left.
     """
     path = cache / f"learnt-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
-    with made_once(path) as temporary:
+    with create_once(path) as temporary:
         if temporary:
             newest = {row["id"]: row for row in read_lines(answers, ANSWER_FIELDS)}
             lines, settings = [], Counter()

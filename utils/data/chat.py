@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """What a record asks to be learnt."""
+    """A record's conversation and the answers to learn."""
 
     id: str
     messages: list[Message]
@@ -45,7 +45,7 @@ class Dialogue(NamedTuple):
     answers: list[str] | None = None
 
     def renderings(self) -> Iterator[tuple[list[Message], bool]]:
-        """The conversations whose tokens its samples are made of, and whether each is one that asks for an answer."""
+        """The conversations that are rendered for its samples, and whether each ends with a generation prompt."""
         if self.answers is not None:
             yield self.messages, True
             for answer in self.answers:
@@ -65,9 +65,9 @@ class Chat:
     folds_system: bool  # The template knows no system role: its text goes before the first user's.
     stop_id: int  # The token that ends an answer.
     writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
-    # What a text of a batch must not hold; None for a tokenizer that takes no batches.
+    # Matches texts that cannot be tokenized in a batch; None for a tokenizer without batches.
     special: re.Pattern[str] | None = None
-    # Token ids of conversations that were tokenized together, by what `_key` makes of them.
+    # Token ids of conversations that were tokenized in a batch, by `_key`.
     known: Mapping[Key, list[int]] = field(default_factory=dict, repr=False)
 
     def _folded(self, messages: list[Message]) -> list[Message]:
@@ -84,7 +84,7 @@ class Chat:
         return _apply_template(self.tokenizer, self._folded(messages), add_generation_prompt=asks)["input_ids"]
 
     def _is_plain(self, texts: Iterable[str]) -> bool:
-        """Whether the tokens of conversations of these texts are those of what the template writes."""
+        """Whether none of these texts holds a control token."""
         return self.special is not None and not self.special.search("\0".join(texts))
 
     def _text(self, messages: list[Message], asks: bool) -> str:
@@ -178,9 +178,9 @@ class Chat:
         return ids
 
     def texts(self, dialogues: Sequence[Dialogue]) -> dict[Key, str]:
-        """Writes out, once each, the conversations whose tokens the samples of dialogues are made of.
+        """Renders the conversations of some dialogues as text, each distinct one once.
 
-        What holds control tokens is left out: its tokens are not those of its text.
+        Those with control tokens in a message are left out: they are tokenized one by one.
         """
         asked: dict[bool, dict[Key, list[Message]]] = {True: {}, False: {}}
         for dialogue in dialogues:
@@ -195,8 +195,8 @@ class Chat:
                 texts |= zip(conversations, written, strict=True)
         return texts
 
-    def knowing(self, texts: Mapping[Key, str], backend: Any) -> "Chat":
-        """The same chat, which knows the tokens of some texts: all are tokenized together, by the library's threads.
+    def with_tokens_of(self, texts: Mapping[Key, str], backend: Any) -> "Chat":
+        """The same chat with the tokens of some texts at hand, tokenized in one batch by the library's threads.
 
         Args:
             texts: From `texts`.
@@ -217,7 +217,7 @@ def _tokenized(backend: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _apply_template(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:
-    """Renders a conversation, or several."""
+    """Renders a conversation, or a list of conversations."""
     # `enable_thinking` is read by templates of reasoning models: a comment is written without an inner monologue.
     return tokenizer.apply_chat_template(
         messages,
@@ -234,7 +234,7 @@ def _sample(id: str, ids: list[int], supervised: list[bool]) -> Sample:
 
 
 def _special(tokenizer: Any, messages: list[Message], ids: list[int]) -> re.Pattern[str] | None:
-    """What makes the tokens of a conversation others than those of its text: control tokens that somebody typed.
+    """A pattern of the control tokens that a user may have typed, which are tokenized as plain text.
 
     Args:
         tokenizer: The tokenizer.
@@ -242,7 +242,7 @@ def _special(tokenizer: Any, messages: list[Message], ids: list[int]) -> re.Patt
         ids: Its tokens.
 
     Returns:
-        A pattern of more texts than those; None for a tokenizer that does not tokenize texts as they are.
+        The pattern, which may match more texts than necessary; None if texts cannot be tokenized in batches.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or _tokenized(backend, [_apply_template(tokenizer, messages, tokenize=False)]) != [ids]:
@@ -253,7 +253,7 @@ def _special(tokenizer: Any, messages: list[Message], ids: list[int]) -> re.Patt
 
 
 def make_chat(tokenizer: Any) -> Chat:
-    """Tries a tokenizer's chat template out and finds how it treats system texts and ends answers.
+    """Tries a tokenizer's chat template, and finds how it treats system prompts and ends answers.
 
     Raises:
         DataError: if the template does not show the model an answer as what follows its prompt.

@@ -1,7 +1,4 @@
-"""Records in any known format become messages, and messages become token ids with labels: one rendering for all stages.
-
-Shapes: L tokens in a sample.
-"""
+"""Records of any known format, read from files and turned into messages."""
 
 import csv
 import json

@@ -27,10 +27,10 @@ from utils.data import chat as chat_module
 from utils.data import records
 from utils.data.chat import Chat, Dialogue, Sample, show_sample
 from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
-from utils.files import from_root, made_once, sha256, shown
+from utils.files import create_once, from_root, sha256, shown
 
-# Makes of a record, and the name it gets, what it asks to be learnt. It raises UnusableRecord if that is nothing, and
-# DataError if the format is unknown.
+# Turns a record and its id into a dialogue. Raises UnusableRecord if there is nothing to learn, DataError if the format
+# is unknown.
 Parse = Callable[[Any, str], Dialogue]
 BATCH_RECORDS = 1000  # So many are tokenized together.
 
@@ -106,7 +106,7 @@ def load_samples(
     code = [sha256(Path(inspect.getfile(part))) for part in (records, chat_module, conversation, parse)]
     made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, *code]
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
-    with made_once(folder) as temporary:
+    with create_once(folder) as temporary:
         if temporary:
             _write_samples(path, chat, max_tokens, temporary, progress, parse)
     index, facts = np.load(folder / "index.npz"), json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -233,10 +233,10 @@ def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progre
 def _dialogues(
     records: Iterable[Any], path: Path, chat: Chat, parse: Parse, counts: Counter[str]
 ) -> Iterator[tuple[Dialogue, Any, Chat]]:
-    """Reads records, and tokenizes them in batches: one while the next is read and written out by the template.
+    """Reads and tokenizes records in batches; one is tokenized while the next is read and rendered as text.
 
     Yields:
-        What a record asks to be learnt, its video, and a chat that knows its tokens.
+        A record's dialogue, its video, and a chat that has its tokens at hand.
     """
 
     def read(batch: Iterable[tuple[int, Any]]) -> list[tuple[Dialogue, Any]]:
@@ -258,7 +258,7 @@ def _dialogues(
     with ThreadPoolExecutor(1) as worker:
         while batch := [*islice(numbered, BATCH_RECORDS)]:
             found = read(batch)
-            tokenizing = worker.submit(chat.knowing, chat.texts([dialogue for dialogue, _ in found]), backend)
+            tokenizing = worker.submit(chat.with_tokens_of, chat.texts([dialogue for dialogue, _ in found]), backend)
             if before:
                 yield from ((*each, before[1].result()) for each in before[0])
             before = found, tokenizing

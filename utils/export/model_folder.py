@@ -1,4 +1,4 @@
-"""A finished model's folder: weights shard by shard, and all that is needed to use them."""
+"""Writes a converted model's folder: weights shard by shard, and everything needed to use them."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from utils.cli import GIB
 from utils.data.chat import Chat
 from utils.files import is_own, read_json, shown
 from utils.serve.generate import end_ids
-from utils.weights.adapters import adapted
+from utils.weights.adapters import adapted_layers
 from utils.weights.lazy import write_weights
 from utils.weights.loading import DTYPES
 from utils.weights.merging import ModelParts, merged_weights, untied
@@ -134,12 +134,12 @@ def write_for_llama_cpp(folder: Path, chat: Chat, kind: str, name: str, system_p
 
 
 def check_disk_space(trained: ModelParts, dtype: str, gguf: str | None, target: Path) -> None:
-    """Makes sure that a disk has the room for a model.
+    """Checks the free disk space for a model.
 
     Raises:
         SystemExit: if it has not.
     """
-    parted = [trained.find(name) for name in untied(trained, adapted(trained.model))]
+    parted = [trained.find(name) for name in untied(trained, adapted_layers(trained.model))]
     numbers = sum(torch.Size(stored.shape).numel() for stored in [*trained.weights.values(), *parted])
     place = next(folder for folder in target.parents if folder.is_dir())
     size_bytes = DTYPES[dtype].itemsize + (2 if gguf else 0)

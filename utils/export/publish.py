@@ -49,7 +49,7 @@ def model_files(model: Path) -> dict[str, Path]:
 
 
 def outdated(there: Iterable[str], files: dict[str, Path]) -> list[str]:
-    """Names what an earlier model left in a repository and this one would be disturbed by."""
+    """Files of an earlier model in a repository that would conflict with this one."""
     return sorted(
         name
         for name in there
@@ -146,7 +146,7 @@ def _is_there(path: Path, copy: Path) -> bool:
 
 
 def _check_disk_space(clone: Path, new_bytes: int) -> None:
-    """Makes sure that a disk has the room for files and for git's copies of them."""
+    """Checks the free disk space for files and git's copies of them."""
     free = shutil.disk_usage(clone).free
     if free < 2 * new_bytes:
         raise SystemExit(

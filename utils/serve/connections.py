@@ -1,4 +1,4 @@
-"""Connections of a server: those that ask nothing are closed, and there are never so many that nobody else gets one."""
+"""Limits on a server's connections: idle ones are closed, and a crowd does not keep others out."""
 
 import asyncio
 import logging
@@ -26,8 +26,8 @@ def most_connections() -> int:
     return max(16, min(MOST_CONNECTIONS, most_files - psutil.Process().num_fds() - SPARE_FILES))
 
 
-def patient_protocol(most: int, head_timeout_sec: float = HEAD_TIMEOUT_SEC) -> Any:
-    """uvicorn's HTTP protocol with limits to its patience.
+def limited_protocol(most: int, head_timeout_sec: float = HEAD_TIMEOUT_SEC) -> Any:
+    """uvicorn's HTTP protocol with a limit on connections and on the time that a request's head may take.
 
     A connection on which no whole head of a request comes in time is closed. When there are too many, the oldest one is
     that is not being worked for: `utils.serve.limits.Guard` marks the others in their scope ("at_work").
@@ -78,8 +78,8 @@ def patient_protocol(most: int, head_timeout_sec: float = HEAD_TIMEOUT_SEC) -> A
     return PatientProtocol
 
 
-class SaidOnce(logging.Filter):
-    """Lets a message pass once a minute, however often strangers bring it about."""
+class RateLimitedLog(logging.Filter):
+    """Passes each message at most once a minute, however often clients cause it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class SaidOnce(logging.Filter):
         return True
 
 
-def say_once() -> None:
-    """Puts `SaidOnce` before what asyncio and uvicorn write about connections and requests."""
+def limit_log_rate() -> None:
+    """Filters what asyncio and uvicorn log about connections and requests."""
     for name in ("asyncio", "uvicorn.error"):
-        logging.getLogger(name).addFilter(SaidOnce())
+        logging.getLogger(name).addFilter(RateLimitedLog())

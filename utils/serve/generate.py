@@ -1,4 +1,4 @@
-"""Talking to a model: load a finished one, whole replies for many prompts, one reply as a stream."""
+"""Generation with transformers: loading a model folder, replies to a batch of prompts, one streamed reply."""
 
 import logging
 import queue
@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 class Tuning(NamedTuple):
-    """What is known of how a model or an adapter was trained.
+    """How a model or an adapter was trained, as far as that is known.
 
     Attributes:
         adapter: The adapter's folder, if it is one.
@@ -41,7 +41,7 @@ class Tuning(NamedTuple):
 
 
 def tuning_of(path: Path) -> Tuning:
-    """Finds out how a model's folder, an adapter's or a checkpoint's came about.
+    """Reads how the model, adapter or checkpoint in a folder was trained.
 
     Args:
         path: A finished model, a checkpoint of this project (or the adapter in it), or an adapter of any tool.
@@ -156,7 +156,7 @@ def _with_adapters(model: Any, folders: Mapping[str, Path]) -> Any:
 
 
 def use_adapter(model: Any, adapter: str | None) -> None:
-    """Lets a model speak with one of its adapters, or with none of them."""
+    """Activates one of a model's adapters, or none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -244,7 +244,7 @@ def show_replies(
 
 
 class IncrementalDetokenizer:
-    """What a model says, as text that comes piece by piece and ends before a stop word.
+    """Turns token ids into text as they come; the text ends before a stop word.
 
     Pieces are whole letters: the bytes of one may be spread over several tokens. Put together they are the text that
     the tokenizer makes of all tokens, unless these hold bytes that make no letters.
@@ -303,7 +303,7 @@ def stream(
     stop_words: Sequence[str] = (),
     **sampling: Any,
 ) -> Iterator[str]:
-    """Writes on from a prompt, piece by piece, until the text ends or the caller closes the stream.
+    """Streams the continuation of a prompt until it ends or the caller closes the stream.
 
     Args:
         model: In evaluation mode.

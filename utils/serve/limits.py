@@ -49,7 +49,7 @@ class Limits:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Takes the port before a model is loaded for nothing.
+    """Binds the port before the model is loaded, so that a port in use is an early error.
 
     Raises:
         SystemExit: if it cannot be had.
@@ -98,7 +98,7 @@ async def _next_part(receive: Receive) -> tuple[bytes, bool]:
 
 
 async def _discard(receive: Receive) -> None:
-    """Reads what a client still sends, for a while: many look for an answer only when all is sent."""
+    """Reads the rest of a refused request for a while: many clients read the answer only after sending all."""
     read, more = 0, True
     with suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORD_SEC):
@@ -139,9 +139,9 @@ class Guard:
                 await self.app(scope, receive, send)
                 return
             self._check_headers(scope)
-            self._check_disk_space()
+            self._check_load()
             body = await self._read_body(receive)
-            self._check_disk_space()
+            self._check_load()
         except Refused as refusal:
             await self._refuse(refusal, scope, receive, send)
             return
@@ -182,8 +182,8 @@ class Guard:
                     "other names, as behind a proxy, start it with --api_key.",
                 )
 
-    def _check_disk_space(self) -> None:
-        """Raises `Refused` if too much is being done."""
+    def _check_load(self) -> None:
+        """Raises `Refused` if too many requests are being served."""
         limits = self.limits
         if self.at_work >= limits.max_requests or self._arriving_bytes > limits.max_requests * limits.max_body_bytes:
             raise Refused(
@@ -219,7 +219,7 @@ class Guard:
                     self._arriving_bytes += len(part)
                     if len(body) > most:
                         raise Refused(413, f"The request is larger than {most:,} bytes.")
-                    self._check_disk_space()
+                    self._check_load()
         except TimeoutError:
             seconds = self.limits.body_timeout_sec
             raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None

@@ -1,4 +1,4 @@
-"""Chooses the next token of each answer in a batch, each by its own request's settings.
+"""Samples the next token of each answer in a batch, with each request's own parameters.
 
 Shapes: R answers, V vocabulary.
 """
@@ -13,7 +13,7 @@ LIKELIEST = 512
 
 
 class SamplingParams(NamedTuple):
-    """How one answer's next token is chosen.
+    """The sampling parameters of one request.
 
     Attributes:
         temperature: 0: always the likeliest token.
@@ -41,7 +41,7 @@ class SamplingParams(NamedTuple):
 def with_penalties(
     logits: torch.Tensor, choice: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
 ) -> torch.Tensor:
-    """Lowers the logits of tokens that were said.
+    """Applies repetition, frequency and presence penalties.
 
     Args:
         logits: (V,) fp32.
@@ -100,7 +100,7 @@ def sample_tokens(
     said: Sequence[tuple[Sequence[int], Sequence[int]]],
     generators: Sequence[torch.Generator | None],
 ) -> torch.Tensor:
-    """Chooses a token for each answer.
+    """Samples a token for each answer.
 
     Args:
         logits: (R, V) fp32.

@@ -1,4 +1,4 @@
-"""The transformers engine: many requests' answers written together, by transformers' continuous batching."""
+"""The transformers engine: requests are served together by transformers' continuous batching."""
 
 import asyncio
 import copy
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 
 class Reader:
-    """A coroutine that waits for the steps of a request."""
+    """The queue and event loop of a coroutine that waits for a request's tokens."""
 
     def __init__(self, steps: "asyncio.Queue[Step]") -> None:
         self.steps = steps
@@ -88,7 +88,7 @@ class Reader:
 
 
 class Router(OutputRouter):
-    """Hands steps to the coroutines that wait for them; what nobody waits for any more is dropped."""
+    """Hands new tokens to the coroutines that wait for them; those of cancelled requests are dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,11 +24,11 @@ from uuid import uuid4
 from utils.data.chat import Chat
 from utils.data.records import Message
 from utils.files import reason_of
-from utils.serve.connections import BACKLOG, most_connections, patient_protocol, say_once
+from utils.serve.connections import BACKLOG, limit_log_rate, limited_protocol, most_connections
 from utils.serve.limits import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
 from utils.serve.routes import MAX_CHOICES, Delta, Sampling, Served, add_error_handlers, own_routes
 from utils.serve.vllm_rendering import make_renderer
-from utils.serve.vllm_settings import overheard, startup_problem, vllm_settings
+from utils.serve.vllm_settings import captured_output, startup_problem, vllm_settings
 
 # Paths of vLLM's app that manage the server, let one request be very many, or answer as /v1 does under another name.
 CLOSED_PATHS = (
@@ -168,8 +168,8 @@ def run(args: argparse.Namespace, further: Sequence[str], plan: Any) -> None:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
-    """Lets processes that are started here ignore Ctrl-C, which in a terminal goes to all of them.
+def interrupts_ignored() -> Iterator[None]:
+    """Makes child processes ignore Ctrl-C, which a terminal sends to all of them.
 
     vLLM's workers would end amid answers; this process ends them when it has answered. A signal while the block is at
     work ends all of them at once.
@@ -212,7 +212,7 @@ async def _serve(
     heard: deque[str] = deque(maxlen=2000)
     async with AsyncExitStack() as stack:
         try:
-            with shielded(), overheard(heard):
+            with interrupts_ignored(), captured_output(heard):
                 guard, engine = await _load(stack, settings, chat, models, limits)
         except Exception as error:
             return startup_problem(error, heard, settings)
@@ -316,7 +316,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
             log_level=settings.uvicorn_log_level,
             access_log=not settings.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            http=patient_protocol(most_connections()),
+            http=limited_protocol(most_connections()),
             ws="none",
             backlog=BACKLOG,
             timeout_graceful_shutdown=shutdown_sec + 2 * LAST_WORD_SEC,  # Then it would only cut them off.
@@ -324,7 +324,7 @@ async def _until_signal(guard: Guard, settings: Any, listening: socket, shutdown
         )
     )
     await asyncio.sleep(0)
-    say_once()
+    limit_log_rate()
     # Now serve_http has set its own handlers, which end the engine while requests are at work.
     server = guard.state.server
 

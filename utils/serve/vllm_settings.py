@@ -167,8 +167,8 @@ def lora_rank(folder: Path) -> int:
 
 
 @contextmanager
-def overheard(heard: deque[str]) -> Iterator[None]:
-    """Notes the lines that this process and those that it starts print, and lets them pass.
+def captured_output(heard: deque[str]) -> Iterator[None]:
+    """Records what this process and its children print, and still prints it.
 
     vLLM's engine is a process of its own, which says why it ends nowhere else.
     """

@@ -62,7 +62,7 @@ def use_blocks(model: Any) -> None:
 
 
 def cut_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Notes on a mask which queries to compute together, and with which keys.
+    """Splits a mask into blocks of queries, each with the keys it needs.
 
     Args:
         mask: (1, 1, L, L) bool.
@@ -130,7 +130,7 @@ def model_inputs(pack: Pack, windows: dict[str, int | None] | None) -> dict[str,
 def usable_masks(
     engine: Any, windows: dict[str, int | None], max_tokens: int, precision: str
 ) -> tuple[dict[str, int | None] | None, str]:
-    """Tries whether a model computes a trie as it computes each branch alone, without a mask of ours.
+    """Checks that a model's logits for a trie equal those for each branch alone without a mask.
 
     Args:
         engine: In training mode, or a model by itself. All ranks call this together.

@@ -91,7 +91,7 @@ def make_record(
 
 
 def digest_base(path: Path, name: str) -> str:
-    """What tells a base from others.
+    """A digest of a base model's weights.
 
     Raises:
         SystemExit: if its weights are not whole.

@@ -40,7 +40,7 @@ def load_chat(args: argparse.Namespace, path: Path, template: str) -> Any:
 
 
 def load_base(path: Path, name: str, precision: str, bits: int | None, device: str, trust_remote_code: bool) -> Any:
-    """Loads a downloaded model, or ends the run with what to do."""
+    """Loads a downloaded model; if it is incomplete, exits with what to do."""
     from safetensors import SafetensorError
 
     from utils.weights.loading import DTYPES, load_model
@@ -144,7 +144,7 @@ def choose_precision(asked: str) -> str:
 
 
 def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str) -> dict[str, Any]:
-    """Reads a DeepSpeed configuration and puts the command line's wishes into it.
+    """Reads a DeepSpeed configuration and applies the command line's arguments to it.
 
     "auto" values (a convention of the Hugging Face trainer) count as not given.
 

@@ -1,4 +1,4 @@
-"""What a run will need of memory and disk, estimated before weights are read, beside what there is."""
+"""Estimates the memory and disk space of a run before weights are read, and compares them with what is free."""
 
 import shutil
 from pathlib import Path

@@ -18,7 +18,7 @@ import torch
 
 from utils.data.chat import Sample
 from utils.data.samples import Samples
-from utils.files import made_once, sha256
+from utils.files import create_once, sha256
 from utils.weights.loading import count_parameters
 
 
@@ -143,7 +143,7 @@ def make_plan(samples: Samples, windows: list[np.ndarray], layout: Layout, cache
     for array in (samples.begin, samples.end, samples.tokens, sizes, *windows):
         made_from.update(np.ascontiguousarray(array))
     path = cache / f"packs-{made_from.hexdigest()[:16]}.npz"
-    with made_once(path) as temporary:
+    with create_once(path) as temporary:
         if temporary:
             with temporary.open("wb") as file:
                 np.savez(file, **plan_packs(samples, windows, layout)._asdict())

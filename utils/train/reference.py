@@ -1,4 +1,4 @@
-"""What a frozen model says of supervised tokens, now or computed beforehand: a reference, or a teacher.
+"""Log-probabilities of a frozen model (a reference, or a teacher) for supervised tokens, computed now or beforehand.
 
 Shapes: S answers and T supervised tokens of them in a pack, N samples with K supervised tokens in all.
 """
@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from utils.cli import progress_bar
 from utils.data.samples import Samples
-from utils.files import atomic_write, drop_damaged, made_once, sha256, shown
+from utils.files import atomic_write, create_once, drop_damaged, sha256, shown
 from utils.train.attention import model_inputs
 from utils.train.packing import Layout, Pack, lay_out, make_plan, rank_packs
 from utils.train.tensors import all_reduced, token_logprobs
@@ -46,7 +46,7 @@ def answer_logps(model: Any, samples: Samples, progress: str) -> torch.Tensor:
 
 @contextmanager
 def as_reference(engine: Any, own_adapter: bool) -> Iterator[None]:
-    """Lets the engine compute what it computed before it learnt: with its first adapter, or without one."""
+    """Switches the engine to the reference: its first adapter, or no adapter."""
     model = engine.module
     training = model.training  # The engine's own flag never changes.
     engine.eval()
@@ -64,7 +64,7 @@ def as_reference(engine: Any, own_adapter: bool) -> Iterator[None]:
 
 
 def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter: bool, known: Any) -> list[Any]:
-    """What the reference holds of each pack's answers.
+    """The reference's log-probabilities of each pack's answers.
 
     Args:
         engine: In any mode; it is left as it was.
@@ -85,7 +85,7 @@ def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter:
 def precompute_reference(
     engine: Any, samples: Samples, units: np.ndarray, layout: Layout, attention: Any, made_from: str, cache: Path
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Computes the log-probabilities of answers with the engine as it is, before its first step, by `computed_once`.
+    """Computes the log-probabilities of answers with the engine as it is, before its first step, by `compute_or_load`.
 
     Returns:
         (K,) fp32, and `target_begin`.
@@ -96,19 +96,19 @@ def precompute_reference(
 
     engine.eval()
     with torch.no_grad():
-        (values,) = computed_once(lambda: (layout, compute), samples, units, made_from, cache) or [torch.zeros(0)]
+        (values,) = compute_or_load(lambda: (layout, compute), samples, units, made_from, cache) or [torch.zeros(0)]
     engine.train()
     return values, target_begin(samples)
 
 
-def computed_once(
+def compute_or_load(
     make_ready: Callable[[], tuple[Layout, Callable[[Pack], list[torch.Tensor]]]],
     samples: Samples,
     units: np.ndarray,
     made_from: str,
     cache: Path,
 ) -> list[torch.Tensor]:
-    """Computes numbers for supervised tokens, or reads what was computed before.
+    """Computes tensors for supervised tokens, or loads those that were computed before.
 
     All ranks call this together. What a run that was stopped has computed is kept.
 
@@ -142,7 +142,7 @@ def computed_once(
                 result[target_places(begin, pack)] = part
         for result in results:
             _sum_over_ranks(result)
-        with made_once(folder) as temporary:
+        with create_once(folder) as temporary:
             if temporary:
                 temporary.mkdir()
                 for number, result in enumerate(results):
@@ -185,7 +185,7 @@ def _computed_packs(
 
 
 def _kept_packs(packs: list[Pack], folder: Path, rank: int) -> list[list[torch.Tensor]]:
-    """What an earlier run has kept of a rank's first packs, up to a file that is missing or damaged."""
+    """Loads an earlier run's results for a rank's first packs, up to a missing or damaged file."""
     kept: list[list[torch.Tensor]] = []
     try:
         while (path := folder / f"{rank}-{len(kept):08d}.npz").is_file():

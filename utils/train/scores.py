@@ -1,4 +1,4 @@
-"""How much texts that models wrote are like those of people: scores of test mode, as a table and a picture."""
+"""Scores of generated texts against real ones, as a table and a picture, for test mode."""
 
 from pathlib import Path
 from statistics import mean, median

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM let a run come to the end of its step; a second one ends it at once."""
+"""Ctrl-C and SIGTERM stop a run at the end of its step; a second one ends it at once."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Notices the signals that ask a run to stop, from `__enter__` on.
+    """Context manager that records the signals that ask a run to stop.
 
     The second signal of a kind does what signals do by default. Of a kind, since DeepSpeed's launcher passes a Ctrl-C,
     which the terminal has sent to all processes, on as a SIGTERM.

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, samples.jsonl and loss.png always, a tracking service if asked."""
+"""Metrics of a run: metrics.jsonl, samples.jsonl and loss.png always, a tracking service if asked."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Adapters of any tool in PEFT's format: read, put beside a model's layers, and merged layer by layer."""
+"""Adapters in PEFT's format: read, attached to a model's layers, and merged layer by layer."""
 
 import json
 import math
@@ -100,11 +100,11 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS or not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds numbers of the kind {tensor.dtype}, or such that are not finite.")
-    return Adapter(config, named_once(tensors), weight)
+    return Adapter(config, without_duplicates(tensors), weight)
 
 
-def named_once(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leaves one name to each tensor: PEFT writes the whole layers of larger vocabularies twice, and the base's too.
+def without_duplicates(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keeps one name for each tensor: PEFT writes saved embedding layers twice, and the base's too.
 
     Raises:
         ValueError: if the two differ.
@@ -171,7 +171,7 @@ def check_patterns(config: Any, names: Sequence[str]) -> None:
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Any:
-    """Puts adapters beside the layers of a model, which may be a skeleton or have weights on the disk.
+    """Attaches adapters to a model, whose weights may be on the meta device or on disk.
 
     PEFT's own `from_pretrained` passes over tensors that have no place in the model. With a model of which a part is on
     the disk it writes that part once more, into the working directory.
@@ -206,7 +206,7 @@ def attach_adapters(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> 
                     tuned.add_adapter(name, config, **options)
             for layer in tuned.modules():
                 if isinstance(layer, BaseTunerLayer):
-                    _keep_off_nowhere(layer)
+                    _keep_device(layer)
             result = set_peft_model_state_dict(tuned, tensors, name, low_cpu_mem_usage=empty)
         except Exception as error:  # Names that are no patterns, ranks that are no numbers, and so on.
             raise ValueError(f"the adapter does not go with this base: {reason_of(error)}") from error
@@ -222,8 +222,8 @@ def attach_adapters(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> 
     return tuned
 
 
-def _keep_off_nowhere(layer: Any) -> None:
-    """Keeps PEFT from moving an adapter to where its layer's weights are, if these are nowhere or on the disk."""
+def _keep_device(layer: Any) -> None:
+    """Keeps PEFT from moving an adapter to the meta device, or to a layer whose weights are on disk."""
     base = layer.get_base_layer()
     if any(parameter.is_meta for parameter in base.parameters()):
         hook, move = getattr(base, "_hf_hook", None), layer._move_adapter_to_device_of_base_layer
@@ -232,7 +232,7 @@ def _keep_off_nowhere(layer: Any) -> None:
 
 
 def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.nn.Module:
-    """Puts adapters beside the layers of a skeleton.
+    """Attaches adapters to a model without weights.
 
     Args:
         model: The skeleton.
@@ -271,7 +271,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def adapted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def adapted_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Plain name of a layer -> PEFT's layer in its place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -34,7 +34,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # As in malloc.h.
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is read when it is asked for, anew each time.
+    """A tensor on disk that is read when it is needed, anew each time.
 
     Attributes:
         shape: Its shape.
@@ -80,7 +80,7 @@ def load_pickle(path: Path, trusted: bool = False) -> Any:
 
 
 def read_ahead(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Lets a thread read the tensor that follows while the one that was asked for is worked on."""
+    """Reads the next tensor in a thread while the current one is in use."""
     reader, ahead, names = ThreadPoolExecutor(max_workers=1), {}, list(weights)
 
     def read(place: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ def read_ahead(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def weights_digest(weights: Mapping[str, LazyTensor]) -> str:
-    """Tells one base from another by some rows of every tensor; files and dtypes that hold the same do not matter.
+    """A digest of some rows of every tensor, independent of file layout and of dtypes that hold the same values.
 
     It takes seconds for the largest models, but a few changed numbers may go unnoticed.
     """
@@ -121,7 +121,7 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_siz
         shells, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     total = sum(stored.size_bytes for stored in tensors.values())
-    with progress_bar(None, "Writing", "B", total=total, unit_scale=True) as bar, _memory_kept():
+    with progress_bar(None, "Writing", "B", total=total, unit_scale=True) as bar, _freed_memory_reused():
         for file, names in split.filename_to_tensors.items():
             _write_file(folder / file, {name: tensors[name] for name in names}, bar)
     if split.is_sharded:
@@ -130,8 +130,8 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_siz
 
 
 @contextmanager
-def _memory_kept() -> Iterator[None]:
-    """Lets glibc keep what one tensor took for the next: fresh pages take longer than the work on them."""
+def _freed_memory_reused() -> Iterator[None]:
+    """Makes glibc reuse freed memory for the next tensor: fresh pages take longer than the work on them."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # Another C library.
         yield

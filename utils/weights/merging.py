@@ -1,4 +1,4 @@
-"""Base and adapters, or joined shards, as one model that is never in memory: a skeleton is filled layer by layer."""
+"""Base and adapters, or joined shards, as one model that is never in memory as a whole: it is merged layer by layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from utils.weights.adapters import Adapter, adapted, add_adapters, merge_into, plain_name, vocabulary_rows
+from utils.weights.adapters import Adapter, adapted_layers, add_adapters, merge_into, plain_name, vocabulary_rows
 from utils.weights.layouts import open_weights
 from utils.weights.lazy import LazyTensor, read_ahead
 from utils.weights.skeleton import (
     Fused,
-    as_4_bit,
     cast_lazy,
     check_shapes,
-    in_4_bit,
     make_skeleton,
     model_names,
-    part_ties,
+    nf4_values,
+    quantised_parameters,
     read_config,
+    resolve_ties,
 )
 
 # Classes whose code uses weights of the layers in them: PEFT's, which are named as PyTorch's.
@@ -28,7 +28,7 @@ WRAPPERS = ["Linear", "Embedding", "Conv1D", "TrainableTokensWrapper", "Trainabl
 
 
 class ModelParts(NamedTuple):
-    """A model in parts.
+    """A model as modules without weights, and its weights as lazy tensors.
 
     Attributes:
         model: The modules, adapters included, without the base's weights.
@@ -80,7 +80,7 @@ def assemble(
         config.get_text_config().vocab_size = rows.pop()  # The adapter was trained with another vocabulary.
     model = make_skeleton(config, dtype or torch.float32, trust_remote_code)
     files, fused = model_names(model, stored)
-    if part_ties(model.all_tied_weights_keys, files, stored):
+    if resolve_ties(model.all_tied_weights_keys, files, stored):
         config.tie_word_embeddings = False
         model = make_skeleton(config, dtype or torch.float32, trust_remote_code)
     if (base / "generation_config.json").is_file():
@@ -89,8 +89,8 @@ def assemble(
     weights |= {name: join_lazy(name, parts, stored, model) for name, parts in fused.items()}
     weights = {name: cast_lazy(one, dtype) for name, one in weights.items()}
     if bits:
-        quantised = in_4_bit(config, trust_remote_code)
-        weights |= {name: as_4_bit(weights[name], turned) for name, turned in quantised.items()}
+        quantised = quantised_parameters(config, trust_remote_code)
+        weights |= {name: nf4_values(weights[name], turned) for name, turned in quantised.items()}
     ties, shells = dict(model.all_tied_weights_keys), model.state_dict()
     modules_to_save = {}
     if adapters:
@@ -138,7 +138,7 @@ def merged_weights(trained: ModelParts, dtype: torch.dtype, device: str) -> dict
     Returns:
         Name in files -> merged tensor. Of tied ones the second is left out unless training has parted them.
     """
-    layers = adapted(trained.model)
+    layers = adapted_layers(trained.model)
     trained = trained._replace(weights=read_ahead(trained.weights))
     for parameter in trained.model.parameters():
         if not parameter.is_meta:
@@ -239,7 +239,7 @@ class _Values(Mapping[str, torch.Tensor]):
 
 @contextmanager
 def offloaded(trained: ModelParts, dtype: torch.dtype, device: str) -> Iterator[torch.nn.Module]:
-    """Lets a model be called of which one layer at a time is in memory.
+    """Runs a model with one layer at a time in memory (accelerate's offloading).
 
     Args:
         trained: The model in parts.
@@ -262,7 +262,7 @@ def offloaded(trained: ModelParts, dtype: torch.dtype, device: str) -> Iterator[
 
 
 def materialize(trained: ModelParts, dtype: torch.dtype) -> torch.nn.Module:
-    """Reads a model into memory; the adapters stay beside the base, as in training."""
+    """Loads all weights into the model; adapters stay unmerged, as in training."""
     values, shared = _Values(trained, dtype), {}
     for name, parameter in list(trained.model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")

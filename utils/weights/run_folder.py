@@ -1,4 +1,4 @@
-"""What a training run left: its checkpoints and their records are checked, and become a model again."""
+"""A training run's folder: its checkpoints and records are checked and loaded as a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -76,7 +76,7 @@ def open_shards(folder: Path, stage: int, trusted: bool = False) -> dict[str, La
 
 @contextmanager
 def _advised() -> Iterator[None]:
-    """Adds the way out to what is said of files that are not read."""
+    """Adds --trust_checkpoint to the message about a file that is not read."""
     try:
         yield
     except UnsafePickle as error:

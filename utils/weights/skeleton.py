@@ -1,4 +1,4 @@
-"""Models without weights: their modules, and which tensors of a base's files become which of their parameters."""
+"""Models on the meta device, and which tensors of a base's files become which of their parameters."""
 
 import re
 from collections.abc import Mapping
@@ -107,8 +107,8 @@ def model_names(model: torch.nn.Module, stored: Mapping[str, LazyTensor]) -> tup
     return names, fused
 
 
-def part_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping[str, LazyTensor]) -> bool:
-    """Settles what tied parameters are, as transformers does.
+def resolve_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping[str, LazyTensor]) -> bool:
+    """Resolves tied parameters as transformers does.
 
     Args:
         ties: Of the configuration: name -> the one that it shares its values with.
@@ -129,8 +129,8 @@ def part_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping[st
     return parted
 
 
-def in_4_bit(config: Any, trust_remote_code: bool) -> dict[str, bool]:
-    """Names the parameters that a 4-bit model holds in 4 bits, by transformers' own rule.
+def quantised_parameters(config: Any, trust_remote_code: bool) -> dict[str, bool]:
+    """The parameters that a 4-bit model quantises, by transformers' own rule.
 
     Returns:
         Name -> whether it is quantised the other way round (GPT-2's layers hold their weights so).
@@ -149,8 +149,8 @@ def in_4_bit(config: Any, trust_remote_code: bool) -> dict[str, bool]:
     return {f"{name}.weight": issubclass(layer.source_cls, Conv1D) for name, layer in layers.items()}
 
 
-def as_4_bit(stored: LazyTensor, turned: bool) -> LazyTensor:
-    """The numbers that a tensor's NF4 weights with double quantisation stand for (QLoRA, arXiv 2305.14314)."""
+def nf4_values(stored: LazyTensor, turned: bool) -> LazyTensor:
+    """A tensor after NF4 quantisation with double quantisation and back (QLoRA, arXiv 2305.14314)."""
 
     def read() -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
