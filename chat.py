@@ -40,7 +40,7 @@ PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def readable(text: str) -> str:
-    """Takes out of a text what nobody means to say: bytes that are no UTF-8, control characters."""
+    """Removes bytes that are no UTF-8 and control characters from a text."""
     return UNTYPED.sub("", text.encode(errors="surrogateescape").decode(errors="replace"))
 
 
@@ -50,7 +50,7 @@ def stop_word(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Says something beside the answers."""
+    """Prints a note to stderr, apart from the answers."""
     sys.stdout.flush()
     print(f"({text})", file=sys.stderr)
 
@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> bool:
-    """Makes sure that arguments are good and go together, before anything is loaded.
+    """Checks the arguments before anything is loaded.
 
     Returns:
         Whether a conversation is asked for.
@@ -201,7 +201,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
 
 @dataclass(frozen=True)
 class Replier:
-    """A model that speaks in the terminal."""
+    """A model with its sampling settings, which answers in the terminal."""
 
     model: Any
     chat: Any
@@ -244,7 +244,7 @@ class Replier:
         return input_ids, start
 
     def checked(self, input_ids: list[int]) -> list[int]:
-        """Makes sure that there is room for an answer.
+        """Checks that an answer fits behind the prompt.
 
         Raises:
             DataError: if there is none.
@@ -276,7 +276,7 @@ class Replier:
 
 
 class Conversation:
-    """What was said so far, and the file that keeps it."""
+    """The messages so far, and the file that keeps them."""
 
     def __init__(self, replier: Replier, system: list[Message], messages: list[Message], file: Path | None) -> None:
         self.replier, self.system, self.file = replier, system, file
@@ -284,7 +284,7 @@ class Conversation:
         self.left_out = 0  # The oldest exchanges, for which there is no room.
 
     def ask(self, text: str, remember: bool = True) -> None:
-        """Answers a question; a question without any answer is forgotten.
+        """Answers a question; one without any answer is dropped from the conversation.
 
         Raises:
             DataError: if there is no room for the question.
@@ -297,7 +297,7 @@ class Conversation:
             self._keep()
 
     def reset(self) -> None:
-        """Forgets what was said."""
+        """Clears the conversation."""
         self.messages, self.left_out = [*self.system], 0
         if self.file:
             self.file.unlink(missing_ok=True)

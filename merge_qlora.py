@@ -33,7 +33,7 @@ PROBE_TOKENS = 256
 MEANING = {"dequant4": "4-bit (NF4), dequantised", "original": "own"}
 
 
-class Place(NamedTuple):
+class AdapterFolder(NamedTuple):
     """Where an adapter lies.
 
     Attributes:
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_adapter(path: Path, weight: float) -> Place:
+def find_adapter(path: Path, weight: float) -> AdapterFolder:
     """Finds an adapter in a folder of any tool or in a checkpoint of this project.
 
     Raises:
@@ -79,11 +79,11 @@ def find_adapter(path: Path, weight: float) -> Place:
             continue
         tag = folder.parent
         if not any((tag / file).is_file() for file in ("manifest.json", "run.json", "probe.safetensors")):
-            return Place(folder, None, weight)
+            return AdapterFolder(folder, None, weight)
         from utils.weights.run_folder import read_record
 
         check_manifest(tag)
-        return Place(folder, read_record(tag / "run.json"), weight)
+        return AdapterFolder(folder, read_record(tag / "run.json"), weight)
     found = [file for depth in ("*", "*/*", "*/*/*") for file in path.glob(f"{depth}/adapter_config.json")]
     near = sorted({shown(file.parent) for file in found})
     there = f"There are: {', '.join(near)}." if near else "Weights of full training are joined by convert_model.py."
@@ -91,7 +91,7 @@ def find_adapter(path: Path, weight: float) -> Place:
 
 
 def check_arguments(args: argparse.Namespace, base: Path, target: Path) -> None:
-    """Makes sure that arguments go together before anything is read.
+    """Checks the arguments before anything is read.
 
     Raises:
         SystemExit: naming what is wrong.
@@ -139,7 +139,7 @@ Fidelity, on the last places of a few prompts:
 
 
 def make_probe(chat: Any) -> dict[str, Any]:
-    """Prompts to try an adapter with of which no training run recorded anything: a probe without logits."""
+    """A probe without logits: prompts for an adapter of which no training run recorded any."""
     import torch
 
     prompts = [chat.prompt_ids([{"role": "user", "content": text}])[:PROBE_TOKENS] for text in TEXTS]
@@ -164,7 +164,7 @@ class Merge(NamedTuple):
     stored_in: str
 
 
-def trained_on(places: list[Place], asked: str | None) -> str:
+def trained_on(places: list[AdapterFolder], asked: str | None) -> str:
     """What adapters are merged into: the base's own weights ("original") or its 4-bit ones ("dequant4").
 
     Raises:
@@ -184,7 +184,7 @@ def trained_on(places: list[Place], asked: str | None) -> str:
     return kind
 
 
-def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Merge:
+def read_parts(args: argparse.Namespace, base: Path, places: list[AdapterFolder]) -> Merge:
     """Finds all that is merged, without reading the base's weights.
 
     Raises:
@@ -236,15 +236,15 @@ def read_parts(args: argparse.Namespace, base: Path, places: list[Place]) -> Mer
         return Merge(parts, make_chat(tokenizer), kind, precision, stored_in)
 
 
-def recorded(places: list[Place]) -> bool:
-    """Whether a checkpoint's probe tells what the merged model has to say."""
+def recorded(places: list[AdapterFolder]) -> bool:
+    """Whether a checkpoint's probe holds the expected logits of the merged model."""
     return len(places) == 1 and places[0].record is not None and places[0].weight == 1
 
 
 def expected_logits(
-    found: Merge, places: list[Place], base: Path, device: str
+    found: Merge, places: list[AdapterFolder], base: Path, device: str
 ) -> tuple[dict[str, Any], Any, list[str]]:
-    """Finds what the merged model has to say.
+    """The expected logits of the merged model.
 
     Returns:
         The probe, the logits of base and adapter side by side in fp32, and what the checkpoint's probe says of them.

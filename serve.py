@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Makes sure that the arguments go together before anything is loaded.
+    """Checks the arguments before anything is loaded.
 
     Raises:
         SystemExit: naming what is wrong.

@@ -404,7 +404,7 @@ def request_options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def new_answer(model: Model, count: int) -> dict[str, Any]:
-    """Room for replies that are going to come.
+    """Placeholders for the replies.
 
     Returns:
         "texts", as far as they have come; "ends", why each of them ended, None before; "problem", if there is one.
@@ -463,7 +463,7 @@ async def _read(stream: Any, answer: dict[str, Any], first: int) -> None:
 
 
 def working(jobs: list[Coroutine[Any, Any, None]]) -> Iterator[None]:
-    """Lets jobs work, and the caller have a look every now and then. Closing the iterator ends them."""
+    """Runs jobs in threads and yields regularly, so that the caller can draw. Closing the iterator ends them."""
     with asyncio.Runner() as runner:
         tasks = [runner.get_loop().create_task(job) for job in jobs]
         while not all(task.done() for task in tasks):
@@ -794,7 +794,7 @@ def show_turn(t: dict[str, str], turn: dict[str, Any], ended: bool = True) -> li
 # Training
 
 
-class Tail:
+class TailReader:
     """The lines of a JSON-lines file that grows: what was read is not read again.
 
     A line that is not finished is left for the next time. A file that was replaced, as a run does that goes on from an
@@ -835,7 +835,7 @@ def runs() -> list[Path]:
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
-def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def downsampled(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Not more points than a chart can show, the last one among them."""
     stride = -(-len(points) // MOST_POINTS) or 1
     return points[::-1][::stride][::-1]
@@ -855,7 +855,7 @@ def chart(t: dict[str, str], title: str, curves: dict[str, list[tuple[int, float
     values = [
         {"step": step, "value": value, "curve": name}
         for name, points in curves.items()
-        for step, value in thinned(points)
+        for step, value in downsampled(points)
     ]
     last = [*curves][-1]
     marked = {"field": "curve", "oneOf": [last] if len(curves[last]) < 100 else []}
@@ -908,7 +908,7 @@ def show_run(t: dict[str, str], folder: str) -> None:
     """Draws what there is of a run by now."""
     import streamlit as st
 
-    tail = st.cache_resource(Tail, max_entries=32, show_spinner=False)
+    tail = st.cache_resource(TailReader, max_entries=32, show_spinner=False)
     try:
         path = from_root(folder)
         metrics = tail(path / "metrics.jsonl").read()

@@ -83,7 +83,7 @@ class Teacher(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked of the teacher for a comment."""
+    """A request to the teacher for one comment."""
 
     record: dict[str, Any]  # Of the line to write, without what the teacher says.
     messages: list[Message]
@@ -128,7 +128,7 @@ class NoAnswer(Exception):
         return ODD_ATTEMPTS if self.odd else PAID_ATTEMPTS if self.usage.total() else ATTEMPTS
 
 
-class Hopeless(Exception):
+class FatalError(Exception):
     """Why no request can succeed, such as a wrong key."""
 
 
@@ -273,8 +273,8 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 # Asking
 
 
-class Pace:
-    """How many requests are under way: as many as allowed, half of them after a refusal, slowly more after answers.
+class ConcurrencyLimit:
+    """Limits the concurrent requests: halved when the server refuses, raised slowly with answers (AIMD).
 
     (Additive increase, multiplicative decrease, as TCP does it: RFC 5681.)
     """
@@ -379,7 +379,7 @@ async def ask(client: Any, teacher: Teacher, messages: list[Message], timeout_se
 
     Raises:
         NoAnswer: if this request gave none.
-        Hopeless: if no request will.
+        FatalError: if no request will.
     """
     import openai
 
@@ -394,9 +394,9 @@ async def ask(client: Any, teacher: Teacher, messages: list[Message], timeout_se
         status = error.status_code
         if status in (401, 402) or error.code == "insufficient_quota":
             # What the server says may repeat a part of the key.
-            raise Hopeless(f"the teacher refused the key, or the account is empty (HTTP {status})") from None
+            raise FatalError(f"the teacher refused the key, or the account is empty (HTTP {status})") from None
         if status == 404:
-            raise Hopeless(f"HTTP 404 for model {teacher.model!r} at {teacher.base_url}") from None
+            raise FatalError(f"HTTP 404 for model {teacher.model!r} at {teacher.base_url}") from None
         busy = status == 429 or status >= 500
         again = busy or status in (408, 409)
         # The server's own words say which option it does not like, or what its filter did.
@@ -430,7 +430,7 @@ class Collector:
 
     async def run(self, questions: list[Question]) -> None:
         """Asks. If there is a reason to stop, what is under way may still come back: it is paid for."""
-        self.pace, self.writing = Pace(self.args.concurrency), asyncio.Lock()
+        self.pace, self.writing = ConcurrencyLimit(self.args.concurrency), asyncio.Lock()
         self.pending: dict[Path, list[dict[str, Any]]] = {self.answers: [], self.failures: []}
         left, loop = iter(questions), asyncio.get_running_loop()
         with progress_bar(None, "asking", "answer", total=len(questions), smoothing=0.05) as self.bar:
@@ -442,11 +442,11 @@ class Collector:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.args.concurrency, len(questions))):
                     group.create_task(self.work(left))
-            self.let_signals_end()
+            self.restore_signals()
 
     def interrupt(self, number: int, terminals: list[int]) -> None:
         """Ctrl-C, SIGTERM or a closed terminal: the first waits for the answers under way, the second ends it all."""
-        self.let_signals_end()
+        self.restore_signals()
         if number == signal.SIGHUP:  # What is printed to a terminal that is gone fails.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for terminal in terminals:
@@ -454,8 +454,8 @@ class Collector:
         tqdm.write("Waiting for the answers that are under way; Ctrl-C again gives them up.")
         self.stop(f"interrupted by {signal.Signals(number).name}")
 
-    def let_signals_end(self) -> None:
-        """From now on signals do what they always do."""
+    def restore_signals(self) -> None:
+        """Restores the default signal handling."""
         for number in self.signals:
             asyncio.get_running_loop().remove_signal_handler(number)
         self.signals = []
@@ -471,7 +471,7 @@ class Collector:
             started = time.monotonic()
             try:
                 answer = await self.answer(question)
-            except Hopeless as error:
+            except FatalError as error:
                 self.stop(str(error))
             except NoAnswer as error:
                 await self.write(self.failures, {"id": question.record["id"], "reason": str(error)})
@@ -500,7 +500,7 @@ class Collector:
 
         Raises:
             NoAnswer: when another attempt is not worth it.
-            Hopeless: from `ask`.
+            FatalError: from `ask`.
         """
         failures: Counter[int] = Counter()  # By how many of the kind are too many.
         for attempt in count(1):

@@ -188,7 +188,7 @@ def own_problems(args: argparse.Namespace) -> list[str]:
 
 
 def answers_name(args: argparse.Namespace) -> str:
-    """Whose collected answers are learnt; "" for real comments."""
+    """Whose collected answers to train on; "" for real comments."""
     return args.teacher_model_name if args.kd == "sft" else args.answers
 
 
@@ -197,8 +197,8 @@ def answers_file(args: argparse.Namespace, split: str) -> Path:
     return answers_path(from_root(args.answers_dir), split, answers_name(args))
 
 
-def learnt_files(args: argparse.Namespace) -> list[Path | None]:
-    """The files of the conversations to learn and of the held-out ones."""
+def training_files(args: argparse.Namespace) -> list[Path | None]:
+    """The files of the training and of the held-out conversations."""
     data = find_splits(from_root(args.data_dir))
     if not answers_name(args):
         return data
@@ -247,7 +247,7 @@ def topk_logprobs(logprobs: Any, k: int) -> list[Any]:
 
 
 def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | None]:
-    """What says what the teacher holds of a pack: of the training samples, and of the held-out ones.
+    """Makes functions that give the teacher's distributions for a pack, for the training and the held-out samples.
 
     Args:
         run: With its samples, and no weights yet.
@@ -307,7 +307,7 @@ def cached_topk(kept: list[Any], places_of: Any, pack: Any) -> tuple[Any, Any]:
 
 
 def compare_tokenizers(chat: Any, samples: Samples, used: int, args: argparse.Namespace) -> int:
-    """How many tokens the student's tokenizer and the teacher's have in common; they have to agree on some texts.
+    """How many tokens the tokenizers of student and teacher share; they have to split some texts alike.
 
     Raises:
         SystemExit: if the teacher has none, or another one.
@@ -328,7 +328,7 @@ def compare_tokenizers(chat: Any, samples: Samples, used: int, args: argparse.Na
 
 
 def check_teacher(run: Run) -> tuple[int | None, dict[str, int]]:
-    """Finds out, before any weight is read, what student and teacher have in common, and what the teacher takes.
+    """Checks the teacher against the student before any weight is read, and estimates its memory.
 
     Returns:
         V, None if the teacher's distributions are not learnt; and the memory that its part of the run needs.
@@ -373,7 +373,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.train.attention import model_inputs
     from utils.train.tensors import means_over_ranks
 
-    run.load_data(learnt_files(args))
+    run.load_data(training_files(args))
     vocab_size, needed = check_teacher(run)
     panels = PANELS if args.kd != "sft" else {"loss": PANELS["loss"]}
     run.open(Path(__file__).with_name("ds_config.json"), panels, needed)
@@ -407,7 +407,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     folder = run_dir(args)
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
-    files = learnt_files(args)
+    files = training_files(args)
     _, samples, _ = load_splits(args, *files, chat, show=False)
     if not samples:
         fail(f"--test_mode: nothing is held out at {shown(from_root(args.data_dir))}.")

@@ -99,7 +99,7 @@ def preference_loss(
 
 
 def rewards(logps: Any, reference_logps: Any, tokens: Any, loss: str, beta: float) -> Any:
-    """What the policy holds an answer worth: beta (log pi - log ref), or beta log pi / |y| where no reference is used.
+    """The implicit rewards of answers: beta (log pi - log ref), or beta log pi / |y| where no reference is used.
 
     Args:
         logps: (B, 2) fp32.
@@ -249,7 +249,7 @@ def make_references(run: Run) -> list[Any]:
 
 
 def keeps_adapter(args: argparse.Namespace) -> bool:
-    """Whether the adapter that training goes on with stays in the model a second time, as the reference."""
+    """Whether a second copy of --adapter is loaded as the reference."""
     return bool(args.adapter) and not args.precompute_reference and args.loss not in WITHOUT_REFERENCE
 
 
@@ -279,11 +279,10 @@ def evaluate(run: Run, reference: Any) -> dict[str, float]:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Fills in what was left to the loss."""
+    """Sets the defaults that depend on the loss."""
     if args.beta is None:
         args.beta = 2.0 if args.loss == "simpo" else 0.1
-    if args.simpo_gamma is None:
-        args.simpo_gamma = 1.0
+    args.simpo_gamma = 1.0 if args.simpo_gamma is None else args.simpo_gamma
     if args.precompute_reference is None:
         args.precompute_reference = args.tuner == "full" and args.loss not in WITHOUT_REFERENCE
 

@@ -336,7 +336,7 @@ def test_no_word_of_waiting(prepare: ModuleType, value: str | None) -> None:
 
 def test_pace_by_hand(prepare: ModuleType) -> None:
     """16; two refusals of requests sent before the first: 8; a later one: 4; 4 + 1/4 + 1/4.25 ... after answers."""
-    pace = prepare.Pace(16)
+    pace = prepare.ConcurrencyLimit(16)
     now = time.monotonic()
     pace.refused(now, None)
     pace.refused(now - 1, None)
@@ -353,7 +353,7 @@ def test_pace_by_hand(prepare: ModuleType) -> None:
 
 def test_after_a_refusal_all_wait(prepare: ModuleType) -> None:
     async def waited() -> float:
-        pace = prepare.Pace(2)
+        pace = prepare.ConcurrencyLimit(2)
         pace.refused(time.monotonic(), 0.3)
         async with pace.turn() as sent_at:
             return sent_at
@@ -507,7 +507,7 @@ def test_a_past_date_is_no_word_of_waiting(prepare: ModuleType, build: Build, mo
     async def sleep(_: Any, seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr(prepare.Pace, "sleep", sleep)
+    monkeypatch.setattr(prepare.ConcurrencyLimit, "sleep", sleep)
     with TeacherServer(faults=("429 with Retry-After",), fault_every=1, retry_after="0") as server:
         with pytest.raises(SystemExit, match="1 failed"):
             run(prepare, build(server, count=1))

@@ -812,7 +812,7 @@ def test_curves_and_samples(tracker: Any, open_page: Callable[..., Any]) -> None
 @pytest.mark.parametrize("number", [0, 1, 1500, 1501, 100_000])
 def test_long_curves_are_thinned(number: int) -> None:
     points = [(step, 0.0) for step in range(number)]
-    kept = script.thinned(points)
+    kept = script.downsampled(points)
     assert kept[-1:] == points[-1:] and len(kept) <= 1500 and kept == sorted(kept)
     assert number > 1500 or kept == points
 
@@ -820,7 +820,7 @@ def test_long_curves_are_thinned(number: int) -> None:
 def test_a_torn_line_is_left_for_the_next_time(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "a')
-    tail = script.Tail(path)
+    tail = script.TailReader(path)
     assert tail.read() == [{"step": 1}]
     with path.open("ab") as file:
         file.write(b'": "\xe5\x97')
@@ -835,7 +835,7 @@ def test_only_new_lines_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)))
     parsed: list[bytes] = []
     monkeypatch.setattr(script.json, "loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
-    tail = script.Tail(path)
+    tail = script.TailReader(path)
     assert len(tail.read()) == 1000 == len(parsed)
     with path.open("a") as file:
         file.write('{"step": 1000}\n')
