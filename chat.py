@@ -27,7 +27,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from utils.cli import ArgumentParser, boolean, underscored
+from utils.cli import ArgumentParser, boolean, dashes_to_underscores
 from utils.data.held_out import parts_of, read_held_out
 from utils.data.records import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
 from utils.files import atomic_write, from_root, shown
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses arguments. In the names of options, dashes are as good as underscores."""
-    return build_parser().parse_args(underscored(arguments))
+    return build_parser().parse_args(dashes_to_underscores(arguments))
 
 
 def check_arguments(args: argparse.Namespace) -> bool:

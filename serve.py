@@ -27,7 +27,7 @@ from socket import socket
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
-from utils.cli import ArgumentParser, underscored
+from utils.cli import ArgumentParser, dashes_to_underscores
 from utils.files import explained, from_root, shown
 
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder of a model, such as output_hf/BiliComments")
-    add("--served_model_name", help="what clients call it (default: the folder's name)")
+    add("--served_model_name", help="what clients call it (default: the folder's name; also --model as it is given)")
     add("--adapter", action="append", default=[], metavar="NAME=PATH",
         help="an adapter beside the model, which clients ask for by NAME; may be given several times")  # fmt: skip
     add("--bits", type=int, choices=[4, 8], help="weights in 4 bits (NF4) or 8; not given: 4 for adapters of QLoRA")
@@ -287,6 +287,6 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*build_parser().parse_known_args(underscored(sys.argv[1:])))
+        main(*build_parser().parse_known_args(dashes_to_underscores(sys.argv[1:])))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -383,7 +383,7 @@ def test_a_signal_as_soon_as_it_serves(model: Path) -> None:
 
 def refusal(serve: ModuleType, *arguments: str) -> str:
     with pytest.raises(SystemExit) as error:
-        serve.main(*serve.build_parser().parse_known_args(serve.underscored(arguments)))
+        serve.main(*serve.build_parser().parse_known_args(serve.dashes_to_underscores(arguments)))
     return str(error.value)
 
 

@@ -27,6 +27,7 @@ from utils.serve.routes import (
     Served,
     add_error_handlers,
     check_lengths,
+    find_model,
     own_routes,
     to_conversation,
 )
@@ -517,3 +518,14 @@ def test_health(parrot: tuple[Parrot, int]) -> None:
 def test_numbers_that_are_none() -> None:
     with pytest.raises(ValueError):
         Sampling(temperature=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [(None, "first"), ("first", "first"), ("output_hf/first", "first"), ("second", "second")]
+)
+def test_a_model_is_found_by_its_name_and_its_path(name: str | None, found: str) -> None:
+    """The path is what clients of vLLM's own server call a model by default."""
+    assert find_model(Parrot(), name).name == found
+    for other in ("", "third", "output_hf"):
+        with pytest.raises(Refused, match="this server has first, second"):
+            find_model(Parrot(), other)

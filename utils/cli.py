@@ -88,7 +88,7 @@ def boolean(text: str) -> bool:
     return values[text]
 
 
-def underscored(arguments: Sequence[str]) -> list[str]:
+def dashes_to_underscores(arguments: Sequence[str]) -> list[str]:
     """Lets dashes in the names of options stand for underscores; values are left alone."""
     name = re.compile(r"--[\w-]+(?==|\Z)")
     return [name.sub(lambda found: "--" + found[0][2:].replace("-", "_"), text, count=1)
@@ -150,7 +150,7 @@ def progress_bar(things: Iterable[Any] | None, what: str, unit: str, shows: bool
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": 30, "maxinterval": 60, "delay": 30, "ncols": 100}
+        options = {"file": _Lines(), "mininterval": 30, "maxinterval": 60, "delay": 30, "ncols": 100} | options
     return tqdm(things, what, disable=not shows, unit=unit, **options)
 
 
