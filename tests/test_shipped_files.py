@@ -199,10 +199,11 @@ def distributions_of_modules() -> Mapping[str, list[str]]:
 def test_what_is_imported_is_pinned(path: Path) -> None:
     own = {path.stem for path in PYTHON} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     third_party = imported(path) - set(sys.stdlib_module_names) - own
-    if path.name in ("sft_peer.py", "dpo_peer.py"):
+    if path.name.endswith("_peer.py"):
         # Runs in an environment of its own, where what it compares with is installed.
-        assert "trl==" in (ROOT / "benchmarks/bench_sft.py").read_text(encoding="utf-8")
-        third_party -= {"trl"}
+        pins = (ROOT / "benchmarks/bench_sft.py").read_text(encoding="utf-8")
+        assert "trl==" in pins and "llamafactory==" in pins
+        third_party -= {"trl", "llamafactory"}
     if path.parent.name == "gpu":
         # Optional, for the loop that ours is compared with.
         assert "liger-kernel==" in (ROOT / "benchmarks/gpu/wheels.sh").read_text(encoding="utf-8")

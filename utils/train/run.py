@@ -309,11 +309,9 @@ class Run:
         if self._tracker:
             self._tracker.close()
             instead = " in the place of --overwrite" if self.args.overwrite else ""
-            print(
-                f"Stopped after step {self._progress['step']} of {len(self.windows)}, saved in "
-                f"{shown(self.folder.last)}. Go on with the same command and --resume{instead}.",
-                file=sys.stderr,
-            )
+            said = f"Stopped after step {self._progress['step']} of {len(self.windows)}, saved in "
+            said += f"{shown(self.folder.last)}. Go on with the same command and --resume{instead}."
+            tqdm.write(said, file=sys.stderr)  # Not behind the bar.
         self._signals.restore()
         raise SystemExit(128 + signal_number)
 
