@@ -82,7 +82,7 @@ class Server:
 
     def __init__(self, log: Path, model: Path, *arguments: str, **environment: str) -> None:
         command = [VLLM, ROOT / "serve.py", "--engine", "vllm", "--model", model, "--port", "0", *CACHE, *arguments]
-        self.log = log
+        self.log, self.model = log, str(model)
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*map(str, command)], stdout=out, stderr=out, env=os.environ | environment,
@@ -328,6 +328,10 @@ def test_health_models_and_keys(server: Server) -> None:
     assert health["models"] == expected
     listed = json.loads(server.request("GET", "/v1/models").read())["data"]
     assert [one["id"] for one in listed] == NAMES and listed[0]["max_model_len"] == 12000
+    # Not listed, but vLLM's own default name is taken.
+    asked = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 4, "temperature": 0}
+    texts = [server.post(CHAT, asked | {"model": name})[1]["choices"][0]["message"] for name in (NAMES[0], server.model)]
+    assert texts[0]["content"] == texts[1]["content"]
     for route in (OWN, CHAT, PLAIN, "/v1/responses", "/tokenize", "/nothing"):
         for wrong in ("", "Bearer wrong", KEY, "Basic " + KEY):
             status, answer = server.post(route, {}, authorization=wrong)

@@ -252,6 +252,9 @@ async def _load(
             settings.chat_template = str(Path(folder) / "chat_template.jinja")
             Path(settings.chat_template).write_text(chat.tokenizer.chat_template, encoding="utf-8")
         await init_app_state(client, app.state, settings, tasks)
+    registry, path = app.state.openai_serving_models.registry, models[0].path
+    is_base = registry.is_base_model
+    registry.is_base_model = lambda name: is_base(name) or bool(path and name == path)  # Without listing it.
     engine = VllmEngine(client, chat, models, app.state.openai_serving_models.lora_requests)
     return add_own(app, engine, limits), engine
 

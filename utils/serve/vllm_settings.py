@@ -68,7 +68,6 @@ def vllm_settings(args: argparse.Namespace, further: Sequence[str], plan: Any) -
         settings.lora_modules = [LoRAModulePath(name, str(one.adapter)) for name, one in tunings.items()]
         settings.max_loras = max(settings.max_loras, len(tunings))
         settings.max_lora_rank = max(settings.max_lora_rank, *(lora_rank(one.adapter) for one in tunings.values()))
-    settings.served_model_name = [plan.name, *([plan.given] if plan.given else [])]
     set_bits(settings, args.bits, any(tuning.quant_bits == 4 for tuning in tunings.values()))
     set_defaults(settings, any("enforce" in text for text in further))
     return settings, model | tunings
