@@ -330,8 +330,8 @@ def test_health_models_and_keys(server: Server) -> None:
     assert [one["id"] for one in listed] == NAMES and listed[0]["max_model_len"] == 12000
     # Not listed, but vLLM's own default name is taken.
     asked = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 4, "temperature": 0}
-    texts = [server.post(CHAT, asked | {"model": name})[1]["choices"][0]["message"] for name in (NAMES[0], server.model)]
-    assert texts[0]["content"] == texts[1]["content"]
+    found = [server.post(CHAT, asked | {"model": name})[1] for name in (NAMES[0], server.model)]
+    assert found[0]["choices"][0]["message"]["content"] == found[1]["choices"][0]["message"]["content"]
     for route in (OWN, CHAT, PLAIN, "/v1/responses", "/tokenize", "/nothing"):
         for wrong in ("", "Bearer wrong", KEY, "Basic " + KEY):
             status, answer = server.post(route, {}, authorization=wrong)
