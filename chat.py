@@ -162,7 +162,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str | None]:
     """Loads the model.
 
     Returns:
-        The model, its chat template, and the system prompt that it was trained with; None if nobody knows.
+        The model, its chat template, and the system prompt that it was trained with; None if unknown.
 
     Raises:
         SystemExit: if it cannot be loaded.
@@ -319,7 +319,7 @@ def read_history(path: Path) -> list[Message]:
         Messages; none if there is no file yet, or an empty one.
 
     Raises:
-        SystemExit: if it is no conversation. It stays as it is.
+        SystemExit: if it is no conversation. The file is not changed.
     """
     if not path.exists():
         return []

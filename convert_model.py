@@ -123,7 +123,7 @@ def sample_replies(run: Path, record: dict[str, Any]) -> list[str]:
 
     Nothing that people commented is published: not the real comment, nor a comment that was to be answered, nor a
     reply that repeats the real one. Of a prompt the card shows the line with the video's title. Prompts without one
-    are data of one's own, of which nobody knows here whether it may be shown.
+    come from the user's data, which may be private.
 
     Returns:
         Title and reply, four at most.

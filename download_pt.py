@@ -390,7 +390,7 @@ def fetch_from_hubs(wanted: Wanted, choice: str, command: str) -> None:
                 return download(source, wanted)
             except KeyboardInterrupt:
                 raise SystemExit(f"\nStopped. What has arrived is kept, go on with: {command}") from None
-            except Exception as error:  # whatever is wrong with one hub is a reason to ask the next
+            except Exception as error:  # any failure of one hub is a reason to try the next
                 problem = explain(error, source, wanted)
         print(f"  {source.endpoint}: {problem}", file=sys.stderr, flush=True)
     tried = ", ".join(source.endpoint for source in sources)
@@ -399,7 +399,7 @@ def fetch_from_hubs(wanted: Wanted, choice: str, command: str) -> None:
         f"Run the command again: it goes on where it stopped. Through another mirror: {endpoint}=<address> {command}",
         f"Copy the folder from a machine that has it to {shown(wanted.folder)}.",
     ]
-    if not all(answers.values()):  # somebody answered
+    if not all(answers.values()):  # some source answered
         search = f"{HUB}/{wanted.repo_type}s?search={wanted.repo_id.split('/')[1]}"
         advice.insert(0, f"Is the name right, capitals too? {search}")
     if wanted.repo_id in PYPI_MODELS:

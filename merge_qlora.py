@@ -168,7 +168,7 @@ def trained_on(places: list[AdapterFolder], asked: str | None) -> str:
     """What adapters are merged into: the base's own weights ("original") or its 4-bit ones ("dequant4").
 
     Raises:
-        SystemExit: if they were trained on different ones, and nobody has decided.
+        SystemExit: if they were trained on different ones and the arguments do not decide.
     """
     if asked or not places:
         return asked or "original"

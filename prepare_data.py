@@ -131,12 +131,12 @@ def tables_or_problem(path: Path) -> Iterator[Table | str]:
         return
     try:
         yield from read_tables(path)
-    except Exception as error:  # whatever a broken file makes its parser raise, the other files are still good
+    except Exception as error:  # a broken file may raise anything; the other files are still good
         yield f"{type(error).__name__}: {error}"
 
 
 def scan_json(file: IO[str], chunk_chars: int = LONGEST_RECORD_CHARS) -> Iterator[Record | None]:
-    """Reads the objects of a JSON array or of JSON lines one by one, going on after whatever cannot be parsed.
+    """Reads the objects of a JSON array or of JSON lines one by one, going on after what cannot be parsed.
 
     A killed crawl leaves a truncated array, and two that write at once leave pieces of records.
 
@@ -372,7 +372,7 @@ def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> t
                     continue
                 file.write(line + "\n")
                 count += 1
-        except Exception as error:  # whatever a broken file makes a parser raise: what came before it is still good
+        except Exception as error:  # a broken file may raise anything; what came before is still good
             return count, torn, f"{type(error).__name__}: {error}"
     return count, torn, ""
 
@@ -569,7 +569,7 @@ def write_splits(con: "DuckDBPyConnection", paths: list[Path], bucket: int = 100
             places = [start, start + bucket]
             videos = con.execute("SELECT min(position), max(position) FROM kept WHERE place > ? AND place <= ?", places)
             rows = con.execute(query, places + list(videos.fetchone())).fetchnumpy()
-            written.result()  # no more than one bucket waits in memory, and a full disk is told of at once
+            written.result()  # no more than one bucket waits in memory, and a full disk is reported at once
             written = writer.submit(write, rows)
         written.result()
         for file, separator in zip(files, separators, strict=True):
@@ -714,7 +714,7 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(
     con: "DuckDBPyConnection", args: argparse.Namespace, share: float | None, work: Path, paths: list[Path],
 ) -> Record:
-    """Reads, joins, says what became of the comments, and writes the kept ones to `paths`.
+    """Reads, joins, reports what was dropped, and writes the kept comments to `paths`.
 
     Returns:
         What report.json holds.

@@ -198,7 +198,7 @@ def make_server(args: argparse.Namespace, plan: Plan, engine: Any) -> Any:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
-            """Lets answers at work end for a while; those that do not are told so."""
+            """Waits for running answers for a while; then ends the others with an error."""
             asyncio.get_running_loop().call_later(args.shutdown_sec, guard.end)
             await super().shutdown(sockets)
 
@@ -243,7 +243,7 @@ def serve_in_background(arguments: list[str]) -> str:
 
 
 def main(args: argparse.Namespace, further: list[str]) -> None:
-    """Serves until it is told to end."""
+    """Serves until a signal."""
     plan = make_plan(args)
     if args.engine == "vllm" and not find_spec("vllm"):
         raise SystemExit(
@@ -261,7 +261,8 @@ def main(args: argparse.Namespace, further: list[str]) -> None:
         run(args, further, plan)
         return
     if further:
-        raise SystemExit(f"{further[0]}: unknown here. vLLM's arguments need --engine vllm, and vLLM installed.")
+        meant = build_parser().suggestion(further[0])
+        raise SystemExit(f"{further[0]}: unknown here.{meant} vLLM's arguments need --engine vllm, and vLLM installed.")
     why = "" if args.engine == "transformers" else " (vLLM, which is faster on cards, is not installed here)"
     print(f"Engine: transformers{why}.", flush=True)
     from utils.serve.limits import open_socket

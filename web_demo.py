@@ -318,7 +318,7 @@ def is_local(url: str) -> bool:
 
 
 def make_client(url: str, key: str) -> Any:
-    """An openai client that does not retry: whoever reads the page sees what is going on."""
+    """An openai client without retries: the page shows errors at once."""
     import openai
 
     for variable in OPENAI_VARIABLES:
@@ -390,7 +390,7 @@ def messages_of(system: str, *texts: str) -> list[dict[str, str]]:
 
 
 def request_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes the sampling settings as the API's options; what says nothing is left out, as not every server knows it.
+    """Writes the sampling settings as the API's options; unset ones are left out, as not every server knows them.
 
     Args:
         settings: temperature, top_p, top_k (0: none), penalty (1: none), max_tokens and seed (None: none).
@@ -443,7 +443,7 @@ async def ask(model: Model, messages: list[dict[str, str]], options: dict[str, A
                 if answer["ends"][number] is None and not answer["texts"][number]:
                     seed = {"seed": options["seed"] + number} if "seed" in options else {}
                     await _read(await create(**options | seed, messages=messages), answer, number)
-    except Exception as error:  # Whatever server there is, and whatever it sends, the page goes on.
+    except Exception as error:  # Any server may send anything; the page goes on.
         answer["problem"] = problem_of(error, model.url, model.key)
 
 
@@ -562,7 +562,7 @@ def list_models(t: dict[str, str], address: str, key: str) -> list[Model]:
 
 
 def find_models(t: dict[str, str], args: argparse.Namespace) -> tuple[Model, Callable[[], Model] | None]:
-    """The tuned model, and what gives the base model, if there is one; with --api both are chosen by whoever looks."""
+    """The tuned model, and the base model if there is one; with --api the visitor chooses both."""
     import streamlit as st
 
     if args.model:
@@ -905,7 +905,7 @@ def training_page(t: dict[str, str]) -> None:
 
 
 def show_run(t: dict[str, str], folder: str) -> None:
-    """Draws what there is of a run by now."""
+    """Draws a run's metrics and samples so far."""
     import streamlit as st
 
     tail = st.cache_resource(TailReader, max_entries=32, show_spinner=False)

@@ -333,7 +333,7 @@ def text_of(content: Any) -> str:
 
 
 def to_answer(completion: Any) -> Answer:
-    """Takes the answer out of what the server sent. A whole text counts, whatever else is odd about the response.
+    """Takes the answer out of what the server sent. A complete text counts, even if the rest of the response is odd.
 
     Raises:
         NoAnswer: if there is none that a student should learn.
@@ -622,7 +622,7 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
 
 
 def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question]) -> None:
-    """Asks what is missing and says what became of it.
+    """Asks for missing answers and reports the outcome.
 
     Raises:
         SystemExit: if more failed than may, or the run ended early.

@@ -415,7 +415,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     model = load_trained(folder, args.ckpt_id, record, model_path, args.trust_remote_code).to(device)
     student = show_replies(model, chat, samples, args.max_new_tokens, progress="student")
     del model
-    if answers_name(args):  # What is learnt is the teacher's; what is real stands in the data.
+    if answers_name(args):  # The training target is the teacher's answer; the real one is in the data.
         real = {row["id"]: row["real"] for file in files if file for row in read_lines(file, {"id": str, "real": str})}
         others = [{"teacher": row["real"], "real": real[row["id"]]} for row in student]
     else:

@@ -1,4 +1,4 @@
-"""Makes preference pairs from what is there: which of two comments was liked more, or a real comment and a reply.
+"""Makes preference pairs: of two comments the one with more likes, or a real comment and a model's reply.
 
     python deepspeed_dpo/prepare_data.py
     python deepspeed_dpo/prepare_data.py --replies deepspeed_ft/output/DS-Qwen/Qwen2.5-0.5B/test_base*.jsonl
@@ -255,7 +255,7 @@ def read_comments(path: Path) -> list[Comment]:
 
 
 def prepare(args: argparse.Namespace, files: dict[str, Path]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """Makes the pairs of both splits and says what became of the comments.
+    """Makes the pairs of both splits and reports what was dropped.
 
     Returns:
         Pairs by split, and what report.json holds.

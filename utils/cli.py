@@ -61,14 +61,14 @@ class ArgumentParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         names = [text.partition("=")[0] for text in args if text.startswith("--")]
         options = [name for name in names if " " not in name]
-        # First, since argparse would tell of what is missing because it is called otherwise.
+        # Checked first: argparse would report a misspelt required argument as missing.
         wrong = [name for name in options if not any(known.startswith(name) for known in self._option_string_actions)]
         found, unknown = (None, wrong) if wrong else self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"{unknown[0]}: there is no such argument.{self._meant(unknown[0])}")
+            self.error(f"{unknown[0]}: there is no such argument.{self.suggestion(unknown[0])}")
         return found
 
-    def _meant(self, unknown: str) -> str:
+    def suggestion(self, unknown: str) -> str:
         names = {option.removeprefix("--"): option for option in self._option_string_actions if option[:2] == "--"}
         name = unknown.partition("=")[0].lstrip("-").replace("-", "_")
         near = [*CALLED_ELSEWHERE.get(name, "").split(), *difflib.get_close_matches(name, names)]

@@ -166,7 +166,7 @@ def exclusive_lock(path: Path, wait_sec: float = 0) -> Iterator[None]:
     """
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One lock a place and process: blocks for the same place may stand in one another.
+    # A singleton lock for each path: nested blocks for the same path are allowed.
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
     try:
         lock.acquire(timeout=wait_sec)
@@ -189,8 +189,8 @@ def exclusive_lock(path: Path, wait_sec: float = 0) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Lets the caller write a file or a folder beside its place and moves it there when the block ends well.
 
-    A failure or a kill inside the block leaves whatever stood at `path` before. What a killed run left beside it is
-    removed by the next run.
+    After a failure or a kill inside the block the old content of `path` is unchanged. What a killed run left beside it
+    is removed by the next run.
 
     Args:
         path: The final place. Its parent folder is made.
@@ -225,8 +225,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Lets the caller write files that belong together, each as `atomic_write` does.
 
-    The first one is taken away before another one changes, and put in its place last: whatever ends the program, it
-    never stands beside files of another run.
+    The first one is removed before any other changes, and written last: whatever ends the program, it is never beside
+    files of another run.
 
     Args:
         paths: Their places; the first is of the file without which the others are of no use.
@@ -304,7 +304,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Makes sure that a folder is complete and unchanged. It says nothing of who made it.
+    """Makes sure that a folder is complete and unchanged. It does not tell who made it.
 
     Raises:
         SystemExit: naming the first file that is missing or differs.

@@ -1,6 +1,6 @@
 """A finished model as one GGUF file for llama.cpp: numbers and settings; the tokenizer is in gguf_tokenizer.py.
 
-What llama.cpp computes stands in its sources (src/models/llama.cpp, qwen2.cpp, qwen3.cpp, gemma3.cpp). A model that it
+llama.cpp's computations are in its sources (src/models/llama.cpp, qwen2.cpp, qwen3.cpp, gemma3.cpp). A model that it
 would compute otherwise than transformers does is refused.
 """
 
@@ -58,7 +58,7 @@ class Part(NamedTuple):
         return int(np.prod(quant_shape_to_byte_shape(self.shape, self.kind)))
 
     def read(self) -> np.ndarray:
-        """Its bytes, as they stand in the file."""
+        """The tensor's bytes in the file."""
         tensor = self.stored.read()
         if self.heads:
             # Transformers turns the halves of a head against each other, llama.cpp its even and odd rows.

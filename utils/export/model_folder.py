@@ -20,7 +20,7 @@ from utils.weights.lazy import write_weights
 from utils.weights.loading import DTYPES
 from utils.weights.merging import ModelParts, merged_weights, untied
 
-TERMS = ("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")  # How files begin that say what one may do with a model.
+TERMS = ("LICENSE", "NOTICE", "USE_POLICY", "GEMMA_TERMS")  # Beginnings of the names of licence files.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -82,7 +82,7 @@ def write_model(
         config.tie_word_embeddings = False  # Training has parted them.
     config.save_pretrained(folder)
     generation = copy.deepcopy(model.generation_config)
-    # The run's template ends an answer with `stop_id`: who generates has to stop there, whatever the base's files say.
+    # The run's template ends an answer with `stop_id`: generation has to stop there, also if the base's files differ.
     generation.eos_token_id = end_ids(generation, chat.stop_id)
     generation.do_sample = generation.do_sample or any((generation.temperature, generation.top_p, generation.top_k))
     generation.save_pretrained(folder)

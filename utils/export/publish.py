@@ -57,8 +57,8 @@ def outdated(there: Iterable[str], files: dict[str, Path]) -> list[str]:
     )
 
 
-def somebodys_card(card: Path, new: Path) -> bool:
-    """Whether somebody may have written or completed a model card: it has text, another one than the new card's."""
+def is_edited_card(card: Path, new: Path) -> bool:
+    """Whether a model card may have been edited: it has text that differs from the new card's."""
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8", errors="replace")
@@ -97,7 +97,7 @@ def check_clone(clone: Path) -> None:
 def lay_out(model: Path, clone: Path) -> None:
     """Brings a git clone to the state of a model: its files, none of an earlier one, git-lfs for what is large.
 
-    Files appear whole or not at all, and what is there already is not written again. Nothing is committed.
+    Files are written atomically, and unchanged ones are not written again. Nothing is committed.
 
     Args:
         model: A finished model's folder.
@@ -118,7 +118,7 @@ def _lay_out(model: Path, clone: Path) -> None:
     for path in left:  # A kill's, which git would take along.
         path.unlink(missing_ok=True)
     changed = {name: path for name, path in files.items() if not _is_there(path, clone / name)}
-    if "README.md" in changed and somebodys_card(clone / "README.md", model / "README.md"):
+    if "README.md" in changed and is_edited_card(clone / "README.md", model / "README.md"):
         path = changed.pop("README.md")
         print(
             f"Kept {shown(clone / 'README.md')}, which somebody may have completed. The new model's card is another "
@@ -227,12 +227,12 @@ def push(model: Path, repo_id: str, hub: str, public: bool) -> None:
 
     Args:
         model: A finished model's folder.
-        repo_id: ORG/NAME. It is made if it is not there; of one that is there, who may see it stays as it is.
+        repo_id: ORG/NAME. Created if it does not exist; the visibility of an existing one is not changed.
         hub: "huggingface" or "modelscope".
         public: Whether everybody may see a new repository.
 
     Raises:
-        SystemExit: in one sentence, without the token, whatever the hub or its client have against it.
+        SystemExit: with the hub's or its client's reason in one sentence, without the token.
     """
     check_upload(repo_id, hub)
     token, endpoint = _find_token(hub), _endpoint(hub)
@@ -333,8 +333,8 @@ def _license(model: Path) -> str:
 
 
 def _keep_card(card: Path, files: dict[str, Path], model: Path) -> None:
-    """Leaves out the new card where the hub has one that somebody may have completed."""
-    if "README.md" in files and somebodys_card(card, files["README.md"]):
+    """Does not upload the new card over one on the hub that may have been edited."""
+    if "README.md" in files and is_edited_card(card, files["README.md"]):
         files.pop("README.md")
         print(
             "Kept the hub's model card, which somebody may have completed. The new model's card is another one; take "

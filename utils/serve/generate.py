@@ -77,7 +77,7 @@ def load_for_inference(
         path: The model's folder.
         trust_remote_code: Whether the model's own Python code may run.
         adapters: Name -> folder of adapters beside its layers; the first one is in use, see `use_adapter`. The
-            first one's tokenizer or chat template is taken too, if it brings one.
+            first one's tokenizer or chat template is used too, if it has one.
         bits: 4 (NF4) or 8 to quantise the weights as they are loaded; None: 4 if an adapter was trained so.
         offload_folder: Where weights go that fit neither the accelerator nor the memory.
         chat_template: A Jinja template to use instead of the model's or the adapter's.
@@ -172,7 +172,7 @@ def context_tokens(config: Any, tokenizer: Any) -> int | None:
 
     Args:
         config: The model's.
-        tokenizer: Of the model; it is asked where the configuration says nothing.
+        tokenizer: Of the model; used where the configuration does not give a length.
     """
     text = config.get_text_config()
     said = [getattr(text, name, None) for name in LENGTH_NAMES] + [tokenizer.model_max_length]

@@ -33,7 +33,7 @@ class Limits:
     Attributes:
         key: That clients must give; none: everybody may ask.
         max_body_bytes: The largest request.
-        max_requests: Being answered or waiting at once; more are told to come again (429).
+        max_requests: Requests at once, running or waiting; more get 429.
         timeout_sec: The longest that one may take.
         body_timeout_sec: The longest that sending one may take.
         hosts: Names that the server answers to; None: to all. Without a key any page that is open in a browser on this
@@ -234,7 +234,7 @@ class _Exchange:
     Attributes:
         started: The client was sent a beginning.
         ended: It was sent everything.
-        late: Time is up: what the app still sends is nobody's.
+        late: Time is up: what the app still sends is discarded.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class _Exchange:
         finally:
             for task in (answer, watch, ending):
                 task.cancel()
-            # An engine is told to stop while its route is cancelled.
+            # Cancelling a route aborts its request in the engine.
             await asyncio.gather(answer, watch, ending, return_exceptions=True)
 
     async def _replay(self) -> MutableMapping[str, Any]:

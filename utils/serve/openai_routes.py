@@ -1,4 +1,4 @@
-"""OpenAI's API on the transformers engine: chat completions, completions, models. vLLM brings its own."""
+"""OpenAI's API on the transformers engine: chat completions, completions, models. vLLM has its own."""
 
 import time
 import uuid

@@ -50,7 +50,7 @@ def with_penalties(
         answer: Its tokens so far.
 
     Returns:
-        (V,) fp32; the argument is left as it is.
+        (V,) fp32; the argument is not changed.
     """
     logits = logits.clone()
     if choice.repetition_penalty != 1:

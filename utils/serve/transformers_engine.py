@@ -149,7 +149,7 @@ class AdapterView:
 
 
 def check_engine(engine: "TransformersEngine") -> None:
-    """Makes sure that the engine says what `model.generate` says: it has attention and caches of its own.
+    """Checks that the engine writes what `model.generate` writes: it has its own attention and caches.
 
     Raises:
         ValueError: if it does not, or cannot run the model at all.
@@ -360,7 +360,7 @@ async def _next_step(steps: "asyncio.Queue[Step]", manager: ContinuousBatchingMa
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_SEC):
                 return await steps.get()
-        # A request that came in the moment when an error ended the engine has nobody who would fail it.
+        # A request that arrives just as an error ends the engine would wait for ever.
         if not manager.is_running() and steps.empty():
             raise Refused(503, "The engine has stopped. Try again.")
 

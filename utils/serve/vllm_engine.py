@@ -60,7 +60,7 @@ class VllmEngine:
 
         Args:
             client: vLLM's `AsyncLLM`.
-            chat: The model's template; its tokenizer is used by nobody else.
+            chat: The model's template, with a tokenizer of its own.
             models: What is served.
             adapters: vLLM's `LoRARequest` of those models that are adapters.
         """

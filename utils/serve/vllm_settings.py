@@ -1,6 +1,6 @@
 """How vLLM is started: its arguments, what suits small cards and CPUs, and what helps when it does not start.
 
-What is said about graphics cards was read in vLLM's source; the CPU build is what the tests run.
+What concerns graphics cards was read in vLLM's source; the tests run its CPU build.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from utils.cli import GIB
 from utils.files import explained, read_json, reason_of, shown
 
-# The longest prompt and answer if nothing is said: comments are short, and what is longer takes memory from others.
+# The default context length: comments are short, and longer contexts take memory from other requests.
 MODEL_LEN = 4096
 # CUDA graphs take some hundred MB, which small cards need for weights and the cache.
 SMALL_CARD_BYTES = 12.5 * GIB
@@ -216,7 +216,7 @@ def startup_problem(error: Exception, heard: Iterable[str], settings: Any) -> st
     more = f"--gpu_memory_utilization up to 0.95 (now {used})"
     if settings.kv_cache_memory_bytes is not None:
         more = f"--kv_cache_memory_bytes (now {settings.kv_cache_memory_bytes})"
-    # vLLM begins so, too, what it tells of a start that went well so far.
+    # vLLM logs lines that begin like this during successful starts, too.
     if found := re.search(r"Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\) on startup is less", said):
         free, whole = map(float, found.groups())
         return (

@@ -101,7 +101,7 @@ def digest_base(path: Path, name: str) -> str:
 
     try:
         return weights_digest(open_weights(path))
-    except Exception as error:  # Whatever a damaged file brings a library to.
+    except Exception as error:  # Libraries raise all kinds of errors on damaged files.
         fail(f"No whole model in {shown(path)}: {reason_of(error)}\nFetch it: python download_pt.py --model {name}")
 
 

@@ -15,7 +15,7 @@ from utils.train.arguments import quant_bits
 
 def read_template(args: argparse.Namespace) -> str:
     """The text of --chat_template, "" without one."""
-    # A file that is not UTF-8 becomes a template that says nothing of use, and is refused for that.
+    # A file that is not UTF-8 becomes an unusable template, and is refused as such.
     return from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
 
 

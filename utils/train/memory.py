@@ -58,7 +58,7 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
 
 
 def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, ds_config: dict[str, Any]) -> str:
-    """Writes in a line what a run will need beside what there is; estimates carry a tilde.
+    """A line on what a run will need and what is free; estimates carry a tilde.
 
     Args:
         needs: From `needed_bytes`.

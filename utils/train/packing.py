@@ -59,7 +59,7 @@ def draw_windows(group: np.ndarray, window_samples: int, group_size: int, epochs
     Args:
         group: The group of every sample of the training set.
         window_samples: Samples in a step, over all ranks.
-        group_size: So many samples of one group, or what there is of it, stand together in the order; 1 mixes all. A
+        group_size: So many samples of one group (fewer if it is smaller) are consecutive; 1 shuffles all. A
             window may end in the midst of them.
         epochs: Passes over the data.
         seed: Same seed, same windows.
@@ -170,7 +170,7 @@ def plan_packs(samples: Samples, windows: list[np.ndarray], layout: Layout) -> P
         start = 0
         for rank, end in enumerate(_deal(lengths, before, world_size)):
             for pack_start, pack_stop in pairwise([start, *_cut(lengths, before, start, end, pack_tokens, cost)]):
-                common[pack_start * unit] = 0  # A pack's first sample stands in it whole.
+                common[pack_start * unit] = 0  # A pack's first sample shares nothing.
                 size = (pack_stop - pack_start) * unit if pack_tokens else 1
                 ends = range(drawn + pack_start * unit + size, drawn + pack_stop * unit + 1, size)
                 pack_end += ends
@@ -204,7 +204,7 @@ def _deal(lengths: np.ndarray, shared: np.ndarray, world_size: int) -> list[int]
     def parts(most_tokens: int) -> list[int]:
         ends = [0]
         while ends[-1] < len(lengths):
-            # A part's first sample stands in it whole, with the tokens it shares with the part before.
+            # A part's first sample shares nothing with the part before.
             room = most_tokens - shared[ends[-1]] + total[ends[-1]]
             ends.append(max(int(np.searchsorted(total, room, side="right")) - 1, ends[-1] + 1))
         return ends[1:]

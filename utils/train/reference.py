@@ -24,7 +24,7 @@ from utils.train.attention import model_inputs
 from utils.train.packing import Layout, Pack, lay_out, make_plan, rank_packs
 from utils.train.tensors import all_reduced, token_logprobs
 
-KEEP_SEC = 20  # So often what is computed once is written to the disk.
+KEEP_SEC = 5  # So often what has been computed is written to the disk.
 
 
 def token_logps(engine: Any, packs: list[Pack], attention: dict[str, int | None] | None) -> torch.Tensor:
@@ -148,7 +148,8 @@ def compute_or_load(
                 for number, result in enumerate(results):
                     np.save(temporary / f"{number}.npy", result.numpy())
         deepspeed.comm.barrier()
-        shutil.rmtree(parts_folder, ignore_errors=True)
+        for left in cache.glob(f".{folder.name}.*.parts"):
+            shutil.rmtree(left, ignore_errors=True)
     # "c": torch wants arrays that could be written to; what is written stays in memory.
     return [torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))]
 

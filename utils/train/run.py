@@ -98,7 +98,7 @@ class Run:
         self.eval_set = test_set if asked < 0 else test_set.select(range(len(test_set))[: asked * unit])
 
     def open(self, ds_config: Path, panels: Mapping[str, str], more_bytes: Mapping[str, int] | None = None) -> None:
-        """Claims the run's folder, and says what the run will need beside what there is.
+        """Opens the run's folder, and prints what the run will need and what is free.
 
         Args:
             ds_config: DeepSpeed's configuration, unless --deepspeed_config names one.
@@ -137,7 +137,7 @@ class Run:
         self._parameters = count_parameters(self.model)
 
     def make_engine(self, no_masks: str | None = None) -> None:
-        """Makes the engine, finds out which masks the model takes, plans all packs, and says what will be computed.
+        """Makes the engine, tries the masks, plans all packs, and prints what will be computed.
 
         Args:
             no_masks: If something else than the model rules masks out, a line on what it is.

@@ -18,7 +18,7 @@ from utils.weights.lazy import load_pickle
 
 # What PEFT puts into the names of a model's parameters.
 PEFT_PARTS = (".base_layer", ".original_module", ".token_adapter", ".modules_to_save.default")
-# Ways to begin an adapter that leave the base as it is; others change it, and the saved adapter goes with that one.
+# Initialisations that leave the base unchanged; others change it, and the saved adapter belongs to the changed base.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 # What an adapter may say without being another kind of it; settings of training alone among it.
 KNOWN = set(
@@ -78,7 +78,7 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
         raise FileNotFoundError("it has no adapter_config.json.")
     try:
         config = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # Whatever a file of another tool brings a library to.
+    except Exception as error:  # Libraries raise all kinds of errors on other tools' files.
         raise ValueError(f"adapter_config.json cannot be read ({error}).") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"it is of the kind {config.peft_type}; only LoRA and its variants are merged.")
@@ -119,7 +119,7 @@ def without_duplicates(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def vocabulary_rows(tensors: Mapping[str, torch.Tensor]) -> int | None:
-    """How many tokens a model has of which the adapter brings the whole embedding; None if it brings none."""
+    """The vocabulary size of an adapter that contains the whole embedding; None if it does not."""
     ends = tuple(f"{layer}.{kind}weight" for layer in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
     rows = [len(tensor) for name, tensor in tensors.items() if name.endswith(ends) and tensor.ndim == 2]
     return rows[0] if rows else None
@@ -289,7 +289,7 @@ def merge_into(layer: torch.nn.Module, leaf: str, weights: Mapping[str, torch.Te
         weights: Its base's parameters by leaf, fp32; they are used up.
 
     Raises:
-        ValueError: if the merged layer does not say what base and adapters say side by side.
+        ValueError: if the merged layer's output differs from that of base and adapters.
     """
     from peft.tuners.lora.layer import Linear
 

@@ -51,7 +51,7 @@ def nf4_config(dtype: torch.dtype) -> Any:
 def keep_packing(model: torch.nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights in place at the first evaluation, as it does on some CPUs.
 
-    ZeRO stage 3 brings the old ones back, which are then read wrongly; and other kernels give other numbers than
+    ZeRO stage 3 gathers the original ones again, which are then misread; and other kernels give other numbers than
     training saw.
     """
     for layer in model.modules():

@@ -42,7 +42,7 @@ def check_tag(run: Path, tag: str, trust_checkpoint: bool = False) -> dict[str, 
         Its run.json.
 
     Raises:
-        SystemExit: naming what there is instead.
+        SystemExit: naming the checkpoints that exist.
     """
     folder = run / tag
     if len(Path(tag).parts) != 1 or not (folder / "run.json").is_file():
@@ -59,7 +59,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Reads a checkpoint's run.json.
 
     Raises:
-        SystemExit: if it does not say what a training run writes there.
+        SystemExit: if it is not a record as training runs write it.
     """
     try:
         record = read_json(path)
@@ -125,7 +125,7 @@ def base_in_use(base: Path, record: dict[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # Whatever a file that is not as it should be brings a library to.
+    except Exception as error:  # Libraries raise all kinds of errors on damaged files.
         name = record["settings"]["model_name"]
         raise SystemExit(
             f"{shown(base)} cannot be used as the base: {reason_of(error)}\nThe run was trained on {name}. Name the "

@@ -112,7 +112,7 @@ def resolve_ties(ties: Mapping[str, str], files: dict[str, str], stored: Mapping
 
     Args:
         ties: Of the configuration: name -> the one that it shares its values with.
-        files: From `model_names`; what is there twice with the same values is taken out.
+        files: From `model_names`; duplicates with the same values are removed.
         stored: The tensors.
 
     Returns:
