@@ -108,7 +108,11 @@ def load_samples(
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     with create_once(folder) as temporary:
         if temporary:
-            _write_samples(path, chat, max_tokens, temporary, progress, parse)
+            gc.freeze()  # The collector need not go through the libraries' objects again and again.
+            try:
+                _write_samples(path, chat, max_tokens, temporary, progress, parse)
+            finally:
+                gc.unfreeze()
     index, facts = np.load(folder / "index.npz"), json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     end = index["lengths"].cumsum()
     samples = Samples(
@@ -196,7 +200,6 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str, parse: Parse) -> None:
     folder.mkdir()
-    gc.freeze()  # Millions of objects of the libraries need not be gone through again and again.
     ids: list[str] = []
     lengths, groups, targets = array("q"), array("q"), array("q")
     counts: Counter[str] = Counter()
@@ -221,7 +224,6 @@ def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progre
                 prompt = sample.input_ids[: sample.supervised.argmax()].tobytes()
                 groups.append(zlib.crc32(prompt if video is None else str(video).encode()))
                 targets.append(int(sample.supervised[1:].sum()))  # Nothing predicts the first token.
-    gc.unfreeze()
     if not ids:
         raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
     arrays = {"lengths": lengths, "group": groups, "targets": targets}
