@@ -24,7 +24,7 @@ import torch
 from conftest import RANK_VARIABLES, ROOT, adapter, another_writer, distance, launch, read_metrics, run, slow
 
 from utils.files import write_manifest
-from utils.train.checkpoint import make_record
+from utils.train.checkpoint import make_record, save_checkpoint
 from utils.train.engine import choose_precision, make_ds_config
 from utils.train.packing import draw_windows
 
@@ -736,16 +736,15 @@ def test_a_folder_in_which_another_run_is_at_work(ft: ModuleType, train_args: Bu
 def test_two_runs_in_one_folder(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
     """The second says so, whatever it was told, and the first is not disturbed; after its end the folder is free."""
     said, alone = [], {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    save = ft.save_checkpoint
 
     def meanwhile(*args: Any) -> None:
         if not said:
             command = [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *train_args(max_steps=1)]
             for flags in (["--overwrite"], ["--ckpt_id", "other"], ["--overwrite", "--ckpt_id", "other"]):
                 said.append(subprocess.run([*command, *flags], env=alone, capture_output=True, text=True))
-        save(*args)
+        save_checkpoint(*args)
 
-    monkeypatch.setattr(ft, "save_checkpoint", meanwhile)
+    monkeypatch.setattr("utils.train.run.save_checkpoint", meanwhile)
     run(ft, train_args(max_steps=2))
     assert len(said) == 3
     for second in said:
