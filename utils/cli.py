@@ -69,6 +69,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def suggestion(self, unknown: str) -> str:
+        """A sentence with the known argument that an unknown one may stand for; "" if there is none."""
         names = {option.removeprefix("--"): option for option in self._option_string_actions if option[:2] == "--"}
         name = unknown.partition("=")[0].lstrip("-").replace("-", "_")
         near = [*CALLED_ELSEWHERE.get(name, "").split(), *difflib.get_close_matches(name, names)]

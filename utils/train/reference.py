@@ -173,8 +173,8 @@ def _computed_packs(
     first = torch.tensor(len(kept), device=get_accelerator().current_device_name())
     deepspeed.comm.all_reduce(first, op=deepspeed.comm.ReduceOp.MIN)
     yield from kept[: int(first)]
-    fresh, kept_at = [], time.monotonic()
-    for number in progress_bar(range(int(first), len(packs)), "computing once", "pack", rank == 0, total=len(packs)):
+    fresh, kept_at, numbers = [], time.monotonic(), range(int(first), len(packs))
+    for number in progress_bar(numbers, "computing once", "pack", rank == 0, initial=int(first), total=len(packs)):
         fresh.append([part.cpu() for part in compute(packs[number])])
         yield fresh[-1]
         if time.monotonic() - kept_at > KEEP_SEC:
