@@ -1,4 +1,4 @@
-"""A page in the browser: replies to comments, a conversation, and how a training run is getting on.
+"""A page in the browser: replies to comments, a conversation, how a training run is getting on, and a guessing game.
 
     streamlit run web_demo.py -- --model output_hf/BiliComments
     streamlit run web_demo.py -- --model output_hf/BiliComments --base model/Qwen/Qwen2.5-3B      # side by side
@@ -16,19 +16,26 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import shlex
 import sys
 import threading
+import time
 import urllib.request
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from functools import partial
+from itertools import takewhile, zip_longest
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
+from utils.data.held_out import parts_of
 from utils.data.records import SYSTEM_PROMPT, comment_prompt
-from utils.files import from_root, shown
+from utils.files import from_root, read_lines, shown
 from utils.train.tracking import curve, smoothed
 
 TUNED = "tuned"  # What the adapter is called.
@@ -36,6 +43,14 @@ DRAW_SEC = 0.1  # Between two looks at what has come of a reply.
 FOLLOW_SEC = 3  # Between two looks at a run's files.
 MOST_POINTS = 1500  # Of a curve.
 MOST_REPLIES = 8
+FEW_GUESSES = 30  # Fewer say nothing about a model.
+# Of the guessing game: what matters stands out, and a long description does not push the replies off the screen.
+STYLE = """<style>
+.st-key-video_title [data-testid=stText] { font-size: 1.15rem; font-weight: 600; }
+.st-key-video_desc [data-testid=stText] { max-height: 9rem; overflow-y: auto; opacity: 0.7; font-size: 0.9rem; }
+.st-key-reply_0 [data-testid=stText], .st-key-reply_1 [data-testid=stText] { font-size: 1.1rem; }
+[class*=st-key-writer_] [data-testid=stText] { font-size: 0.9rem; opacity: 0.7; }
+</style>"""
 TOO_LONG = re.compile(r"token|length|long|长", re.IGNORECASE)  # How servers refuse what does not fit.
 NEWEST = -1  # Whichever step it is.
 START = "streamlit run web_demo.py --"
@@ -128,6 +143,36 @@ TEXTS = {
         "error_timeout": "服务器太久没有回答。",
         "error_broken": "服务器的回答中断了，或者看不懂。它说：",
         "error_no_models": "服务器没有列出任何模型。",
+        "guess": "真假难辨",
+        "guess_lead": "一条是真人的回复，一条是模型写的。**哪一条是真人写的？**",
+        "no_evaluations": "还没有可以猜的回复。下面的命令让模型回复留出的评论，之后这里会自动出现：",
+        "evaluation": "评测",
+        "contenders": "和哪些模型比",
+        "contenders_help": "不选就是全部。多个模型时是盲猜：猜完才知道是谁写的。选好后点一下页面，按键才有用。",
+        "all_contenders": "全部（盲猜）",
+        "no_rounds": "这次评测里没有可以猜的回复。",
+        "video": "视频",
+        "answered": "要回复的评论",
+        "pick_0": "① 是真人写的",
+        "pick_1": "② 是真人写的",
+        "is_real": "真人写的",
+        "is_written": "模型写的",
+        "guessed_right": "猜对了！",
+        "guessed_wrong": "没猜对，你被模型骗过去了。",
+        "next": "下一题",
+        "points": "猜对",
+        "streak": "连对",
+        "seen_before": "这条评论你已经见过，可能还记得真人的回复，所以这一次不计入下面的统计。",
+        "unwritten": "这一次没能写进 guesses.jsonl，所以不计入大家的统计。",
+        "everybody": "大家的成绩",
+        "me": "我的成绩",
+        "scores_help": "50% 就是完全分不出来，越低越像真人。同一个人对同一条评论只算第一次。",
+        "no_guesses": "还没有成绩。",
+        "few_guesses": "次数不到 {count} 的，还说明不了什么。",
+        "contender": "模型",
+        "share": "猜对的比例",
+        "interval": "95% 区间",
+        "guesses": "次数",
     },
     "en": {
         "comments": "Comments",
@@ -208,8 +253,7 @@ TEXTS = {
         "error_missing": "The server does not know this model or address (HTTP 404). Check --api and the chosen model.",
         "error_busy": "The server is busy, or the account is empty (HTTP 429). Please try again in a while.",
         "error_loading": (
-            "The server is not ready, it may still be loading the "
-            "model (HTTP 503). Please try again in a while."
+            "The server is not ready, it may still be loading the model (HTTP 503). Please try again in a while."
         ),
         "error_request": "The server refuses this request (HTTP {status}). It says:",
         "error_server": "The server failed (HTTP {status}). It says:",
@@ -217,6 +261,47 @@ TEXTS = {
         "error_timeout": "The server took too long to answer.",
         "error_broken": "The server's answer broke off, or makes no sense. It says:",
         "error_no_models": "The server lists no models.",
+        "guess": "Real or written?",
+        "guess_lead": "One reply is real, a model wrote the other one. **Which one did a person write?**",
+        "no_evaluations": (
+            "There are no replies to guess at yet. This command lets a model "
+            "answer held-out comments, and they will show up here:"
+        ),
+        "evaluation": "Evaluation",
+        "contenders": "Models to play against",
+        "contenders_help": (
+            "None chosen: all. With several you are told only after a guess which "
+            "of them it was. Click on the page afterwards, so that keys work."
+        ),
+        "all_contenders": "all (blind)",
+        "no_rounds": "This evaluation holds no replies to guess at.",
+        "video": "Video",
+        "answered": "Comment to answer",
+        "pick_0": "① is a person's",
+        "pick_1": "② is a person's",
+        "is_real": "a person",
+        "is_written": "a model",
+        "guessed_right": "Right!",
+        "guessed_wrong": "Wrong: the model took you in.",
+        "next": "Next",
+        "points": "Right",
+        "streak": "In a row",
+        "seen_before": (
+            "You have met this comment before and may remember the real reply, so this guess will not count below."
+        ),
+        "unwritten": "This guess could not be written to guesses.jsonl, so it does not count for everybody's score.",
+        "everybody": "Everybody's score",
+        "me": "My score",
+        "scores_help": (
+            "50% means that nobody can tell; the lower, the more like a person. "
+            "Of each visitor the first guess on a comment counts."
+        ),
+        "no_guesses": "No guesses yet.",
+        "few_guesses": "Fewer than {count} guesses are too few to say.",
+        "contender": "Model",
+        "share": "Guessed right",
+        "interval": "95% interval",
+        "guesses": "Guesses",
     },
 }
 
@@ -240,7 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage=f"{START} --model DIR [--adapter DIR | --base DIR]\n       {START} --api URL [--api_key_env NAME]",
         description="A page in the browser: replies to comments, a conversation, and how training runs get on.",
         epilog="Streamlit's own arguments, such as --server.address 127.0.0.1 --server.port 6006, go before the --. "
-        "Without --model and --api there are training runs to look at.",
+        "Without --model and --api there are training runs to look at, and replies to guess at.",
     )
     parser.add_argument("--model", help="folder of a model, such as output_hf/BiliComments; it is served from here")
     parser.add_argument("--adapter", help="folder of an adapter on --model, which is the base then")
@@ -609,12 +694,16 @@ def show_answer(t: dict[str, str], answer: dict[str, Any], ended: bool, border: 
     return places
 
 
+def showable(text: str) -> str:
+    """A text that can be shown: servers may send the two halves of an emoji one by one, and half of one cannot be."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def draw_answer(t: dict[str, str], answer: dict[str, Any], places: list[tuple[Any, Any]], ended: bool) -> None:
     """Writes replies as they are by now."""
     for text, end, (place, note) in zip(answer["texts"], answer["ends"], places, strict=True):
         coming = end is None and not ended
-        # Servers may send the two halves of an emoji one by one; half of one cannot be shown.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = showable(text)
         place.text(text + "▌" if coming else text)
         if answer["left_out"] and ended:
             note.caption(t["left_out"].format(count=answer["left_out"]))
@@ -956,6 +1045,369 @@ def show_samples(t: dict[str, str], samples: list[dict[str, Any]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Real or written
+
+
+class Round(NamedTuple):
+    """Two replies to tell apart.
+
+    Attributes:
+        contender: The model that wrote one of them.
+        id: Of the comment.
+        number: Which of the model's replies to it.
+        title: Of the video; for conversations of other kinds all that was said.
+        desc: The video's description; "" if there is none.
+        parent: The comment to answer; "" if there is none.
+        real: What a person wrote.
+        written: What the model wrote.
+    """
+
+    contender: str
+    id: str
+    number: int
+    title: str
+    desc: str
+    parent: str
+    real: str
+    written: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What is not shown twice."""
+        return self.contender, self.id, self.number
+
+
+class Score(NamedTuple):
+    """How often a model was told from people; `low` and `high` hold the true share with 95 %."""
+
+    contender: str
+    right: int
+    count: int
+    low: float
+    high: float
+
+
+def evaluations() -> list[Path]:
+    """The folders of all evaluations below eval/, the newest first."""
+    found = from_root("eval").glob("*/replies.jsonl")
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Changes whenever a file does."""
+    try:
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+    except OSError:
+        return 0, 0
+
+
+def rounds_of(rows: Iterable[dict[str, Any]]) -> dict[str, list[Round]]:
+    """Finds what can be played.
+
+    Args:
+        rows: Of replies.jsonl.
+
+    Returns:
+        Model -> its replies, without those that tell by themselves whose they are (cut off, or empty), or that nobody
+        can tell from the real one, as they are the same.
+    """
+    rounds: dict[str, list[Round]] = {}
+    for row in rows:
+        real, cut = showable(row["real"].strip()), row.get("cut") or []
+        try:
+            video, parent = map(showable, parts_of([*row["messages"], {"role": "assistant", "content": real}]))
+            texts = [showable(text.strip()) for text in row["replies"]]
+            marked = [*zip_longest(texts, cut[: len(texts)])]
+        except (AttributeError, LookupError, TypeError):
+            continue  # It is none of this project's.
+        # Of the lines of `comment_prompt` without their names, which the page has in the reader's language.
+        title, _, desc = video.removeprefix("视频标题：").partition("\n视频简介：")
+        about = (title, desc, parent.removeprefix("父评论："))
+        for number, (text, is_cut) in enumerate(marked):
+            if real and text and text != real and not is_cut:
+                contender = showable(row["contender"])
+                rounds.setdefault(contender, []).append(Round(contender, row["id"], number, *about, real, text))
+    return rounds
+
+
+def draw_round(rounds: dict[str, list[Round]], played: Iterable[Round], random: Random) -> Round:
+    """Draws the next round: a model evenly, one of its comments, and one of its replies to that.
+
+    None comes again before all have come. Comments whose real reply has not been shown yet, beside whichever model's,
+    come first, as there is nothing to guess in the others.
+
+    Args:
+        rounds: From `rounds_of`; at least one.
+        played: All rounds of this visitor so far.
+        random: Where chance comes from.
+    """
+    played = [*played]
+    times, seen = Counter(each.key for each in played), Counter(each.id for each in played)
+    every = [each for group in rounds.values() for each in group]
+    ranks = {each.key: (times[each.key], seen[each.id]) for each in every}
+    least = min(ranks.values())
+    pool: dict[str, dict[str, list[Round]]] = {}
+    for each in every:
+        if ranks[each.key] == least:
+            pool.setdefault(each.contender, {}).setdefault(each.id, []).append(each)
+    comments = pool[random.choice([*pool])]
+    return random.choice(comments[random.choice([*comments])])
+
+
+def first_guesses(guesses: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out guesses on comments whose real reply a visitor had been told before."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for guess in guesses:
+        first.setdefault((guess["session"], guess["id"]), guess)
+    return [*first.values()]
+
+
+def scores(guesses: Iterable[dict[str, Any]]) -> list[Score]:
+    """Counts right guesses, for each model; the one that is hardest to tell from people comes first."""
+    from scipy.stats import binomtest
+
+    total, right = Counter(), Counter()
+    for guess in guesses:
+        total[guess["contender"]] += 1
+        right[guess["contender"]] += guess["right"]
+    found = []
+    for contender, count in total.items():
+        interval = binomtest(right[contender], count).proportion_ci(method="wilson")
+        found.append(Score(contender, right[contender], count, float(interval.low), float(interval.high)))
+    return sorted(found, key=lambda score: (score.right / score.count, score.contender))
+
+
+def streak(guesses: list[dict[str, Any]]) -> int:
+    """How many of the last guesses are right, one after another."""
+    return len([*takewhile(lambda guess: guess["right"], reversed(guesses))])
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Appends a line in one piece, so that those of several visitors do not mix.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    line = json.dumps(row).encode() + b"\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if os.write(file, line) < len(line):
+            raise OSError("the disk is full")
+    finally:
+        os.close(file)
+
+
+def read_rounds(path: Path, stamp: tuple[int, int]) -> dict[str, list[Round]]:
+    """Reads what models wrote; Streamlit keeps it until the file's `stamp` changes."""
+    fields = {"contender": str, "id": str, "video_id": str, "messages": list, "real": str, "replies": list}
+    return rounds_of(read_lines(path, fields))
+
+
+def read_guesses(path: Path, stamp: tuple[int, int]) -> list[dict[str, Any]]:
+    """Reads what visitors guessed, as `read_rounds` does."""
+    return read_lines(path, {"session": str, "contender": str, "id": str, "right": bool})
+
+
+def new_game(seed: str) -> dict[str, Any]:
+    """What a visitor's page remembers of an evaluation.
+
+    Returns:
+        "round", the one on the page, with "order", the sides' ("real", "written"), "since", when it came, and "right",
+        how it was guessed, None before; "turn", its number; "chosen", the models that it was drawn from; "seen_before",
+        whether the real reply is known by now; "played" and "guesses" so far; "unwritten", whether the last guess could
+        not be stored.
+    """
+    return {
+        "random": Random(seed), "round": None, "order": [], "since": 0.0, "right": None, "turn": 0, "chosen": None,
+        "played": [], "guesses": [], "unwritten": False,
+    }  # fmt: skip
+
+
+def next_round(game: dict[str, Any], rounds: dict[str, list[Round]]) -> None:
+    """Puts another round on the page."""
+    drawn = draw_round(rounds, game["played"], game["random"])
+    order = game["random"].sample(["real", "written"], 2)
+    game |= {"round": drawn, "order": order, "since": time.monotonic(), "right": None, "chosen": {*rounds}}
+    seen = any(each.id == drawn.id for each in game["played"])
+    game |= {"turn": game["turn"] + 1, "seen_before": seen, "unwritten": False}
+
+
+def take_guess(game: dict[str, Any], path: Path, session: str, turn: int, place: int) -> None:
+    """Writes a guess down; not a second one on the same round, as when a key is pressed twice.
+
+    Args:
+        game: From `new_game`.
+        path: Of guesses.jsonl.
+        session: Whose guess it is.
+        turn: Of the round that was guessed at.
+        place: Of the reply that was taken for the real one.
+    """
+    if turn != game["turn"] or game["right"] is not None:
+        return
+    asked, seconds = game["round"], round(time.monotonic() - game["since"], 1)
+    game["right"] = game["order"][place] == "real"
+    guess = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "session": session}
+    guess |= {"contender": asked.contender, "id": asked.id, "reply": asked.number}
+    guess |= {"right": game["right"], "seconds": seconds}
+    game["played"].append(asked)
+    game["guesses"].append(guess)
+    try:
+        append_line(path, guess)
+    except OSError as error:
+        print(f"{shown(path)}: {error}", file=sys.stderr)
+        game["unwritten"] = True
+
+
+def go_on(game: dict[str, Any], turn: int) -> None:
+    """Leaves a round that was guessed at; the next one is drawn with the page."""
+    if turn == game["turn"] and game["right"] is not None:
+        game["round"] = None
+
+
+def choose_evaluation(t: dict[str, str], names: list[str]) -> str:
+    """The choice of an evaluation; the address carries it, so that it goes with a link."""
+    import streamlit as st
+
+    state, asked = st.session_state, st.query_params.get("eval")
+    if state.get("evaluation") not in names:
+        state["evaluation"] = asked if asked in names else names[0]
+    with st.sidebar:
+        name = st.selectbox(t["evaluation"], names, key="evaluation", persist_state="session")
+    st.query_params["eval"] = name
+    return name
+
+
+def guess_page(t: dict[str, str]) -> None:
+    """A game: which of two replies did a person write?"""
+    import streamlit as st
+
+    folders = {folder.name: folder for folder in evaluations()}
+    head, points = st.columns([3, 2], vertical_alignment="bottom")
+    head.title(t["guess"])
+    head.write(t["guess_lead"])
+    st.html(STYLE)
+    if not folders:
+        st.info(t["no_evaluations"])
+        st.code("python evaluate.py --model output_hf/BiliComments --base model/Qwen/Qwen2.5-0.5B", language="sh")
+        return
+    name = choose_evaluation(t, [*folders])
+    path = folders[name] / "replies.jsonl"
+    rounds = st.cache_resource(read_rounds, max_entries=8, show_spinner=False)(path, stamp_of(path))
+    if not rounds:
+        st.info(t["no_rounds"])
+        return
+    with st.sidebar:
+        chosen = st.multiselect(
+            t["contenders"],
+            sorted(rounds),
+            key=f"contenders of {name}",
+            help=t["contenders_help"],
+            placeholder=t["all_contenders"],
+            persist_state="session",
+        )
+    rounds = {contender: rounds[contender] for contender in chosen or sorted(rounds)}
+    session = st.session_state.setdefault("guesser", secrets.token_hex(8))
+    game = st.session_state.setdefault("games", {}).setdefault(name, new_game(f"{session} {name}"))
+    # Another choice of models is another round: whether one stays would tell whose it is.
+    if game["round"] is None or game["chosen"] != {*rounds}:
+        next_round(game, rounds)
+    show_points(t, game["guesses"], points)
+    guesses_path = folders[name] / "guesses.jsonl"
+    show_round(t, game, guesses_path, session)
+    show_scores(t, guesses_path, game["guesses"])
+
+
+def show_points(t: dict[str, str], guesses: list[dict[str, Any]], place: Any) -> None:
+    """Shows how the visitor is doing."""
+    import streamlit as st
+
+    right, row = sum(guess["right"] for guess in guesses), streak(guesses)
+    with place.container(horizontal=True, horizontal_alignment="right", gap="large"):
+        st.metric(t["points"], f"{right} / {len(guesses)}", width="content")
+        st.metric(t["streak"], f"{row} 🔥" if row >= 3 else row, width="content")
+
+
+def show_round(t: dict[str, str], game: dict[str, Any], path: Path, session: str) -> None:
+    """Shows the two replies, and after the guess whose they are."""
+    import streamlit as st
+
+    asked, guessed, turn = game["round"], game["right"] is not None, game["turn"]
+    if game["seen_before"]:
+        st.caption(t["seen_before"])
+    with st.container(border=True):
+        with st.container(key="video_title"):
+            st.caption(t["video"])
+            st.text(asked.title)
+        if asked.desc:
+            st.container(key="video_desc").text(asked.desc)
+        if asked.parent:
+            st.caption(t["answered"])
+            st.text(asked.parent)
+    for place, (column, side) in enumerate(zip(st.columns(2), game["order"], strict=True)):
+        with column, st.container(border=True, height="stretch", key=f"reply_{place}"):
+            # A line from the beginning, so that nothing moves when it says more.
+            with st.container(horizontal=True, vertical_alignment="center", key=f"writer_{place}"):
+                st.badge("①②"[place], color="gray")
+                if guessed and side == "real":
+                    st.badge(t["is_real"], icon=":material/person:", color="green")
+                elif guessed:
+                    st.badge(t["is_written"], icon=":material/smart_toy:", color="violet")
+                    st.text(asked.contender)
+            st.text(asked.real if side == "real" else asked.written)
+    columns = st.columns(2, vertical_alignment="center")
+    if not guessed:
+        for place, (text, key) in enumerate((("pick_0", "Left"), ("pick_1", "Right"))):
+            columns[place].button(
+                t[text],
+                key=f"pick {place}",
+                shortcut=key,
+                width="stretch",
+                type="primary",
+                on_click=take_guess,
+                args=(game, path, session, turn, place),
+            )
+        return
+    with columns[0]:
+        if game["right"]:
+            st.success(t["guessed_right"], icon=":material/celebration:")
+        else:
+            st.error(t["guessed_wrong"], icon=":material/smart_toy:")
+        if game["unwritten"]:
+            st.warning(t["unwritten"])
+    columns[1].button(
+        t["next"], key="next", shortcut="Enter", width="stretch", type="primary", on_click=go_on, args=(game, turn)
+    )
+
+
+def show_scores(t: dict[str, str], path: Path, own: list[dict[str, Any]]) -> None:
+    """Shows how well models are told from people, by all visitors and by this one."""
+    import streamlit as st
+
+    everybody = st.cache_resource(read_guesses, max_entries=8, show_spinner=False)(path, stamp_of(path))
+    for tab, guesses in zip(st.tabs([t["everybody"], t["me"]]), (everybody, own), strict=True):
+        with tab:
+            found = scores(first_guesses(guesses))
+            if not found:
+                st.caption(t["no_guesses"])
+                continue
+            rows = [
+                {
+                    t["contender"]: score.contender,
+                    t["share"]: 100 * score.right / score.count,
+                    t["interval"]: f"{score.low:.0%} – {score.high:.0%}",
+                    t["guesses"]: score.count,
+                }
+                for score in found
+            ]
+            bar = st.column_config.ProgressColumn(format="%.0f%%", min_value=0, max_value=100)
+            st.dataframe(rows, hide_index=True, column_config={t["share"]: bar})
+            if any(score.count < FEW_GUESSES for score in found):
+                st.caption(t["few_guesses"].format(count=FEW_GUESSES))
+    st.caption(t["scores_help"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -977,6 +1429,7 @@ def main() -> None:
         "comments": st.Page(partial(comments_page, args, t), title=t["comments"], url_path="comments", default=True),
         "chat": st.Page(partial(chat_page, args, t), title=t["chat"], url_path="chat"),
         "training": st.Page(partial(training_page, t), title=t["training"], url_path="training"),
+        "guess": st.Page(partial(guess_page, t), title=t["guess"], url_path="guess"),
     }
     page = st.navigation([*pages.values()])
     layout = "centered" if page.title == t["chat"] else "wide"

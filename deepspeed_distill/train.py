@@ -400,8 +400,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Holds the best checkpoint's replies to the held-out comments against the teacher's and the real ones."""
     import torch
 
+    from utils.evaluate.scores import as_markdown, write_comparison
     from utils.serve.generate import show_replies
-    from utils.train.scores import as_markdown, write_comparison
     from utils.weights.run_folder import check_tag, load_trained
 
     folder = run_dir(args)

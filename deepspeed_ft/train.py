@@ -123,8 +123,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Writes a model's replies to the held-out (or the training) comments beside the real ones."""
     import torch
 
+    from utils.evaluate.scores import as_markdown, compare_texts
     from utils.serve.generate import show_replies
-    from utils.train.scores import as_markdown, compare_texts
     from utils.weights.adapters import attach_adapters, read_adapter
     from utils.weights.run_folder import check_tag, load_trained
 

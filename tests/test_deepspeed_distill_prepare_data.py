@@ -3,7 +3,6 @@
 python -m pytest tests/test_deepspeed_distill_prepare_data.py
 """
 
-import asyncio
 import contextlib
 import json
 import os
@@ -23,6 +22,8 @@ import pytest
 from conftest import ROOT, load_script
 from teacher_server import FAULTS, LOST, TeacherServer
 
+from utils.data import collector, teacher
+from utils.data.answers import ANSWER_FIELDS
 from utils.data.records import to_messages
 
 Build = Callable[..., list[str]]
@@ -174,7 +175,7 @@ def test_what_is_no_answer(
     prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any, choice: Any, reason: str, attempts: int
 ) -> None:
     """It is counted, named, not in the file, and asked again by the next run."""
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.01)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 0.01)
     bad, good = "视频标题：第2个视频", say(content="好")
     with TeacherServer(reply=lambda messages: choice if messages[-1]["content"] == bad else good) as server:
         with pytest.raises(SystemExit, match="1 failed, more than --max_failures 0"):
@@ -231,7 +232,7 @@ def test_a_key_is_not_repeated(
 ) -> None:
     """What the server says of a request is kept, without the key, whole or shortened."""
     monkeypatch.setenv("KEY_OF_THE_TEST", "sk-secret-of-the-test")
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 0.001)
     for key in ("sk-secret-of-the-test", "another-key"):  # The server's words hold the first one.
         monkeypatch.setenv("KEY_OF_THE_TEST", key)
         with TeacherServer(reply=lambda _: status) as server, pytest.raises(SystemExit) as ended:
@@ -266,7 +267,7 @@ def test_a_key_with_odd_characters(prepare: ModuleType, build: Build, monkeypatc
 def test_a_teacher_that_never_answers_is_given_up(
     prepare: ModuleType, build: Build, monkeypatch: Any, choice: int, what: str
 ) -> None:
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 0.001)
     with TeacherServer(reply=lambda _: choice) as server:
         with pytest.raises(SystemExit, match=f"failures for 20 {what} in a row, the last one: HTTP {choice}"):
             run(prepare, build(server, count=500))
@@ -315,51 +316,11 @@ def test_a_request_without_an_end_is_given_up(
     prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A slow stream is alive at every moment: the time for all of it counts."""
-    monkeypatch.setattr(prepare, "ATTEMPTS", 2)
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.01)
+    monkeypatch.setattr(teacher, "ATTEMPTS", 2)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 0.01)
     with TeacherServer(faults=("slow stream",), fault_every=1) as server, pytest.raises(SystemExit, match="1 failed"):
         run(prepare, build(server, count=1, timeout=0.2))
     assert rows(tmp_path, kind="_failures")[0]["reason"] == "no answer in 0.2 s"
-
-
-@pytest.mark.parametrize("wait", ["0.4", "date"])
-def test_the_teacher_says_how_long_to_wait(prepare: ModuleType, wait: str) -> None:
-    """A number, or a date, which is whole seconds."""
-    value = wait if wait != "date" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 5))
-    assert prepare.retry_after({"retry-after": value}) == pytest.approx(0.4 if wait != "date" else 4.5, abs=0.6)
-
-
-@pytest.mark.parametrize("value", [None, "", "soon"])
-def test_no_word_of_waiting(prepare: ModuleType, value: str | None) -> None:
-    assert prepare.retry_after({"retry-after": value} if value is not None else {}) is None
-
-
-def test_pace_by_hand(prepare: ModuleType) -> None:
-    """16; two refusals of requests sent before the first: 8; a later one: 4; 4 + 1/4 + 1/4.25 ... after answers."""
-    pace = prepare.ConcurrencyLimit(16)
-    now = time.monotonic()
-    pace.refused(now, None)
-    pace.refused(now - 1, None)
-    assert pace.limit == 8
-    pace.refused(time.monotonic() + 1, None)
-    assert pace.limit == 4
-    pace.answered()
-    pace.answered()
-    assert pace.limit == 4 + 1 / 4 + 1 / 4.25
-    for _ in range(1000):
-        pace.answered()
-    assert pace.limit == 16
-
-
-def test_after_a_refusal_all_wait(prepare: ModuleType) -> None:
-    async def waited() -> float:
-        pace = prepare.ConcurrencyLimit(2)
-        pace.refused(time.monotonic(), 0.3)
-        async with pace.turn() as sent_at:
-            return sent_at
-
-    started = time.monotonic()
-    assert asyncio.run(waited()) - started >= 0.3
 
 
 @pytest.mark.parametrize(
@@ -370,7 +331,7 @@ def test_whatever_happens_all_are_answered_once(
     prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any, count: int, latency: Any, concurrency: int
 ) -> None:
     """The teacher has written one answer to each question, and another one where the first was lost on its way."""
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 1)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 1)
     with TeacherServer(latency, fault_every=7, retry_after="0.3") as server:
         run(prepare, build(server, count=count, concurrency=concurrency))
         log, outcomes = server.log, server.outcomes()
@@ -437,7 +398,7 @@ def test_what_cannot_be_understood_is_asked_once_more(
     prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any, odd: Any
 ) -> None:
     """It may have been paid. The other answers are kept."""
-    monkeypatch.setattr(prepare, "LONGEST_BACKOFF_SEC", 0.001)
+    monkeypatch.setattr(collector, "LONGEST_BACKOFF_SEC", 0.001)
 
     def reply(messages: list[dict[str, str]]) -> Any:
         return odd if "第2个" in messages[-1]["content"] else say(content="好")
@@ -507,7 +468,7 @@ def test_a_past_date_is_no_word_of_waiting(prepare: ModuleType, build: Build, mo
     async def sleep(_: Any, seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr(prepare.ConcurrencyLimit, "sleep", sleep)
+    monkeypatch.setattr(collector.ConcurrencyLimit, "sleep", sleep)
     with TeacherServer(faults=("429 with Retry-After",), fault_every=1, retry_after="0") as server:
         with pytest.raises(SystemExit, match="1 failed"):
             run(prepare, build(server, count=1))
@@ -516,7 +477,7 @@ def test_a_past_date_is_no_word_of_waiting(prepare: ModuleType, build: Build, mo
 
 def test_a_full_disk_ends_the_run(prepare: ModuleType, build: Build, tmp_path: Path, monkeypatch: Any) -> None:
     """In a sentence, and no line is half written."""
-    fsync, written = prepare.os.fsync, []
+    fsync, written = os.fsync, []
 
     def full(number: int) -> None:
         written.append(number)
@@ -524,7 +485,7 @@ def test_a_full_disk_ends_the_run(prepare: ModuleType, build: Build, tmp_path: P
             raise OSError(28, "No space left on device")
         fsync(number)
 
-    monkeypatch.setattr(prepare.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with TeacherServer() as server, pytest.raises(SystemExit, match="cannot be written to .*No space left"):
         run(prepare, build(server, count=50, concurrency=2))
     assert len(rows(tmp_path)) > 0
@@ -592,7 +553,8 @@ def test_a_damaged_line_is_named_and_asked_again(
         assert server.outcomes()["answered"] == 9
     assert f"{path}: damaged and left out: line 6." in capsys.readouterr().out
     assert path.read_bytes().split(b"\n")[:8] == lines[:8], "nothing is removed"
-    assert {row["id"] for row in prepare.read_answers(path).values()} == {str(number) for number in range(8)}
+    known = collector.read_answers(path, ANSWER_FIELDS)
+    assert {row["id"] for row in known.values()} == {str(number) for number in range(8)}
 
 
 @pytest.mark.slow
@@ -694,12 +656,6 @@ def test_wrong_teachers(prepare: ModuleType, build: Build, entry: dict[str, Any]
 def test_wrong_arguments(prepare: ModuleType, build: Build, flags: dict[str, Any], says: str) -> None:
     with pytest.raises(SystemExit, match=says):
         run(prepare, build(SimpleNamespace(url="http://127.0.0.1:9/v1"), **flags))
-
-
-def test_the_example_teachers_can_be_read(prepare: ModuleType) -> None:
-    path = ROOT / "deepspeed_distill/teacher_config.example.yaml"
-    for name in ("deepseek-chat", "qwen-plus", "local"):
-        assert prepare.read_teacher(path, name).base_url.startswith("http")
 
 
 def test_no_torch_is_needed(build: Build) -> None:

@@ -14,16 +14,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from random import Random
 from string import Formatter
 from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, LocalServer, load_script
+from conftest import ROOT, LocalServer, load_script, write_rows
 
 from utils.data.chat import Dialogue, make_chat
 from utils.data.records import SYSTEM_PROMPT, comment_prompt, to_messages
@@ -155,12 +158,18 @@ def open_page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     st.cache_resource.clear()
 
     def build(
-        name: str, *arguments: str, locale: str = "zh-CN", query: str = "", state: dict[str, Any] | None = None
+        name: str,
+        *arguments: str,
+        locale: str = "zh-CN",
+        query: str = "",
+        evaluation: str = "",
+        state: dict[str, Any] | None = None,
     ) -> Any:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
         page = AppTest.from_file(SCRIPT, default_timeout=120)
         page.context = {"locale": locale}
-        page.query_params.update({"lang": query} if query else {})
+        asked = {"lang": query, "eval": evaluation}
+        page.query_params.update({key: value for key, value in asked.items() if value})
         for key, value in (state or {}).items():
             page.session_state[key] = value
         page.run()
@@ -912,6 +921,314 @@ def test_a_typed_path(tracker: Any, open_page: Callable[..., Any], tmp_path: Pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Real or written
+
+
+def answered(contender: str, id: str, replies: Sequence[str], real: str = "真的", **changes: Any) -> dict[str, Any]:
+    """A line of replies.jsonl."""
+    user = comment_prompt(f"标题{id}", f"简介{id}", f"评论{id}")
+    messages = [{"role": "system", "content": "设定"}, {"role": "user", "content": user}]
+    row = {"contender": contender, "id": id, "video_id": f"v{id}", "messages": messages, "real": real}
+    return row | {"replies": [*replies], "cut": [False] * len(replies)} | changes
+
+
+def evaluated(root: Path, *rows: dict[str, Any], name: str = "E") -> Path:
+    """Writes an evaluation; returns its folder."""
+    folder = root / "eval" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "replies.jsonl", [*rows])
+    return folder
+
+
+def guesses_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "guesses.jsonl").read_text().splitlines()]
+
+
+def guess(page: Any, right: bool, real: str = "真的") -> str:
+    """Guesses; returns the written reply, as shown."""
+    replies = texts(page)[-2:]
+    press_key(page, f"pick {int((replies[0] == real) != right)}")
+    (written,) = [text for text in replies if text != real]
+    return written
+
+
+def press_key(page: Any, key: str) -> None:
+    page.get_by_key(key).click().run()
+    assert not page.exception
+
+
+def made(contender: str, id: str, number: int = 0) -> Any:
+    return script.Round(contender, id, number, "标题", "", "", "真的", f"{contender}{id}{number}")
+
+
+def guessed(contender: str, right: int, wrong: int, session: str = "s") -> list[dict[str, Any]]:
+    """Guesses on as many comments."""
+    row = {"contender": contender, "session": session}
+    return [row | {"id": str(number), "right": number < right} for number in range(right + wrong)]
+
+
+def test_guess_scores_known_by_hand() -> None:
+    """Wilson's interval: for 5 of 10, 0.5 +- 1.96 sqrt(0.025 + 0.0096) / 1.384; for 0 of 4, up to 0.960 / 1.960."""
+    found = script.scores(guessed("b", 5, 5) + guessed("a", 0, 4) + guessed("c", 3, 3))
+    assert [(score.contender, score.right, score.count) for score in found] == [("a", 0, 4), ("b", 5, 10), ("c", 3, 6)]
+    assert (found[0].low, found[0].high) == (0, pytest.approx(0.48990, abs=1e-5))
+    assert (found[1].low, found[1].high) == (pytest.approx(0.23659, abs=1e-5), pytest.approx(0.76341, abs=1e-5))
+    assert script.scores([]) == []
+
+
+def test_a_real_reply_is_guessed_at_once() -> None:
+    """Whoever knows it already, from a round with another model, cannot be wrong."""
+    rows = guessed("a", 1, 1) + guessed("b", 2, 0) + guessed("b", 2, 0, session="t")
+    assert script.first_guesses(rows) == rows[:2] + rows[4:]
+
+
+@pytest.mark.parametrize(("said", "expected"), [("", 0), ("1", 1), ("0", 0), ("1011", 2), ("1110", 0), ("111", 3)])
+def test_guess_streak(said: str, expected: int) -> None:
+    assert script.streak([{"right": each == "1"} for each in said]) == expected
+
+
+def test_guess_rounds_leave_out_what_tells_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replies that are cut off, empty or the real one; and lines that are none of this project's."""
+    rows = [
+        answered("a", "1", ["好", "断在这", " \n", "真的 ", "也好"], cut=[False, True, False, False, False]),
+        answered("b", "2", ["好"], real=" "),
+        answered("b", "3", ["好"], messages=["x"]),
+        answered("b", "4", ["好"], messages=[{"role": "user", "content": None}, {"role": "user"}]),
+        answered("b", "5", [7]),
+        answered("b", "6", ["好"], cut=1),
+        answered("c", "7", ["\ud83d 半个"], cut=None, messages=[{"role": "user", "content": "只有一句"}]),
+    ]
+    rounds = script.rounds_of(rows)
+    assert [each.key for group in rounds.values() for each in group] == [("a", "1", 0), ("a", "1", 4), ("c", "7", 0)]
+    assert rounds["a"][0][3:] == ("标题1", "简介1", "评论1", "真的", "好")
+    assert rounds["c"][0][3:] == ("只有一句", "", "", "真的", "\ufffd 半个")
+
+
+def test_guess_rounds_do_not_come_twice_until_all_have_come() -> None:
+    rounds = {"a": [made("a", id, n) for id in "123" for n in range(2)], "b": [made("b", id) for id in "1234"]}
+    for seed in range(20):
+        played: list[Any] = []
+        for _ in range(20):
+            played.append(script.draw_round(rounds, played, Random(f"{seed} {len(played)}")))
+        assert len({*played[:10]}) == 10 == len({*played[10:]})
+        assert {each.id for each in played[:4]} == {*"1234"}, "what is not known yet comes first"
+
+
+def test_guess_rounds_are_drawn_evenly() -> None:
+    """The models, though one has more replies; the comments, though one was answered more often."""
+    rounds = {"a": [made("a", "1"), *(made("a", "2", n) for n in range(9))], "b": [made("b", "3")]}
+    random = Random(1)
+    drawn = Counter(script.draw_round(rounds, [], random).id for _ in range(4000))
+    assert drawn["3"] == pytest.approx(2000, abs=130)  # Four standard deviations.
+    assert drawn["1"] == pytest.approx(1000, abs=110)
+    orders = Counter()
+    for _ in range(1000):
+        game = script.new_game(str(random.random()))
+        script.next_round(game, rounds)
+        orders[tuple(game["order"])] += 1
+    assert orders["real", "written"] == pytest.approx(500, abs=64) and sum(orders.values()) == 1000 and len(orders) == 2
+
+
+def test_guesses_of_many_visitors_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "guesses.jsonl"
+    rows = [{"id": str(number), "text": "好" * 500} for number in range(400)]
+    with ThreadPoolExecutor(16) as pool:
+        [*pool.map(lambda row: script.append_line(path, row), rows)]
+    assert sorted(guesses_of(tmp_path), key=lambda row: int(row["id"])) == rows
+
+
+def test_a_guess(root: Path, open_page: Callable[..., Any]) -> None:
+    """It is told at once whether it was right and who wrote the other one, and stored."""
+    folder = evaluated(root, *(answered(name, id, [f"{name}写{id}"]) for name in ("m1", "m2") for id in "1234"))
+    page = open_page("guess")
+    assert [metric.value for metric in page.metric] == ["0 / 0", "0"] and not (folder / "guesses.jsonl").exists()
+    for number, right in enumerate((True, True, True, False), start=1):
+        id = texts(page)[0].removeprefix("标题")
+        assert texts(page)[:3] == [f"标题{id}", f"简介{id}", f"评论{id}"]
+        written = guess(page, right)
+        row = guesses_of(folder)[-1]
+        assert row.keys() == {"time", "session", "contender", "id", "reply", "right", "seconds"}
+        assert (f"{row['contender']}写{row['id']}", row["id"], row["reply"]) == (written, id, 0)
+        assert row["right"] == right and 0 <= row["seconds"] < 60 and round(row["seconds"], 1) == row["seconds"]
+        assert abs(datetime.fromisoformat(row["time"]) - datetime.now(UTC)) < timedelta(minutes=1)
+        assert row["contender"] in texts(page)
+        assert [element.value for element in [*page.success, *page.error]] == [
+            ZH["guessed_right" if right else "guessed_wrong"]
+        ]
+        assert page.metric[0].value == f"{number if right else number - 1} / {number}"
+        assert labels(page) == [ZH["next"]] and len(guesses_of(folder)) == number
+        press_key(page, "next")
+        assert labels(page) == [ZH["pick_0"], ZH["pick_1"]] and not page.success and not page.error
+    assert page.metric[1].value == "0"
+    assert ZH["seen_before"] in [caption.value for caption in page.caption], "all four comments have come"
+
+
+def test_guess_streak_on_the_page(root: Path, open_page: Callable[..., Any]) -> None:
+    evaluated(root, *(answered("m", str(id), ["写"]) for id in range(5)))
+    page = open_page("guess", locale="en")
+    for expected in ("1", "2", "3 🔥"):
+        guess(page, True)
+        assert page.metric[1].value == expected
+        press_key(page, "next")
+
+
+def test_a_key_pressed_twice_is_one_guess(tmp_path: Path) -> None:
+    game = script.new_game("s")
+    rounds = {"m": [made("m", "1"), made("m", "2")]}
+    script.next_round(game, rounds)
+    place = game["order"].index("real")
+    for each in (place, 1 - place):
+        script.take_guess(game, tmp_path / "guesses.jsonl", "s", 1, each)
+    assert [row["right"] for row in guesses_of(tmp_path)] == [True] == [row["right"] for row in game["guesses"]]
+    script.go_on(game, 1)
+    script.next_round(game, rounds)
+    asked = game["round"]
+    script.go_on(game, 1)
+    script.go_on(game, 2)
+    script.take_guess(game, tmp_path / "guesses.jsonl", "s", 1, place)
+    assert game["round"] == asked and game["right"] is None and len(guesses_of(tmp_path)) == 1
+
+
+def test_two_visitors_guess(root: Path, open_page: Callable[..., Any]) -> None:
+    """Each has a score and an order of one's own; what everybody guessed is shown to both."""
+    rows = [answered(name, str(id), [f"{name}写"]) for id in range(30) for name in ("m1", "m2")]
+    folder = evaluated(root, *rows)
+    pages = [open_page("guess") for _ in range(2)]
+    orders: list[list[str]] = [[], []]
+    for _ in range(6):
+        for page, order in zip(pages, orders, strict=True):
+            order.append(texts(page)[0])
+            guess(page, page is pages[0])
+            press_key(page, "next")
+    assert orders[0] != orders[1]
+    sessions = Counter(row["session"] for row in guesses_of(folder))
+    assert [*sessions.values()] == [6, 6] and all(int(session, 16) and len(session) == 16 for session in sessions)
+    assert [page.metric[0].value for page in pages] == ["6 / 6", "0 / 6"]
+    pages[0].run()
+    everybody, own = (pages[number].dataframe[number].value for number in range(2))
+    assert everybody[ZH["guesses"]].sum() == 12 and own[ZH["guesses"]].sum() == 6
+    assert (own[ZH["share"]] == 0).all()
+
+
+def test_guess_table(root: Path, open_page: Callable[..., Any]) -> None:
+    """Sorted; only the first guess on a comment counts, and few say nothing. Damaged lines are left out."""
+    folder = evaluated(root, answered("a", "1", ["写"]))
+    page = open_page("guess")
+    assert [caption.value for caption in page.caption].count(ZH["no_guesses"]) == 2 and not page.dataframe
+    write_rows(folder / "guesses.jsonl", guessed("b", 30, 0) + guessed("a", 15, 15, "t") + guessed("c", 9, 9))
+    page.run()
+    few = ZH["few_guesses"].format(count=30)
+    assert page.dataframe[0].value.to_numpy().tolist() == [
+        ["a", 50.0, "33% – 67%", 30], ["b", 100.0, "89% – 100%", 30]
+    ]  # fmt: skip
+    assert few not in [caption.value for caption in page.caption]
+    with (folder / "guesses.jsonl").open("a") as file:
+        file.write('{"torn": \n' + json.dumps(guessed("c", 1, 0, "u")[0]) + "\n{")
+    page.run()
+    assert page.dataframe[0].value[ZH["guesses"]].tolist() == [30, 30, 1]
+    assert few in [caption.value for caption in page.caption]
+
+
+def all_of(page: Any) -> list[Any]:
+    """All elements of a page."""
+    return [node for node in page._tree if hasattr(node, "proto")]
+
+
+def test_guesses_are_blind(root: Path, open_page: Callable[..., Any]) -> None:
+    """Before a guess a model's name is nowhere, but among those that can be chosen and those that were guessed at."""
+    rows = [answered(name, str(id), [f"写{id}"]) for id in range(8) for name in ("model-x", "model-y")]
+    folder = evaluated(root, *rows)
+    page = open_page("guess")
+    for _ in range(8):
+        shown = [node for node in all_of(page) if node.type not in ("multiselect", "dataframe")]
+        assert len(shown) > 10 and "model-" not in " ".join(str(node.proto) for node in shown)
+        assert page.multiselect[0].options == ["model-x", "model-y"] and page.multiselect[0].value == []
+        tables = [frame.value.to_csv() for frame in page.dataframe]
+        guess(page, True, real="真的")
+        assert guesses_of(folder)[-1]["contender"] in texts(page)
+        told = [frame.value.to_csv() for frame in page.dataframe]
+        press_key(page, "next")
+        assert tables != told == [frame.value.to_csv() for frame in page.dataframe]
+
+
+def test_models_to_guess_at_are_chosen(root: Path, open_page: Callable[..., Any]) -> None:
+    """Another choice is another round, or it would tell whose the present one is."""
+    folder = evaluated(root, *(answered(name, str(id), [f"{name}写"]) for id in range(9) for name in "abc"))
+    page = open_page("guess")
+    for chosen in (["b"], ["a", "c"], []):
+        turn = page.session_state["games"]["E"]["turn"]
+        page.multiselect[0].set_value(chosen).run()
+        assert page.session_state["games"]["E"]["turn"] == turn + 1
+        for _ in range(3):
+            guess(page, False)
+            assert guesses_of(folder)[-1]["contender"] in (chosen or "abc")
+            press_key(page, "next")
+
+
+def test_evaluations_to_choose(root: Path, open_page: Callable[..., Any]) -> None:
+    """The newest first, unless the address names one. Each has its own game."""
+    for age, name in enumerate(("new", "$old$")):
+        folder = evaluated(root, answered("m", name, ["写"]), name=name)
+        os.utime(folder / "replies.jsonl", (1000 - age, 1000 - age))
+    page = open_page("guess", evaluation="gone")
+    assert page.get_by_key("evaluation").options == ["new", "$old$"] and texts(page)[0] == "标题new"
+    assert page.query_params["eval"] == "new"
+    page = open_page("guess", evaluation="$old$")
+    assert texts(page)[0] == "标题$old$"
+    guess(page, True)
+    page.get_by_key("evaluation").set_value("new").run()
+    assert texts(page)[0] == "标题new" and page.metric[0].value == "0 / 0" and page.query_params["eval"] == "new"
+    shutil.rmtree(root / "eval/new")
+    page.run()
+    assert not page.exception and page.metric[0].value == "1 / 1"
+
+
+def test_no_evaluation(root: Path, open_page: Callable[..., Any]) -> None:
+    page = open_page("guess", locale="en")
+    assert [info.value for info in page.info] == [EN["no_evaluations"]]
+    assert "python evaluate.py --model output_hf/BiliComments --base" in page.code[0].value
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n", "[1]\n"])
+def test_nothing_to_guess_at(root: Path, open_page: Callable[..., Any], content: str) -> None:
+    folder = evaluated(root)
+    (folder / "replies.jsonl").write_text(content)
+    assert [info.value for info in open_page("guess").info] == [ZH["no_rounds"]]
+
+
+def test_damaged_replies(root: Path, open_page: Callable[..., Any]) -> None:
+    """The others are played; so are those that are written while the page is open."""
+    folder = evaluated(root, answered("m", "1", ["写"]))
+    with (folder / "replies.jsonl").open("ab") as file:
+        file.write(b'{"contender": "\xff\n{"contender": 1}\n{"torn')
+    page = open_page("guess")
+    assert guess(page, True) == "写"
+    evaluated(root, answered("m", "1", ["写"]), answered("m", "2", ["又写"]))
+    press_key(page, "next")
+    assert texts(page)[0] == "标题2"
+
+
+def test_a_guess_that_cannot_be_stored(root: Path, open_page: Callable[..., Any]) -> None:
+    folder = evaluated(root, answered("m", "1", ["写"]))
+    page = open_page("guess")
+    (folder / "guesses.jsonl").symlink_to(root / "no/such/folder")
+    guess(page, True)
+    assert [warning.value for warning in page.warning] == [ZH["unwritten"]] and page.metric[0].value == "1 / 1"
+
+
+def test_wild_texts_to_guess_at(root: Path, open_page: Callable[..., Any]) -> None:
+    """Texts and names are shown as they are."""
+    user = comment_prompt(WILD, WILD, WILD)
+    row = answered(WILD, "1", [f"写{WILD}"], real=WILD, messages=[{"role": "user", "content": user}])
+    evaluated(root, row)
+    page = open_page("guess")
+    assert texts(page)[:3] == [WILD] * 3 and sorted(texts(page)[3:]) == sorted([WILD, f"写{WILD}"])
+    guess(page, False, real=WILD)
+    assert sorted(texts(page)[3:]) == sorted([WILD, WILD, f"写{WILD}"])
+    assert not [element for element in [*page.markdown, *page.caption] if "onerror" in element.value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
 OUTPUT = ROOT / "tests/output"  # Where the screenshots stay.
@@ -932,10 +1249,10 @@ def demo(tmp_path: Path) -> Iterator[Callable[..., str]]:
     processes = []
     log = (tmp_path / "log").open("w+")
 
-    def start(*arguments: str) -> str:
+    def start(*arguments: str, script: Path | str = SCRIPT) -> str:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "streamlit", "run", SCRIPT, "--server.port", str(port), "--", *arguments]
+        command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port), "--", *arguments]
         options = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         processes.append(subprocess.Popen(command, **options))
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
@@ -1003,6 +1320,10 @@ class Visitor:
             return bool(buttons)
 
         until(pressed)
+
+    def key(self, key: str) -> None:
+        """Presses a key, wherever the page's focus is."""
+        self.driver.switch_to.active_element.send_keys(key)
 
     def can_stop(self) -> bool:
         """Whether something is being written."""
@@ -1151,3 +1472,40 @@ def test_wrong_arguments_in_the_browser(demo: Callable[..., str], visitor: Visit
     visitor.driver.get(demo("--modle", "a"))
     visitor.reads(EN["wrong_arguments"])
     visitor.reads("unrecognized arguments: --modle a")
+
+
+@pytest.mark.slow
+def test_guessing_in_the_browser(tmp_path: Path, demo: Callable[..., str], visitor: Visitor) -> None:
+    """With the keyboard alone; long and wild texts neither widen the page nor become more than text."""
+    from selenium.webdriver.common.keys import Keys
+
+    for name in ("utils", ".streamlit"):  # A copy, whose eval/ is its own.
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    shutil.copy(SCRIPT, tmp_path / "copy")
+    long = {"real": f"真的{WILD}", "replies": [f"写的{'长' * 600}", f"写的{'long' * 300}"]}
+    rows = [answered(name, str(id), ["写的"] * 2) | long for name in ("model-x", WILD) for id in range(3)]
+    folder = evaluated(tmp_path / "copy", *rows)
+    url = demo(script=tmp_path / "copy/web_demo.py")
+    visitor.driver.get(f"{url}/guess?eval=E")
+    visitor.reads(ZH["guess_lead"].partition("**")[0])
+    for number, right in enumerate((True, False, True), start=1):
+        visitor.reads(ZH["pick_1"])
+        visitor.calm()
+        assert "model-x" not in visitor.page() and f"真的{WILD}" in visitor.texts()
+        left = visitor.texts()[-2].startswith("真的")
+        visitor.key(Keys.ARROW_LEFT if left == right else Keys.ARROW_RIGHT)
+        visitor.reads(ZH["guessed_right" if right else "guessed_wrong"])
+        assert [row["right"] for row in guesses_of(folder)] == [True, False, True][:number]
+        assert guesses_of(folder)[-1]["contender"] in visitor.texts()
+        visitor.calm()
+        assert visitor.script("document.documentElement.scrollWidth <= innerWidth")
+        assert visitor.script(
+            "[...document.querySelectorAll('[data-testid=stText]')].every(e => e.scrollWidth <= e.clientWidth + 1)"
+        )
+        visitor.screenshot("web_demo_guess.png")
+        visitor.key(Keys.ENTER)
+    visitor.reads("2 / 3")
+    assert not visitor.find("img, .katex, [data-testid=stText] a, [data-testid=stText] h1, [data-testid=stText] b")
+    assert visitor.driver.title == f"llm-train-playground · {ZH['guess']}", "no script ran"
+    assert len({row["session"] for row in guesses_of(folder)}) == 1 and len({r["id"] for r in guesses_of(folder)}) == 3
+    assert all(sent.startswith((url, "ws" + url[4:], "data:")) for sent in visitor.requests())

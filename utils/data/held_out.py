@@ -3,12 +3,27 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
 from utils.files import shown
 
 
-def read_held_out(path: Path, count: int | None = None) -> list[list[list[Message]]]:
+class Comment(NamedTuple):
+    """A held-out conversation.
+
+    Attributes:
+        id: The record's, or its place in the file.
+        video_id: The video's, or what its conversations have in common.
+        messages: All turns; the last one is the real answer.
+    """
+
+    id: str
+    video_id: str
+    messages: list[Message]
+
+
+def read_comments(path: Path, count: int | None = None) -> list[list[Comment]]:
     """Reads held-out conversations.
 
     Args:
@@ -16,36 +31,46 @@ def read_held_out(path: Path, count: int | None = None) -> list[list[list[Messag
         count: How many to take, spread over the videos: the first comment of each, then the second ones, and so on.
 
     Returns:
-        Those of a video together, videos in the file's order.
+        Those of a video together, videos in the file's order; no two have the same id.
 
     Raises:
         SystemExit: if there are none.
     """
-    videos: dict[str, list[list[Message]]] = {}
-    unusable = 0
+    videos: dict[str, list[Comment]] = {}
+    unusable, ids = 0, set()
     try:
-        for record in read_records(path):
+        for number, record in enumerate(read_records(path)):
             try:
                 messages = to_messages(record)
             except UnusableRecord:
                 unusable += 1
                 continue
-            known = record.get("video_id") if isinstance(record, dict) else None
-            videos.setdefault(str(known or parts_of(messages)[0]), []).append(messages)
+            known = record if isinstance(record, dict) else {}
+            id, video = str(known.get("id", number)), str(known.get("video_id") or parts_of(messages)[0])
+            id = f"{id} in record {number}" if id in ids else id
+            ids.add(id)
+            videos.setdefault(video, []).append(Comment(id, video, messages))
     except DataError as error:
         raise SystemExit(f"{shown(path)} holds no held-out data: {error}") from error
     if unusable:
         print(f"({unusable} records without questions and answers by turns were left out)", file=sys.stderr)
     if not videos:
         raise SystemExit(f"{shown(path)} is empty. Hold out more: python prepare_data.py --test_size 0.3")
-    groups = [*videos.values()]
-    if count is None:
-        return groups
+    return [*videos.values()] if count is None else spread([*videos.values()], count)
+
+
+def spread(groups: list[list[Comment]], count: int) -> list[list[Comment]]:
+    """Takes some comments, spread over the videos: the first one of each, then the second ones, and so on."""
     if count < len(groups):
         groups = [groups[number * len(groups) // count] for number in range(count)]
     turns = sorted((turn, video) for video, group in enumerate(groups) for turn in range(len(group)))
     taken = Counter(video for _, video in turns[:count])
     return [group[: taken[video]] for video, group in enumerate(groups)]
+
+
+def read_held_out(path: Path, count: int | None = None) -> list[list[list[Message]]]:
+    """The conversations of `read_comments` alone."""
+    return [[comment.messages for comment in group] for group in read_comments(path, count)]
 
 
 def parts_of(messages: list[Message]) -> tuple[str, str]:

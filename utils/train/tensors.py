@@ -71,6 +71,8 @@ def all_reduced(value: float) -> float:
 
 def all_reduced_each(values: dict[str, float]) -> dict[str, float]:
     """Sums several numbers over all ranks, each by itself; every rank names the same ones."""
+    if not torch.distributed.is_initialized():  # A model by itself, without an engine.
+        return values
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

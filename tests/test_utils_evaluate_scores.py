@@ -1,13 +1,13 @@
-"""utils/train/scores.py: scores by hand, as a table and a picture.
+"""utils/evaluate/scores.py: scores by hand, as a table and a picture.
 
-python -m pytest tests/test_utils_train_scores.py
+python -m pytest tests/test_utils_evaluate_scores.py
 """
 
 from pathlib import Path
 
 import pytest
 
-from utils.train.scores import as_markdown, compare_texts, distinct_2, plot_comparison
+from utils.evaluate.scores import as_markdown, compare_texts, distinct_2, plot_comparison
 
 ROWS = [{"student": "甲乙丙丁", "real": "甲乙戊丁"}, {"student": "好看", "real": "好看"}]
 

@@ -1,0 +1,115 @@
+"""Would one notice? A classifier that tries to tell a model's replies from real ones.
+
+A two-sample test by classifier (arXiv 1610.06545): its area under the ROC curve on videos that it has not seen is the
+chance that, of a real and a written reply, it takes the right one for the real one; 0.5 is guessing.
+
+Shapes: N pairs of a real and a written reply to the same comment, V videos, B bootstrap draws.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from utils.evaluate.intervals import Statistic
+
+FOLDS = 5
+FLOOR_REPEATS = 5
+
+
+def by_characters() -> Any:
+    """Logistic regression on character n-grams, the ends of a text among the characters."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    ends = TfidfVectorizer(
+        analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True, min_df=2,
+        preprocessor=lambda text: f"\x02{text}\x03",
+    )  # fmt: skip
+    return make_pipeline(ends, LogisticRegression(C=10, max_iter=1000))
+
+
+def by_length() -> Any:
+    """Logistic regression on the length alone, in ten steps, so that both too short and too long can be told."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer
+
+    lengths = FunctionTransformer(lambda texts: np.array([[len(text)] for text in texts], dtype=float))
+    bins = KBinsDiscretizer(10, strategy="quantile", quantile_method="averaged_inverted_cdf")
+    return make_pipeline(lengths, bins, LogisticRegression(max_iter=1000))
+
+
+def auc(
+    real: Sequence[str],
+    written: Sequence[str],
+    videos: Sequence[int],
+    count: int,
+    make: Callable[[], Any],
+    seed: int = 0,
+) -> Statistic | None:
+    """Measures how well a classifier tells written replies from real ones, on videos that it has not seen.
+
+    Args:
+        real: (N,).
+        written: (N,), to the same comments.
+        videos: (N,) the number of each pair's video, below `count`.
+        count: V.
+        make: `by_characters` or `by_length`.
+        seed: Of which videos make a fold.
+
+    Returns:
+        The mean over the folds of the area under the curve, of weighted videos; None if there are too few videos.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    groups = np.asarray(videos)
+    folds = min(FOLDS, len(set(videos)))
+    if folds < 2:
+        return None
+    texts, labels = np.array([*real, *written], dtype=object), np.repeat([0, 1], len(real))
+    parts = []
+    splits = GroupKFold(folds, shuffle=True, random_state=seed).split(real, groups=groups)
+    for learnt, asked in splits:
+        rows = np.concatenate([learnt, learnt + len(real)])
+        classifier = make().fit(texts[rows].tolist(), labels[rows])
+        scores = [classifier.decision_function(texts[asked + shift].tolist()) for shift in (0, len(real))]
+        # (real, written) whether the written one is taken for written; equal ones count half.
+        right = (scores[1] > scores[0][:, None]) + 0.5 * (scores[1] == scores[0][:, None])
+        parts.append((groups[asked], right))
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        right_ones, all_ones = np.zeros(len(weights)), np.zeros(len(weights))
+        for group, right in parts:
+            drawn = weights[:, group].astype(float)
+            pairs = drawn.sum(1) ** 2
+            with np.errstate(invalid="ignore"):
+                area = np.where(pairs > 0, ((drawn @ right) * drawn).sum(1) / pairs, 0)
+            # Folds count by their size, and one whose videos were not drawn does not count.
+            right_ones += area * drawn.sum(1)
+            all_ones += drawn.sum(1)
+        return right_ones / all_ones
+
+    return statistic
+
+
+def mean(statistics: Sequence[Statistic | None]) -> Statistic | None:
+    """The mean of statistics of the same videos; None if one of them is missing."""
+    if not statistics or None in statistics:
+        return None
+    return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
+
+
+def floor(real: Sequence[str], videos: Sequence[int], count: int, make: Callable[[], Any]) -> Statistic | None:
+    """The same for real replies against other real ones of the same videos: what cannot be told apart looks like."""
+    statistics = []
+    for seed in range(FLOOR_REPEATS):
+        order = np.random.default_rng(seed).permutation(len(real))
+        order = order[np.argsort(np.asarray(videos)[order], kind="stable")]
+        pairs = [(one, two) for one, two in zip(order[::2], order[1::2], strict=False) if videos[one] == videos[two]]
+        if not pairs:
+            return None
+        sides = [[real[pair[side]] for pair in pairs] for side in (0, 1)]
+        statistics.append(auc(*sides, [videos[one] for one, _ in pairs], count, make, seed))
+    return mean(statistics)

@@ -1,0 +1,147 @@
+"""How likely a model finds answers to a question: what a question and its answers have in common is computed once.
+
+Shapes: T supervised tokens of a pack, S samples in it.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from utils.data.chat import Chat
+from utils.data.held_out import Comment
+from utils.data.records import Message, UnusableRecord
+from utils.data.samples import Samples
+from utils.train.attention import model_inputs, usable_masks
+from utils.train.packing import Layout, lay_out, pack_cost, plan_packs
+from utils.train.tensors import sample_sums, token_logprobs
+from utils.weights.loading import DTYPES, attention_windows
+
+OTHERS = 7  # Other contexts of each kind that an answer is read under.
+ROOM_TOKENS = 1024  # Of a pack, for what follows the longest question: each has a row of logits over the vocabulary.
+QUESTIONS_AT_ONCE = 16
+
+
+class Reading(NamedTuple):
+    """A question and the answers that a model reads after it.
+
+    Attributes:
+        id: The question's.
+        prompt: Token ids.
+        answers: Name -> token ids.
+    """
+
+    id: str
+    prompt: list[int]
+    answers: Mapping[Any, list[int]]
+
+
+class Reader:
+    """A model that computes log-likelihoods, many at a time."""
+
+    def __init__(self, model: Any, longest: int) -> None:
+        """Takes a model, and tries whether several answers can be computed with one question.
+
+        Args:
+            model: In evaluation mode.
+            longest: The longest question and answer, tokens.
+        """
+        self.model = model
+        model.set_attn_implementation("sdpa")
+        precision = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        self._masks, why_not = usable_masks(model, attention_windows(model.config), longest, precision)
+        model.eval()
+        if why_not:
+            print(why_not.replace("samples", "answers").strip())
+        self._cost = pack_cost(model, model.device.type)
+
+    @torch.no_grad()
+    def read(self, readings: Sequence[Reading]) -> Iterator[tuple[str, dict[Any, float]]]:
+        """Computes the log-likelihood of each answer after its question.
+
+        Yields:
+            A question's id and, for each of its answers, ln p(answer | question): nats.
+        """
+        for start in range(0, len(readings), QUESTIONS_AT_ONCE):
+            part = readings[start : start + QUESTIONS_AT_ONCE]
+            pairs = [(number, name, ids) for number, one in enumerate(part) for name, ids in one.answers.items() if ids]
+            found: list[dict[Any, float]] = [dict.fromkeys(one.answers, 0.0) for one in part]
+            texts = [(part[number].prompt, ids) for number, _, ids in pairs]
+            for place, nats in self._likelihoods(texts) if texts else ():
+                number, name, _ = pairs[place]
+                found[number][name] = nats
+            yield from zip([one.id for one in part], found, strict=True)
+
+    def _likelihoods(self, texts: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
+        lengths = np.array([[len(prompt), len(answer)] for prompt, answer in texts])
+        end = lengths.sum(1).cumsum()
+        supervised = np.repeat(np.tile([False, True], len(texts)), lengths.ravel())
+        samples = Samples(
+            tokens=np.concatenate([part for text in texts for part in text]).astype(np.int32),
+            supervised=supervised,
+            begin=end - lengths.sum(1),
+            end=end,
+            group=np.zeros(len(texts), dtype=np.int64),
+            targets=lengths[:, 1],
+            ids=[""] * len(texts),
+        )
+        pack_tokens = int(lengths[:, 0].max()) + ROOM_TOKENS if self._masks else 0
+        layout = Layout(pack_tokens, 1, self._masks is not None, self._cost)
+        plan = plan_packs(samples, [np.arange(len(texts))], layout)
+        for number in plan.packs(0):
+            numbers, shared = plan.order[plan.draws(number)], plan.shared[plan.draws(number)]
+            pack = lay_out([samples[place] for place in numbers], shared.tolist()).to(self.model.device)
+            logits = self.model(**model_inputs(pack, self._masks)).logits[0]
+            nats = sample_sums(token_logprobs(logits, pack.target_ids).double(), pack.sample_targets)
+            yield from zip(numbers.tolist(), nats.tolist(), strict=True)
+
+
+def answer_ids(chat: Chat, prompt: list[Message], prompt_ids: list[int], text: str) -> list[int] | None:
+    """The tokens of an answer without the one that ends it, which a model without a template of its own cannot know.
+
+    Returns:
+        None if the template writes the answer differently.
+    """
+    try:
+        ids = chat.answer_ids([*prompt, {"role": "assistant", "content": text}], prompt_ids)
+    except UnusableRecord:
+        return None
+    return ids[:-1]
+
+
+def draw_others(comments: Sequence[Comment], of: Sequence[Comment], seed: int) -> dict[str, list[Comment]]:
+    """Draws the other questions that an answer is read after, to see whether it belongs to its own.
+
+    Args:
+        comments: All.
+        of: Those whose answers are read so.
+        seed: Of the draw.
+
+    Returns:
+        Id -> up to `OTHERS` questions about the same video and as many about other videos. A question that is worded
+        like the answer's own is none of them, nor one that holds the whole answer as the comment to answer.
+    """
+    by_video: dict[str, list[Comment]] = {}
+    for comment in comments:
+        by_video.setdefault(comment.video_id, []).append(comment)
+    found = {}
+    for comment in of:
+        draw = random.Random(f"{seed} {comment.id}")
+        answer, asked = comment.messages[-1]["content"], question_of(comment)
+
+        def usable(others: Sequence[Comment], asked: str = asked, answer: str = answer) -> list[Comment]:
+            texts = {question_of(other): other for other in others}
+            return [other for text, other in texts.items() if text != asked and not text.endswith(f"：{answer}")]
+
+        same = usable(by_video[comment.video_id])
+        away = [video for video in by_video if video != comment.video_id]
+        far = usable([draw.choice(by_video[video]) for video in draw.sample(away, min(2 * OTHERS, len(away)))])
+        found[comment.id] = draw.sample(same, min(OTHERS, len(same))) + far[:OTHERS]
+    return found
+
+
+def question_of(comment: Comment) -> str:
+    """What the user said, turn after turn."""
+    return "\n".join(message["content"] for message in comment.messages[:-1] if message["role"] == "user")

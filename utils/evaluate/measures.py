@@ -1,0 +1,283 @@
+"""What an evaluation's files say: for each question and contender an estimate, and who is better than whom.
+
+The questions, each a number with an interval over videos:
+    likelihood   bits per character of the real replies, given what they answer; fewer is better
+    reading      how often a real reply is likelier after its own question than after another one; half is guessing
+    fitting      the same of the contender's replies, as the base model with the training prompt reads them; a reply
+                 that repeats what it answers is likelier there than anywhere, and counts as guessing
+    noticed      how well a classifier tells the contender's replies from real ones (area under the curve); half is not
+"""
+
+import math
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from utils.data.held_out import Comment
+from utils.evaluate import classifier, texts
+from utils.evaluate.intervals import Estimate, Interval, draw_videos, estimate, ratio, verdict
+from utils.evaluate.likelihood import question_of
+
+# Whether more is better.
+QUESTIONS = {"likelihood": False, "reading": True, "fitting": True, "noticed": False}
+COMMONEST = 10
+
+
+class Evidence(NamedTuple):
+    """What is known of one contender; everything by the comment's id.
+
+    Attributes:
+        name: In the report.
+        kind: From `utils.evaluate.contenders`.
+        replies: What it wrote.
+        cut: Whether each came to the longest length.
+        real: Question -> nats of the real reply after it, its own question among them.
+        written: The same of its first reply, as the base reads it.
+    """
+
+    name: str
+    kind: str
+    replies: dict[str, list[str]]
+    cut: dict[str, list[bool]]
+    real: dict[str, dict[str, float]]
+    written: dict[str, dict[str, float]]
+
+
+class Videos:
+    """Comments by their videos, for sums over these."""
+
+    def __init__(self, comments: Sequence[Comment]) -> None:
+        self.comments = {comment.id: comment for comment in comments}
+        places = {video: place for place, video in enumerate(dict.fromkeys(one.video_id for one in comments))}
+        self.place = {comment.id: places[comment.video_id] for comment in comments}
+        self.weights = draw_videos(len(places))
+        self.count = len(places)
+
+    def ratio(self, parts: Mapping[str, tuple[float, float]]) -> Estimate | None:
+        """Estimates a ratio of sums.
+
+        Args:
+            parts: A comment's id -> its part of the numerator and of the denominator.
+
+        Returns:
+            None if the denominator is 0.
+        """
+        tops, bottoms = [0.0] * self.count, [0.0] * self.count
+        for id, (top, bottom) in parts.items():
+            tops[self.place[id]] += top
+            bottoms[self.place[id]] += bottom
+        return estimate(ratio(tops, bottoms), self.weights) if sum(bottoms) else None
+
+
+def wins(
+    videos: Videos, nats: Mapping[str, Mapping[str, float]], same: bool | None, echoes: Container[str] = ()
+) -> dict[str, tuple[float, float]]:
+    """Counts how often a reply is likelier after its own question than after another; equal counts half.
+
+    Args:
+        videos: The comments.
+        nats: Reply -> question -> nats.
+        same: True: other questions about the same video; False: about other videos; None: all.
+        echoes: Replies that count half against each.
+
+    Returns:
+        Reply -> how often it won, of how often.
+    """
+    counted = {}
+    for id, after in nats.items():
+        if id not in after:
+            continue
+        own, place = after[id], videos.place[id]
+        others = [
+            value for other, value in after.items()
+            if other != id and (same is None or (videos.place[other] == place) == same)
+        ]  # fmt: skip
+        won = [0.5 if id in echoes or own == other else float(own > other) for other in others]
+        counted[id] = (sum(won), float(len(won)))
+    return counted
+
+
+def estimates(videos: Videos, one: Evidence) -> dict[str, Estimate]:
+    """All numbers of a contender that can be measured."""
+    comments = videos.comments
+    found: dict[str, Estimate | None] = {}
+    bits = {id: (-after[id] / math.log(2), len(comments[id].messages[-1]["content"])) for id, after in one.real.items()}
+    found["likelihood"] = videos.ratio(bits)
+    echoes = {id for id in one.written if texts.is_echo(one.replies[id][0], question_of(comments[id]))}
+    for name, nats, halves in (("reading", one.real, ()), ("fitting", one.written, echoes)):
+        found[name] = videos.ratio(wins(videos, nats, None, halves))
+        found[f"{name}, same video"] = videos.ratio(wins(videos, nats, True, halves))
+        found[f"{name}, other videos"] = videos.ratio(wins(videos, nats, False, halves))
+    ids = [*comments]
+    real, places = [comments[id].messages[-1]["content"] for id in ids], [videos.place[id] for id in ids]
+    numbers = range(min(map(len, one.replies.values())))
+    for name, make in (("noticed", classifier.by_characters), ("by length", classifier.by_length)):
+        sides = [[one.replies[id][number] for id in ids] for number in numbers]
+        each = [classifier.auc(real, written, places, videos.count, make) for written in sides]
+        statistic = classifier.mean(each)
+        found[name] = estimate(statistic, videos.weights) if statistic else None
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def floor_of_noticed(videos: Videos) -> Interval | None:
+    """Real replies against other real ones of the same videos."""
+    ids = [*videos.comments]
+    real, places = [videos.comments[id].messages[-1]["content"] for id in ids], [videos.place[id] for id in ids]
+    statistic = classifier.floor(real, places, videos.count, classifier.by_characters)
+    return estimate(statistic, videos.weights).interval() if statistic else None
+
+
+def describe(
+    videos: Videos,
+    replies: Mapping[str, Sequence[str]],
+    cut: Mapping[str, Sequence[bool]],
+    training: Iterable[str] | None,
+) -> dict[str, Any]:
+    """What can be counted in somebody's replies.
+
+    Args:
+        videos: The comments.
+        replies: By the comment's id.
+        cut: As in `Evidence`; empty for real replies.
+        training: Answers of the training data; None if they are not known.
+
+    Returns:
+        "shares" name -> an `Interval` of the share of replies; "distinct-2", "characters" (median and mean),
+        "commonest" (the ten texts that come most often, and how often), "lengths" and "marks" for pictures.
+    """
+    rows = [(id, text) for id, several in replies.items() for text in several]
+    written = [text for _, text in rows]
+    firsts = [several[0] for several in replies.values()]
+    flags: dict[str, list[bool]] = {
+        "echo": [texts.is_echo(text, question_of(videos.comments[id])) for id, text in rows],
+        **{name: [bool(pattern.search(text)) for text in written] for name, pattern in texts.UNWANTED.items()},
+        "emoticons": [bool(texts.EMOTICON.search(text)) for text in written],
+        "emoji": [bool(texts.EMOJI.search(text)) for text in written],
+        "empty": [not text for text in written],
+    }
+    if cut:
+        flags["cut"] = [flag for id in replies for flag in cut[id]]
+    if training is not None:
+        copies = texts.copied(written, training)
+        flags |= {f"copied, {how}": [copy == how for copy in copies] for how in ("whole", "part")}
+    shares = {}
+    for name, values in flags.items():
+        parts: dict[str, tuple[float, float]] = {}
+        for (id, _), value in zip(rows, values, strict=True):
+            top, bottom = parts.get(id, (0.0, 0.0))
+            parts[id] = (top + value, bottom + 1)
+        shares[name] = videos.ratio(parts).interval()
+    equal = dict(zip(replies, texts.repeated_texts(firsts), strict=True))
+    shares["equal"] = videos.ratio({id: (float(value), 1.0) for id, value in equal.items()}).interval()
+    return {
+        "shares": shares,
+        "distinct-2": texts.distinct_2(firsts),
+        "characters": [median(map(len, written)), mean(map(len, written))],
+        "commonest": Counter(firsts).most_common(COMMONEST),
+        "lengths": sorted(map(len, written)),
+        "marks": texts.marks(written),
+    }
+
+
+def distances(texts_of: Sequence[str], real: Sequence[str]) -> dict[str, float]:
+    """How far replies are from real ones in how they are written: characters of length, else 0 (equal) to 1."""
+    own, theirs = texts.marks(texts_of), texts.marks(real)
+    return {"length": texts.length_distance(texts_of, real)} | {
+        name: texts.distance(own[name], theirs[name]) for name in own
+    }
+
+
+def compare(numbers: Mapping[str, Mapping[str, Estimate]], pairs: int) -> dict[str, Any]:
+    """Says of each two contenders which is better at what.
+
+    Args:
+        numbers: Contender -> question -> estimate.
+        pairs: Real and written replies that the classifier had.
+
+    Returns:
+        Question -> contender -> other contender -> {"verdict", "lead": `Interval`}; the lead is positive where the
+        first one is better.
+    """
+    found: dict[str, Any] = {}
+    for question, more_is_better in QUESTIONS.items():
+        for one, own in numbers.items():
+            for other, theirs in numbers.items():
+                if one == other or question not in own or question not in theirs:
+                    continue
+                lead = own[question] - theirs[question]
+                lead = lead if more_is_better else -lead
+                said = verdict(lead.interval(), lead.videos, pairs if question == "noticed" else None)
+                row = found.setdefault(question, {}).setdefault(one, {})
+                row[other] = {"verdict": said, "lead": lead.interval()}
+    return found
+
+
+def unbeaten(verdicts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those that nobody is better than in more questions than they are better in; none if there is too little data."""
+    said = {
+        (one, other): [row[one][other]["verdict"] for row in verdicts.values() if other in row.get(one, {})]
+        for one in names for other in names if one != other
+    }  # fmt: skip
+    if all(verdict == "few" for each in said.values() for verdict in each):
+        return []
+
+    def beats(one: str, other: str) -> bool:
+        return said[one, other].count("better") > said[one, other].count("worse")
+
+    return [name for name in names if not any(beats(other, name) for other in names if other != name)]
+
+
+def restricted(one: Evidence, ids: Container[str]) -> Evidence:
+    """What is known of a contender, of some comments only."""
+
+    def kept(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {id: value for id, value in found.items() if id in ids}
+
+    nats = [{id: kept(after) for id, after in kept(found).items()} for found in (one.real, one.written)]
+    return Evidence(one.name, one.kind, kept(one.replies), kept(one.cut), *nats)
+
+
+def measure(
+    comments: Sequence[Comment], evidence: Sequence[Evidence], training: Sequence[str] | None
+) -> dict[str, Any]:
+    """Measures all contenders on the comments that all of them have answered.
+
+    Args:
+        comments: All.
+        evidence: Of each contender.
+        training: Answers of the training data; None if they are not known.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: if there is no comment that all have answered.
+    """
+    shared = [
+        comment for comment in comments
+        if all(comment.id in one.replies and (not one.real or comment.id in one.real) for one in evidence)
+    ]  # fmt: skip
+    if not shared:
+        raise ValueError("there is no comment that all contenders have answered.")
+    videos = Videos(shared)
+    numbers = {one.name: estimates(videos, restricted(one, videos.comments)) for one in evidence}
+    verdicts = compare(numbers, len(shared))
+    real = {id: [comment.messages[-1]["content"]] for id, comment in videos.comments.items()}
+    real_texts = [text for [text] in real.values()]
+    written = {"real": describe(videos, real, {}, training) | {"distances": distances(*texts.halves(real_texts))}}
+    for one in evidence:
+        kept = restricted(one, videos.comments)
+        apart = distances([several[0] for several in kept.replies.values()], real_texts)
+        written[one.name] = describe(videos, kept.replies, kept.cut, training) | {"distances": apart}
+    return {
+        "comments": len(shared),
+        "left_out": len(comments) - len(shared),
+        "videos": videos.count,
+        "contenders": {one.name: one.kind for one in evidence},
+        "scores": {name: {what: value.interval() for what, value in own.items()} for name, own in numbers.items()},
+        "floor": floor_of_noticed(videos),
+        "verdicts": verdicts,
+        "best": unbeaten(verdicts, [*numbers]),
+        "texts": written,
+    }

@@ -1,0 +1,234 @@
+"""Contenders read the real replies and write their own; what is done already is not done again."""
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from utils.data.chat import Chat, make_chat
+from utils.data.held_out import Comment
+from utils.data.records import Message
+from utils.data.tokenizer import load_tokenizer
+from utils.evaluate.contenders import API, BASE, Contender
+from utils.evaluate.folder import REAL, EvaluationFolder
+from utils.evaluate.likelihood import Reader, Reading, answer_ids, draw_others
+from utils.evaluate.replies import SamplingSettings, Written, api_replies, engine_replies, make_engine, turn_separator
+from utils.files import explained, shown
+from utils.serve.generate import context_tokens, load_for_inference
+from utils.weights.run_folder import check_tag, load_trained
+
+# Comment -> a contender's prompt for it, as messages and token ids.
+Prompts = dict[str, tuple[list[Message], list[int]]]
+
+
+class Task(NamedTuple):
+    """What all contenders have in common.
+
+    Attributes:
+        comments: To answer.
+        matched: Those of them whose answers are also read after other questions.
+        prompts: Contenders' kind -> how it is asked (from `utils.evaluate.contenders.make_prompt`).
+        sampling: How replies are drawn.
+        max_tokens: Longest prompt.
+        trust_remote_code: Whether the models' own Python code may run.
+        folder: What is known so far.
+        step: Called with what is being done, for each question read and each comment answered.
+    """
+
+    comments: Sequence[Comment]
+    matched: Sequence[Comment]
+    prompts: Mapping[str, Callable[[list[Message]], list[Message]]]
+    sampling: SamplingSettings
+    max_tokens: int
+    trust_remote_code: bool
+    folder: EvaluationFolder
+    step: Callable[[str], None]
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all comments."""
+        return {comment.id for comment in self.comments}
+
+    def read_after(self, own: Sequence[Comment]) -> dict[str, list[str]]:
+        """Which answers are read after which question.
+
+        Args:
+            own: Whose answers are read after their own questions.
+
+        Returns:
+            A question's id -> the ids of comments; questions after which none is read are left out.
+        """
+        after: dict[str, list[str]] = {comment.id: [] for comment in self.comments}
+        for comment in own:
+            after[comment.id].append(comment.id)
+        for id, questions in draw_others(self.comments, self.matched, self.sampling.seed).items():
+            for question in questions:
+                after[question.id].append(id)
+        return {question: ids for question, ids in after.items() if ids}
+
+
+def load(one: Contender, trust_remote_code: bool) -> tuple[Any, Chat]:
+    """Loads a contender's model and chat template.
+
+    Raises:
+        SystemExit: if it cannot be used.
+    """
+    path = Path(one.model)
+    with explained(f"{shown(path)} cannot be used"):
+        if one.run is None:
+            adapters = {one.name: Path(one.adapter)} if one.adapter else None
+            return load_for_inference(path, trust_remote_code, adapters)
+        run, tag = Path(one.run[0]), one.run[1]
+        record = check_tag(run, tag)
+        model = load_trained(run, tag, record, path, trust_remote_code)
+        model = model.to("cuda") if torch.cuda.is_available() else model.float()  # 16 bits are slow on CPUs.
+        return model.eval(), make_chat(load_tokenizer(path, record["chat_template"], trust_remote_code))
+
+
+def render(task: Task, kind: str, model: Any, chat: Chat) -> Prompts:
+    """A contender's prompts, without those that are too long for it."""
+    most = context_tokens(model.config, chat.tokenizer) or math.inf
+    longest = min(task.max_tokens, most - task.sampling.max_new_tokens)
+    found = {}
+    for comment in task.comments:
+        messages = task.prompts[kind](comment.messages[:-1])
+        ids = chat.prompt_ids(messages)
+        if len(ids) <= longest:
+            found[comment.id] = (messages, ids)
+    return found
+
+
+def read_answers(
+    task: Task,
+    reader: Reader,
+    chat: Chat,
+    name: str,
+    prompts: Prompts,
+    answers: Mapping[str, Mapping[str, str]],
+    after: Mapping[str, Sequence[str]],
+) -> None:
+    """Lets a model read answers after questions, and keeps how likely it finds them.
+
+    Args:
+        task: What is common.
+        reader: The model.
+        chat: Its template.
+        name: The contender whose prompts these are.
+        prompts: From `render`.
+        answers: Writer -> comment -> text.
+        after: From `Task.read_after`.
+    """
+    tokens = {
+        (of, id): answer_ids(chat, *prompts[id], text)
+        for of, texts in answers.items() for id, text in texts.items() if id in prompts
+    }  # fmt: skip
+    done = set.intersection(*(task.folder.read(name, of) for of in answers))
+    readings = []
+    for question, ids in after.items():
+        if question in prompts and question not in done:
+            own = {(of, id): tokens.get((of, id)) for of in answers for id in ids}
+            found = {key: value for key, value in own.items() if value is not None}
+            readings.append(Reading(question, prompts[question][1], found))
+    for question, nats in reader.read(readings):
+        by_writer: dict[str, dict[str, float]] = {of: {} for of in answers}
+        for (of, id), value in nats.items():
+            by_writer[of][id] = value
+        task.folder.add_likelihoods(name, question, by_writer)
+        task.step(f"{name} reads")
+
+
+def missing(task: Task, name: str, of: Sequence[str], after: Mapping[str, Sequence[str]]) -> int:
+    """How many questions a contender has not read yet, with the answers of some writers."""
+    return len(set().union(*(after.keys() - task.folder.read(name, one) for one in of)))
+
+
+def run_models(task: Task, group: Sequence[Contender]) -> None:
+    """Lets the contenders of one model read the real replies, and write their own.
+
+    Args:
+        task: What is common.
+        group: Contenders whose weights are the same.
+    """
+    after = task.read_after(task.comments)
+    to_read = [one for one in group if missing(task, one.name, [REAL], after)]
+    to_write = [one for one in group if task.ids - task.folder.answered(one.name)]
+    if not to_read and not to_write:
+        return
+    model, chat = load(group[0], task.trust_remote_code)
+    prompts = {one.name: render(task, one.kind, model, chat) for one in group}
+    longest = longest_tokens(task, prompts.values())
+    if to_read:
+        reader, real = Reader(model, longest), {one.id: one.messages[-1]["content"] for one in task.comments}
+        for one in to_read:
+            read_answers(task, reader, chat, one.name, prompts[one.name], {REAL: real}, after)
+        del reader
+    if to_write:
+        name, adapters = group[0].name, [group[0].name] if group[0].adapter else []
+        with explained(f"{shown(group[0].model)} cannot answer here. Serve it with vLLM, and evaluate it with --api"):
+            engine = make_engine(model, chat, [name], adapters, longest)
+        try:
+            for one in to_write:
+                answered = task.folder.answered(one.name)
+                asked = {id: ids for id, (_, ids) in prompts[one.name].items() if id not in answered}
+                engine_replies(engine, name, asked, turn_separator(chat), task.sampling, keeper(task, one.name))
+        finally:
+            engine.close()
+    del model
+    gc.collect()  # Before the next model is loaded.
+
+
+def longest_tokens(task: Task, prompts: Any) -> int:
+    """Of a prompt and its reply."""
+    return max((len(ids) for each in prompts for _, ids in each.values()), default=1) + task.sampling.max_new_tokens
+
+
+def keeper(task: Task, name: str) -> Callable[[str, Written], None]:
+    """Keeps a contender's replies as they come."""
+    comments = {comment.id: comment for comment in task.comments}
+
+    def keep(id: str, written: Written) -> None:
+        task.folder.add_replies(name, comments[id], written.replies, written.cut)
+        task.step(f"{name} writes")
+
+    return keep
+
+
+def run_api(task: Task, one: Contender, client: Any) -> None:
+    """Lets a model behind an API write its replies."""
+    answered = task.folder.answered(one.name)
+    asked = {
+        comment.id: task.prompts[one.kind](comment.messages[:-1])
+        for comment in task.comments if comment.id not in answered
+    }  # fmt: skip
+    if asked:
+        with explained(f"--api: {one.model} has stopped answering. The same command goes on"):
+            api_replies(client, one.name, asked, task.sampling, keeper(task, one.name))
+
+
+def read_replies(task: Task, base: Contender, names: Sequence[str]) -> None:
+    """Lets the base with the training prompt read everybody's replies, as a neutral reader.
+
+    Args:
+        task: What is common.
+        base: The reader.
+        names: Whose replies.
+    """
+    after = task.read_after(task.matched)
+    if not missing(task, base.name, names, after):
+        return
+    model, chat = load(base, task.trust_remote_code)
+    prompts, rows = render(task, BASE, model, chat), task.folder.replies()
+    first = {of: {id: row["replies"][0] for id, row in rows[of].items()} for of in names}
+    read_answers(task, Reader(model, longest_tokens(task, [prompts])), chat, base.name, prompts, first, after)
+
+
+def work_left(task: Task, contenders: Sequence[Contender]) -> int:
+    """Questions to read and comments to answer."""
+    after, left = task.read_after(task.comments), 0
+    for one in contenders:
+        left += missing(task, one.name, [REAL], after) if one.kind != API else 0
+        left += len(task.ids - task.folder.answered(one.name))
+    return left + missing(task, BASE, [one.name for one in contenders], task.read_after(task.matched))
