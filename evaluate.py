@@ -66,7 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge", metavar="NAME", help="name of a model in --teacher_config that says which of two replies is better")
     add("--teacher_config", default="deepspeed_distill/teacher_config.yaml", metavar="FILE", help="file of such models")
     add("--judge_limit", type=int, default=100, help="comments that it judges, each pair of replies in both orders")
-    add("--judge_concurrency", type=int, default=16, help="requests under way at most")
     parser.add_argument("--trust_remote_code", type=boolean, default=False,
                         help="True: run Python code that comes with the models")  # fmt: skip
     return parser
@@ -86,7 +85,6 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         ("top_p", 0 < args.top_p <= 1, "more than 0 but not more than 1"),
         ("seed", args.seed >= 0, "0 or more"),
         ("judge_limit", args.judge_limit >= 1, "1 or more"),
-        ("judge_concurrency", args.judge_concurrency >= 1, "1 or more"),
     ):
         if not fits:
             problems.append(f"--{name}: got {getattr(args, name)}, expected {expected}.")
@@ -108,6 +106,9 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--replies: at --temperature 0 all replies to a comment are equal. Ask for one.")
     if not from_root(args.data).is_file():
         problems.append(f"--data: no {shown(from_root(args.data))}. Make it with: python prepare_data.py --total 2000")
+    if args.judge and not from_root(args.teacher_config).is_file():
+        example = "deepspeed_distill/teacher_config.example.yaml"
+        problems.append(f"--judge: no {shown(from_root(args.teacher_config))}. Make it from the example: {example}")
     if not from_root(args.prompt_file).is_file():
         problems.append(f"--prompt_file: no {shown(from_root(args.prompt_file))}.")
     return problems
@@ -321,18 +322,46 @@ def compare(args: argparse.Namespace) -> None:
     comments, evidence, train = joined(folders)
     with exclusive_lock(place):
         place.mkdir(parents=True, exist_ok=True)
-        finish(place, comments, evidence, training_answers(train), {})
+        finish(place, comments, evidence, train, {}, {})
+
+
+def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Lets the judge compare each tuned model's replies with those of the base's prompts.
+
+    Returns:
+        What it prefers, and what the report says of it; nothing without a judge.
+    """
+    if not args.judge:
+        return {}, {}
+    from utils.data.teacher import read_teacher
+    from utils.evaluate.contenders import API, TUNED
+    from utils.evaluate.judge import answers_of, judge, told
+
+    rows = task.folder.replies()
+    replies = {one.name: {id: row["replies"][0] for id, row in rows[one.name].items()} for one in contenders}
+    candidates = [one.name for one in contenders if one.kind in (TUNED, API)]
+    pairs = [(one, other.name) for one in candidates for other in contenders if other.name not in candidates]
+    path = answers_of(from_root(args.output_dir), args.judge)
+    teacher = read_teacher(from_root(args.teacher_config), args.judge)
+    judged, counts = judge(task.comments[: args.judge_limit], replies, pairs, teacher, args.judge, path)
+    print(told(counts, path))
+    return judged, {"judge": {"name": args.judge, "model": teacher.model, **counts}}
 
 
 def finish(
-    place: Path, comments: list[Any], evidence: list[Any], training: list[str] | None, more: dict[str, Any]
+    place: Path,
+    comments: list[Any],
+    evidence: list[Any],
+    train: Path | None,
+    judged: dict[Any, Any],
+    more: dict[str, Any],
 ) -> None:
     """Measures, and writes the report."""
     from utils.evaluate.measures import measure
     from utils.evaluate.report import side_by_side
 
     with explained("Nothing can be compared"):
-        measured = measure(comments, evidence, training) | more
+        measured = measure(comments, evidence, training_answers(train), judged) | more
     write_report(place, measured, side_by_side(comments, evidence))
 
 
@@ -357,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
               f"{', '.join(one.name for one in contenders)} answer. In {shown(place)}.")  # fmt: skip
         work(args, contenders, task)
         evidence = folder.evidence({one.name: one.kind for one in contenders}, BASE)
-        finish(place, task.comments, evidence, training_answers(train), {})
+        finish(place, task.comments, evidence, train, *ask_judge(args, task, contenders))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from utils.evaluate.scores import as_markdown, compare_texts, distinct_2, plot_comparison
+from utils.evaluate.scores import as_markdown, compare_texts, plot_comparison
 
-ROWS = [{"student": "甲乙丙丁", "real": "甲乙戊丁"}, {"student": "好看", "real": "好看"}]
+ROWS = [
+    {"prompt": "子丑寅卯", "student": "甲乙丙丁", "real": "甲乙戊丁"},
+    {"prompt": "辰巳午未", "student": "好看", "real": "好看"},
+]
 
 
 def test_scores_by_hand() -> None:
@@ -25,15 +28,19 @@ def test_scores_by_hand() -> None:
     assert table["real"]["chrF"] == table["real"]["ROUGE-L"] == pytest.approx(1)
 
 
-def test_distinct_2_by_hand() -> None:
-    """哈哈哈 has the pair 哈哈 twice, 哈哈好 once and 哈好: 2 of 4; single characters have none."""
-    assert distinct_2(["哈哈哈", "哈哈好"]) == 2 / 4
-    assert distinct_2(["好", ""]) == 0
+def test_echoes_and_equal_texts() -> None:
+    """Of two texts both are equal to one another, and one repeats its prompt."""
+    rows = [{"prompt": "三月的旧书摊", "student": "三月的旧书摊", "real": "嗯"}]
+    rows += [{"prompt": "另一个", "student": "三月的旧书摊", "real": "啊"}]
+    table = compare_texts(rows, ["student"], "real")
+    assert (table["student"]["equal"], table["student"]["echo"]) == (1, 0.5)
+    assert (table["real"]["equal"], table["real"]["echo"]) == (0, 0)
 
 
 def test_texts_without_anything_in_common() -> None:
     """Replies may be empty too."""
-    table = compare_texts([{"student": "", "real": "甲"}, {"student": "乙", "real": "丙"}], ["student"], "real")
+    rows = [{"prompt": "", "student": "", "real": "甲"}, {"prompt": "", "student": "乙", "real": "丙"}]
+    table = compare_texts(rows, ["student"], "real")
     assert table["student"]["chrF"] == table["student"]["ROUGE-L"] == 0
 
 
@@ -41,7 +48,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     """The real texts are not held against themselves."""
     table = compare_texts(ROWS, ["student"], "real")
     lines = as_markdown(table).splitlines()
-    assert lines[2] == "| student | 0.333 | 0.875 | 1.000 | 3.0 | 3 |"
-    assert lines[3] == "| real |  |  | 1.000 | 3.0 | 3 |"
+    assert lines[2] == "| student | 0.333 | 0.875 | 1.000 | 0.000 | 0.000 | 3.0 | 3 |"
+    assert lines[3] == "| real |  |  | 1.000 | 0.000 | 0.000 | 3.0 | 3 |"
     plot_comparison(ROWS, table, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 5000

@@ -238,8 +238,35 @@ def restricted(one: Evidence, ids: Container[str]) -> Evidence:
     return Evidence(one.name, one.kind, kept(one.replies), kept(one.cut), *nats)
 
 
+def add_judged(
+    videos: Videos,
+    judged: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]],
+    scores: dict[str, dict[str, Interval]],
+    verdicts: dict[str, Any],
+) -> None:
+    """Adds what a judge prefers to scores and verdicts, as the question "judged"."""
+    all_of: dict[str, dict[str, tuple[float, float]]] = {}
+    for pair, found in judged.items():
+        kept = {id: part for id, part in found.items() if id in videos.comments}
+        lost = {id: (count - won, count) for id, (won, count) in kept.items()}
+        for (one, other), parts in ((pair, kept), (pair[::-1], lost)):
+            if share := videos.ratio(parts):
+                lead = share._replace(value=share.value - 0.5, draws=share.draws - 0.5).interval()
+                row = {"verdict": verdict(lead, videos.count), "lead": lead}
+                verdicts.setdefault("judged", {}).setdefault(one, {})[other] = row
+            for id, (won, count) in parts.items():
+                before = all_of.setdefault(one, {}).get(id, (0.0, 0.0))
+                all_of[one][id] = (before[0] + won, before[1] + count)
+    for name, parts in all_of.items():
+        if share := videos.ratio(parts):
+            scores[name]["judged"] = share.interval()
+
+
 def measure(
-    comments: Sequence[Comment], evidence: Sequence[Evidence], training: Sequence[str] | None
+    comments: Sequence[Comment],
+    evidence: Sequence[Evidence],
+    training: Sequence[str] | None,
+    judged: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]] | None = None,
 ) -> dict[str, Any]:
     """Measures all contenders on the comments that all of them have answered.
 
@@ -247,6 +274,7 @@ def measure(
         comments: All.
         evidence: Of each contender.
         training: Answers of the training data; None if they are not known.
+        judged: From `utils.evaluate.judge.judge`, if there was a judge.
 
     Returns:
         What report.json holds.
@@ -263,6 +291,8 @@ def measure(
     videos = Videos(shared)
     numbers = {one.name: estimates(videos, restricted(one, videos.comments)) for one in evidence}
     verdicts = compare(numbers, len(shared))
+    scores = {name: {what: value.interval() for what, value in own.items()} for name, own in numbers.items()}
+    add_judged(videos, judged or {}, scores, verdicts)
     real = {id: [comment.messages[-1]["content"]] for id, comment in videos.comments.items()}
     real_texts = [text for [text] in real.values()]
     written = {"real": describe(videos, real, {}, training) | {"distances": distances(*texts.halves(real_texts))}}
@@ -275,7 +305,7 @@ def measure(
         "left_out": len(comments) - len(shared),
         "videos": videos.count,
         "contenders": {one.name: one.kind for one in evidence},
-        "scores": {name: {what: value.interval() for what, value in own.items()} for name, own in numbers.items()},
+        "scores": scores,
         "floor": floor_of_noticed(videos),
         "verdicts": verdicts,
         "best": unbeaten(verdicts, [*numbers]),

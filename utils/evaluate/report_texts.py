@@ -42,7 +42,8 @@ MEANINGS = {
         "一半以上是照抄原话的回复算 50%。",
         "noticed": "给分类器一条真实回复和一条模型回复（来自它没见过的视频），它能挑对的机会（AUC）。"
         "50% 是分不出来，越低越好。真实回复之间互比：{floor}。",
-        "judged": "评审看两条回复（两种先后各看一次），更喜欢它的比例；两次说法不一算一半。50% 是不分上下，越高越好。",
+        "judged": "评审看两条回复（两种先后各看一次），更喜欢它的比例；两次说法不一算一半。"
+        "50% 是不分上下，越高越好。共比了 {pairs:,} 对，其中 {disagree} 两次说法不一。",
     },
     "en": {
         "likelihood": "Bits that it takes to guess a character of the real replies; fewer is better. (Of the text "
@@ -54,7 +55,7 @@ MEANINGS = {
         "noticed": "A classifier gets a real and a written reply, of videos that it has not seen: how often it picks "
         "the right one (AUC). 50% is guessing; less is better. Real replies against one another: {floor}.",
         "judged": "The judge sees two replies, in both orders: how often it prefers this one; contradictions count "
-        "half. 50% is a draw; more is better.",
+        "half. 50% is a draw; more is better. It compared {pairs:,} pairs, and contradicted itself in {disagree}.",
     },
 }
 VERDICTS = {

@@ -3,26 +3,22 @@
 from pathlib import Path
 from statistics import mean, median
 
+from utils.evaluate.texts import distinct_2, is_echo, repeated_texts
 from utils.files import atomic_write
-
-
-def distinct_2(texts: list[str]) -> float:
-    """Part of all pairs of neighbouring characters that are different ones (distinct-2, arXiv 1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text, text[1:], strict=False)]
-    return len(set(pairs)) / max(len(pairs), 1)
 
 
 def compare_texts(rows: list[dict[str, str]], names: list[str], real: str) -> dict[str, dict[str, float]]:
     """Measures texts of several writers on the same prompts.
 
     Args:
-        rows: A text of each writer.
+        rows: A text of each writer, and the "prompt".
         names: The models.
         real: The writer whom they shall be like.
 
     Returns:
         For each, the last one `real`: "chrF" (Popovic 2015) and "ROUGE-L" (F of characters, Lin 2004) against the real
-        texts, 0 to 1; "distinct-2"; the mean and the median "characters" of a text.
+        texts, 0 to 1; "distinct-2"; which share of the texts is "equal" to another one, and an "echo" of the prompt;
+        the mean and the median "characters" of a text.
     """
     from rapidfuzz.distance import Indel
     from sacrebleu import corpus_chrf
@@ -36,6 +32,8 @@ def compare_texts(rows: list[dict[str, str]], names: list[str], real: str) -> di
             # 2 LCS / (m + n), of texts with m and n characters whose longest common subsequence has LCS.
             "ROUGE-L": mean(Indel.normalized_similarity(*pair) for pair in zip(texts, references, strict=True)),
             "distinct-2": distinct_2(texts),
+            "equal": mean(repeated_texts(texts)),
+            "echo": mean(is_echo(text, row["prompt"]) for text, row in zip(texts, rows, strict=True)),
             "mean characters": mean(map(len, texts)),
             "median": median(map(len, texts)),
         }
@@ -56,10 +54,12 @@ def write_comparison(
 def as_markdown(table: dict[str, dict[str, float]]) -> str:
     """Writes a comparison as a table."""
     *_, real = table
-    lines = ["| | chrF | ROUGE-L | distinct-2 | characters, mean | median |", "|---|---|---|---|---|---|"]
+    heads = ["", "chrF", "ROUGE-L", "distinct-2", "equal", "echo", "characters, mean", "median"]
+    lines = [f"| {' | '.join(heads)} |".replace("|  |", "| |"), "|---" * len(heads) + "|"]
     for name, row in table.items():
         against = [f"{row[score]:.3f}" if name != real else "" for score in ("chrF", "ROUGE-L")]
-        numbers = [*against, f"{row['distinct-2']:.3f}", f"{row['mean characters']:.1f}", f"{row['median']:.0f}"]
+        numbers = [*against, *(f"{row[score]:.3f}" for score in ("distinct-2", "equal", "echo"))]
+        numbers += [f"{row['mean characters']:.1f}", f"{row['median']:.0f}"]
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-# Few tokens hold nearly all probability: what `top_p` keeps is first looked for among these, not in a sorted V.
-LIKELIEST = 512
+# Few tokens hold nearly all probability: what `top_p` keeps is first looked for among so many, not in a sorted V.
+LIKELIEST = (512, 8192)
 
 
 class SamplingParams(NamedTuple):
@@ -81,10 +81,12 @@ def kept(logits: torch.Tensor, choice: SamplingParams) -> tuple[torch.Tensor, to
         values, ids = logits.topk(min(choice.top_k, len(logits)))
         probs = values.softmax(-1)
     elif choice.top_p < 1:
-        values, ids = logits.topk(min(LIKELIEST, len(logits)))
-        probs = (values - logits.logsumexp(-1)).exp()
-        if probs.sum() < choice.top_p:
-            probs, ids = logits.softmax(-1).sort(descending=True)
+        total = logits.logsumexp(-1)
+        for count in (*LIKELIEST, len(logits)):
+            values, ids = logits.topk(min(count, len(logits)))
+            probs = (values - total).exp()
+            if probs.sum() >= choice.top_p:
+                break
     else:
         probs = logits.softmax(-1)
     if choice.top_p < 1:
