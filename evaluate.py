@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,7 @@ def work(args: argparse.Namespace, contenders: list[Any], task: Any) -> None:
     from utils.evaluate.work import read_replies, run_api, run_models, work_left
 
     quiet_libraries()
+    started = time.monotonic()
     with progress_bar(None, "evaluating", "step", total=work_left(task, contenders), smoothing=0.05) as bar:
 
         def step(what: str) -> None:
@@ -301,6 +303,7 @@ def work(args: argparse.Namespace, contenders: list[Any], task: Any) -> None:
                 run_models(task, members)
         base = next(one for one in contenders if one.kind == BASE)
         read_replies(task, base, [one.name for one in contenders])
+    print(f"Read and answered in {(time.monotonic() - started) / 60:.1f} min.")
 
 
 def write_report(place: Path, measured: dict[str, Any], examples: list[Any]) -> None:

@@ -143,8 +143,8 @@ def imported_from_utils(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way() -> None:
-    """files and cli, of which data knows, of that weights, then serve, train and export; and nowhere in a circle."""
-    order = ["files", "cli", "data", "weights", "serve", "train", "export"]
+    """files and cli, of which data knows, of that weights, then serve, train, evaluate, export; nowhere in a circle."""
+    order = ["files", "cli", "data", "weights", "serve", "train", "evaluate", "export"]
     graph = {module_name(path): imported_from_utils(path) for path in UTILS}
     list(TopologicalSorter(graph).static_order())  # Raises CycleError.
     assert graph["utils.train.run"] > {"utils.train.engine", "utils.data.samples"}
@@ -245,7 +245,7 @@ def code_lines(path: Path) -> int:
 
 def test_modules_stay_small() -> None:
     lengths = {name(path): code_lines(path) for path in UTILS}
-    assert sum(lengths.values()) <= 6000 and max(lengths.values()) <= 300, lengths
+    assert sum(lengths.values()) <= 8000 and max(lengths.values()) <= 300, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

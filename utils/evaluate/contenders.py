@@ -35,7 +35,9 @@ class Contender(NamedTuple):
     def fingerprint(self) -> str:
         """Changes with the files of the weights, as far as their names, sizes and times tell."""
         places = [Path(place) for place in (self.model, self.adapter, self.run and Path(*self.run)) if place]
-        files = [path for place in places for path in sorted(place.glob("*")) if path.suffix != ".json"]
+        # A checkpoint's adapter lies in a folder of its own.
+        there = [path for place in places for path in sorted([*place.glob("*"), *place.glob("adapter/*")])]
+        files = [path for path in there if path.suffix != ".json"]
         state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
         return hashlib.sha256(json.dumps([self.model, self.adapter, self.run, state]).encode()).hexdigest()[:16]
 
@@ -106,15 +108,16 @@ def draw_examples(train: Path, count: int, seed: int) -> list[Message]:
     """
     groups, draw = read_comments(train), random.Random(seed)
     draw.shuffle(groups)
-    candidates = []
+
+    def is_long(comment: Comment) -> bool:
+        return sum(len(turn["content"]) for turn in turns_of(comment)) > LONGEST_EXAMPLE
+
     for group in groups:
         draw.shuffle(group)
-        # Long ones would take the model's room, and all of it is computed for every video.
-        short = [one for one in group if sum(len(turn["content"]) for turn in turns_of(one)) <= LONGEST_EXAMPLE]
-        candidates.append(short or group)
+        group.sort(key=is_long)  # Long ones would take the model's room, and all of it is computed for every video.
     picked: list[Comment] = []
-    for turn in range(max(map(len, candidates))):
-        picked += [group[turn] for group in candidates if turn < len(group)]
+    for turn in range(max(map(len, groups))):
+        picked += sorted((group[turn] for group in groups if turn < len(group)), key=is_long)
         if len(picked) >= count:
             break
     return [message for comment in picked[:count] for message in turns_of(comment)[-2:]]

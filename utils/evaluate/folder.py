@@ -141,8 +141,11 @@ def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path
         The comments that are the same in all; what is known of each contender; the first one's training records.
 
     Raises:
-        SystemExit: if one is no evaluation, or they have no comments in common.
+        SystemExit: if one is no evaluation, two have the same name, or they have no comments in common.
     """
+    names = [path.name for path in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SystemExit(f"--compare: two evaluations are named {twice[0]!r}. Give one of the folders another name.")
     comments: dict[str, Comment] | None = None
     evidence: list[Evidence] = []
     for path in folders:

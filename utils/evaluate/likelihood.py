@@ -49,7 +49,6 @@ class Reader:
             longest: The longest question and answer, tokens.
         """
         self.model = model
-        model.set_attn_implementation("sdpa")
         precision = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
         self._masks, why_not = usable_masks(model, attention_windows(model.config), longest, precision)
         model.eval()

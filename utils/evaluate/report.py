@@ -261,8 +261,8 @@ def question_section(measured: Mapping[str, Any], question: str) -> str:
     scores = {name: own[question] for name, own in measured["scores"].items() if question in own}
     floor = with_interval(question, measured["floor"])
     judge = measured.get("judge", {"pairs": 0, "disagree": 0})
-    disagree = f"{judge['disagree'] / max(judge['pairs'], 1):.0%}"
-    meaning = said(MEANINGS, question, others=OTHERS, floor=floor, disagree=disagree, **judge)
+    judge = {"pairs": judge["pairs"], "disagree": f"{judge['disagree'] / max(judge['pairs'], 1):.0%}"}
+    meaning = said(MEANINGS, question, others=OTHERS, floor=floor, **judge)
     pictures = interval_picture(scores, None if question == "likelihood" else 0.5)
     rows = [[escape(name), with_interval(question, found), pictures[name]] for name, found in scores.items()]
     judged = [name for name, kind in measured["contenders"].items() if kind in ("tuned", "api") and name in scores]

@@ -15,7 +15,7 @@ EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff]")
 UNWANTED = {
     "contact": re.compile(
         r"(?<!\d)1[3-9]\d{9}(?!\d)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
-        r"|(?:微信|威信|薇信|v信|vx|wx|qq|扣扣|企鹅)(?:号|群)?\s*[:：]?\s*[a-z0-9_-]{5,}",
+        r"|(?:微信|威信|薇信|扣扣|企鹅|(?<![a-z0-9])(?:v信|vx|wx|qq))(?:号|群)?\s*[:：]?\s*[a-z0-9_-]{5,}",
         re.IGNORECASE | re.ASCII,
     ),
     "link": re.compile(

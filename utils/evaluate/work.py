@@ -20,6 +20,8 @@ from utils.files import explained, shown
 from utils.serve.generate import context_tokens, load_for_inference
 from utils.weights.run_folder import check_tag, load_trained
 
+ENGINE_NAME = "tuned"  # Of whatever is loaded: contenders' own names could be those of its parts.
+
 # Comment -> a contender's prompt for it, as messages and token ids.
 Prompts = dict[str, tuple[list[Message], list[int]]]
 
@@ -79,7 +81,7 @@ def load(one: Contender, trust_remote_code: bool) -> tuple[Any, Chat]:
     path = Path(one.model)
     with explained(f"{shown(path)} cannot be used"):
         if one.run is None:
-            adapters = {one.name: Path(one.adapter)} if one.adapter else None
+            adapters = {ENGINE_NAME: Path(one.adapter)} if one.adapter else None
             return load_for_inference(path, trust_remote_code, adapters)
         run, tag = Path(one.run[0]), one.run[1]
         record = check_tag(run, tag)
@@ -166,14 +168,15 @@ def run_models(task: Task, group: Sequence[Contender]) -> None:
             read_answers(task, reader, chat, one.name, prompts[one.name], {REAL: real}, after)
         del reader
     if to_write:
-        name, adapters = group[0].name, [group[0].name] if group[0].adapter else []
+        adapters = [ENGINE_NAME] if group[0].adapter else []
         with explained(f"{shown(group[0].model)} cannot answer here. Serve it with vLLM, and evaluate it with --api"):
-            engine = make_engine(model, chat, [name], adapters, longest)
+            engine = make_engine(model, chat, [ENGINE_NAME], adapters, longest)
         try:
             for one in to_write:
                 answered = task.folder.answered(one.name)
                 asked = {id: ids for id, (_, ids) in prompts[one.name].items() if id not in answered}
-                engine_replies(engine, name, asked, turn_separator(chat), task.sampling, keeper(task, one.name))
+                keep = keeper(task, one.name)
+                engine_replies(engine, ENGINE_NAME, asked, turn_separator(chat), task.sampling, keep)
         finally:
             engine.close()
     del model
@@ -221,7 +224,7 @@ def read_replies(task: Task, base: Contender, names: Sequence[str]) -> None:
         return
     model, chat = load(base, task.trust_remote_code)
     prompts, rows = render(task, BASE, model, chat), task.folder.replies()
-    first = {of: {id: row["replies"][0] for id, row in rows[of].items()} for of in names}
+    first = {of: {id: row["replies"][0] for id, row in rows.get(of, {}).items()} for of in names}
     read_answers(task, Reader(model, longest_tokens(task, [prompts])), chat, base.name, prompts, first, after)
 
 

@@ -1,0 +1,317 @@
+"""evaluate.py: every kind of contender, a kill in the middle, wrong input, and what it says at the end.
+
+python -m pytest tests/test_evaluate.py
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT, LocalServer, load_script, make_records, run
+
+from utils.data.chat import make_chat
+from utils.data.records import to_messages
+from utils.evaluate.folder import EvaluationFolder
+from utils.files import read_json
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("evaluate.py")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path, ft: ModuleType) -> Path:
+    """Training runs of two steps: LoRA, 4 bits and all weights."""
+    output = tmp_path_factory.mktemp("runs")
+    for flags in ([], ["--train_bnb_enabled", "True"], ["--tuner", "full"]):
+        common = ["--model_dir", str(model_dir), "--model_name", "tiny/qwen2", "--data_dir", str(data_dir)]
+        common += ["--output_dir", str(output), "--max_steps", "2", "--batch_size", "4", "--grad_accum", "1"]
+        run(ft, [*common, "--eval_samples", "2", "--max_new_tokens", "2", "--max_tokens", "256", *flags])
+    return output
+
+
+@pytest.fixture
+def build(data_dir: Path, tmp_path: Path) -> Arguments:
+    """A command line for a small evaluation; keyword arguments are further flags, lists several values."""
+
+    def write(**flags: Any) -> list[str]:
+        flags = {
+            "data": data_dir / "data_test.json",
+            "output_dir": tmp_path / "eval",
+            "max_new_tokens": 4,
+            "matched": 4,
+            "shots": 2,
+            "name": "first",
+        } | flags
+        parts = [(name, value if isinstance(value, list) else [value]) for name, value in flags.items()]
+        return [text for name, values in parts for text in (f"--{name}", *map(str, values))]
+
+    return write
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_all_kinds_of_tuned_models(
+    script: ModuleType, build: Arguments, runs: Path, model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A model, runs of each kind and a checkpoint beside the base's three prompts; each answers everything once."""
+    qwen = runs / "DS-tiny"
+    models = [f"plain={model_dir}/tiny/qwen2", f"lora={qwen}/qwen2", f"four={qwen}/qwen2-BNB/1"]
+    models += [f"{qwen}/qwen2-FULL"]
+    run(script, build(model=models))
+    names = ["plain", "lora", "four", "qwen2-FULL", "base", "style prompt", "few-shot"]
+    place = tmp_path / "eval/first"
+    rows = lines(place / "replies.jsonl")
+    assert sorted((row["contender"], row["id"]) for row in rows) == sorted(
+        (name, record["id"]) for name in names for record in make_records(2, first=12)
+    )
+    report = read_json(place / "report.json")
+    assert [*report["contenders"]] == names and report["comments"] == 8 and report["videos"] == 2
+    scores = report["scores"]
+    # The base is the model itself, and two steps of training change what is likely.
+    assert scores["plain"]["likelihood"] == scores["base"]["likelihood"]
+    assert len({round(scores[name]["likelihood"][0], 6) for name in names if name != "plain"}) == len(names) - 1
+    by_name = {name: {row["id"]: row["replies"] for row in rows if row["contender"] == name} for name in names}
+    assert by_name["plain"] == by_name["base"] and by_name["plain"] != by_name["few-shot"]
+    page, told = (place / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    assert "数据太少" in page and "too little data" in told and "report.html" in told
+    assert report["best"] == []
+
+
+def test_trained_weights_are_what_is_measured(
+    script: ModuleType, build: Arguments, runs: Path, ft: ModuleType, tmp_path: Path
+) -> None:
+    """The run's own held-out loss, in nats a token with the end of the reply, is that of the evaluation's readings."""
+    from utils.data.held_out import read_comments
+    from utils.data.tokenizer import load_tokenizer
+
+    run(script, build(model=[f"lora={runs}/DS-tiny/qwen2"], matched=0, shots=0))
+    read = [row for row in lines(tmp_path / "eval/first/likelihoods.jsonl") if row["contender"] == "lora"]
+    assert {row["of"] for row in read} == {"real"} and all([*row["nats"]] == [row["id"]] for row in read)
+    total = sum(nats for row in read for nats in row["nats"].values())
+    report = read_json(tmp_path / "eval/first/report.json")
+    texts = [record["conversations"][-1]["value"] for record in make_records(2, first=12)]
+    bits = -total / math.log(2) / sum(map(len, texts))
+    assert report["scores"]["lora"]["likelihood"][0] == pytest.approx(bits)
+    # By hand: the same model from the checkpoint, one text a forward pass.
+    import torch
+
+    from utils.weights.run_folder import check_tag, load_trained
+
+    folder = runs / "DS-tiny/qwen2"
+    record = check_tag(folder, "1")
+    base = Path(record["arguments"]["model_dir"]) / "tiny/qwen2"
+    model, chat = load_trained(folder, "1", record, base, False).eval(), make_chat(load_tokenizer(base))
+    expected = 0.0
+    for group in read_comments(Path(record["arguments"]["data_dir"]) / "data_test.json"):
+        for comment in group:
+            prompt = chat.prompt_ids(comment.messages[:-1])
+            answer = chat.answer_ids(comment.messages, prompt)[:-1]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+            expected += sum(logits[len(prompt) + place - 1, token].item() for place, token in enumerate(answer))
+    assert total == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_killed_evaluation_goes_on(
+    script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replies are those of a run in one go, nothing is done twice, and a finished one loads no model."""
+    arguments = build(model=[f"tuned={model_dir}/tiny/llama"], base=model_dir / "tiny/qwen2", replies=2)
+    run(script, [*arguments, "--name", "whole"])
+    added = EvaluationFolder.add_replies
+    count = 0
+
+    def interrupted(*rest: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 13:
+            raise KeyboardInterrupt
+        added(*rest)
+
+    monkeypatch.setattr(EvaluationFolder, "add_replies", interrupted)
+    with pytest.raises(BaseException) as ended:  # asyncio puts it into a group of exceptions.
+        run(script, arguments)
+    assert "KeyboardInterrupt" in repr(ended.value)
+    place = tmp_path / "eval/first"
+    assert len(lines(place / "replies.jsonl")) == 12 and not (place / "report.html").exists()
+    monkeypatch.setattr(EvaluationFolder, "add_replies", added)
+    run(script, arguments)
+    whole = tmp_path / "eval/whole"
+
+    def known(folder: Path, name: str) -> list[str]:
+        return sorted(json.dumps(row, ensure_ascii=False) for row in lines(folder / name))
+
+    assert known(place, "replies.jsonl") == known(whole, "replies.jsonl")
+    assert len(lines(place / "likelihoods.jsonl")) == len(lines(whole / "likelihoods.jsonl"))
+    assert all(len(row["replies"]) == 2 for row in lines(place / "replies.jsonl"))
+    monkeypatch.setattr("utils.evaluate.work.load", None)  # It would be called for any work left.
+    run(script, arguments)
+
+
+def test_adapters_and_a_later_contender(
+    script: ModuleType, build: Arguments, runs: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    """`--model base --adapter`; and what was measured before is kept when another joins."""
+    tag = runs / "DS-tiny/qwen2/1"
+    run(script, build(model=[model_dir / "tiny/qwen2"], adapter=[f"one={tag}"]))
+    before = (tmp_path / "eval/first/replies.jsonl").read_bytes()
+    run(script, build(model=[model_dir / "tiny/qwen2"], adapter=[f"one={tag}", f"two={tag}/adapter"]))
+    after = (tmp_path / "eval/first/replies.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert {json.loads(line)["contender"] for line in after[len(before) :].splitlines()} == {"two"}
+    scores = read_json(tmp_path / "eval/first/report.json")["scores"]
+    assert scores["one"]["likelihood"] == scores["two"]["likelihood"] != scores["base"]["likelihood"]
+
+
+def test_compare(script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two evaluations in one report, with what they were called."""
+    base = model_dir / "tiny/qwen2"
+    run(script, build(model=[f"tuned={model_dir}/tiny/llama"], base=base, shots=0))
+    run(script, build(model=[f"tuned={model_dir}/tiny/qwen3"], base=base, shots=0, name="second", seed=2))
+    capsys.readouterr()
+    folders = [str(tmp_path / "eval" / name) for name in ("first", "second")]
+    run(script, ["--compare", *folders, "--output_dir", str(tmp_path / "eval")])
+    report = read_json(tmp_path / "eval/first-second/report.json")
+    names = [f"{folder}: {name}" for folder in ("first", "second") for name in ("tuned", "base", "style prompt")]
+    assert [*report["contenders"]] == names
+    first = read_json(tmp_path / "eval/first/report.json")
+    assert report["scores"]["first: tuned"]["likelihood"] == first["scores"]["tuned"]["likelihood"]
+    assert "second: tuned" in capsys.readouterr().out
+
+
+class Answering(BaseHTTPRequestHandler):
+    """An API with one model that says 求, cut off for every second seed."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def send(self, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.send({"object": "list", "data": [{"id": "remote", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((body, self.headers["Authorization"]))
+        choice = {"index": 0, "message": {"role": "assistant", "content": " 求 "}, "finish_reason": "stop"}
+        self.send({"id": "1", "object": "chat.completion", "created": 0, "model": "remote", "choices": [choice]})
+
+
+def test_an_api(
+    script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A server's model answers the same prompts with the same settings; its key goes nowhere else."""
+    server = LocalServer(Answering)
+    server.requests = []
+    monkeypatch.setenv("SECRET_OF_TEST", "sk-of-the-test")
+    api = {"api": server.url, "api_key_env": "SECRET_OF_TEST"}
+    run(script, build(**api, base=model_dir / "tiny/qwen2", shots=0, replies=2))
+    assert len(server.requests) == 16
+    body, key = server.requests[0]
+    assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("remote", 0.8, 0.95, 4)
+    assert [message["role"] for message in body["messages"]] == ["system", "user"] and key == "Bearer sk-of-the-test"
+    assert len({body["seed"] for body, _ in server.requests}) == 16
+    report = read_json(tmp_path / "eval/first/report.json")
+    assert "likelihood" not in report["scores"]["remote"] and "fitting" in report["scores"]["remote"]
+    assert report["texts"]["remote"]["shares"]["equal"][0] == 1
+    written = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "eval/first").glob("*.*"))
+    assert "sk-of-the-test" not in written + capsys.readouterr().out
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"limit": 0}, "--limit: got 0"),
+        ({"replies": 17}, "--replies: got 17"),
+        ({"replies": 2, "temperature": 0}, "all replies to a comment are equal"),
+        ({"name": "a/b"}, "--name: got 'a/b'"),
+        ({"data": "nowhere.json"}, "--data: no nowhere.json"),
+        ({"prompt_file": "nowhere.txt"}, "--prompt_file: no nowhere.txt"),
+        ({"api_model": "x"}, "belong to an --api"),
+        ({"api": "http://127.0.0.1:9", "api_key_env": "NOT_SET_HERE"}, "NOT_SET_HERE is not set"),
+        ({"model": [], "base": []}, "Nothing to evaluate"),
+        ({"base": "nowhere"}, "--base: nowhere is no model's folder"),
+        ({"model": ["nowhere"]}, "--model: nowhere is neither a model's folder"),
+        ({"train_data": "nowhere.json"}, "--train_data: no nowhere.json"),
+        ({"judge": "x", "teacher_config": "nowhere.yaml"}, "--judge: no nowhere.yaml"),
+        ({"compare": ["nowhere"]}, "--compare: nowhere is no evaluation"),
+    ],
+)
+def test_wrong_input(
+    script: ModuleType, build: Arguments, model_dir: Path, root: Path, flags: dict[str, Any], told: str
+) -> None:
+    """One sentence, before anything is loaded, and nothing left behind."""
+    given = {"model": [model_dir / "tiny/llama"], "base": model_dir / "tiny/qwen2"} | flags
+    prompt = root / "examples/style_prompt.txt"
+    prompt.parent.mkdir(exist_ok=True)
+    prompt.write_text("像真人一样", encoding="utf-8")
+    arguments = build(**{name: value for name, value in given.items() if value != []})
+    with pytest.raises(SystemExit) as end:
+        run(script, arguments)
+    assert told in str(end.value.code)
+    assert not (root / "eval/first/settings.json").exists()
+
+
+def test_nothing_says_what_the_base_is(script: ModuleType, build: Arguments, model_dir: Path) -> None:
+    with pytest.raises(SystemExit, match="--base: nothing says which model it was before tuning"):
+        run(script, build(model=[model_dir / "tiny/llama"]))
+
+
+def test_without_training_data(
+    script: ModuleType, build: Arguments, model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """The few-shot prompt needs them; without it nothing can be said of copies."""
+    alone = tmp_path / "alone.jsonl"
+    records = json.loads((data_dir / "data_test.json").read_text(encoding="utf-8"))
+    alone.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with pytest.raises(SystemExit, match="--shots 0"):
+        run(script, build(base=model_dir / "tiny/qwen2", data=alone))
+    run(script, build(base=model_dir / "tiny/qwen2", data=alone, shots=0))
+    report = read_json(tmp_path / "eval/first/report.json")
+    assert [*report["contenders"]] == ["base", "style prompt"]
+    assert "copied, whole" not in report["texts"]["base"]["shares"]
+
+
+def test_prompts_that_are_too_long(
+    script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Those that do not fit one contender's prompt are left out for everybody, and counted."""
+    prompts = [to_messages(record)[:-1] for record in make_records(2, first=12)]
+    style = {"role": "system", "content": (ROOT / "examples/style_prompt.txt").read_text(encoding="utf-8")}
+    lengths = [len(make_chat(tokenizer).prompt_ids([style, prompt[-1]])) for prompt in prompts]
+    run(script, build(base=model_dir / "tiny/qwen2", max_tokens=max(lengths) - 1, shots=0))
+    report = read_json(tmp_path / "eval/first/report.json")
+    longest = lengths.count(max(lengths))
+    assert 0 < longest < 8 and (report["comments"], report["left_out"]) == (8 - longest, longest)
+    with pytest.raises(SystemExit, match="no comment that all contenders have answered"):
+        run(script, build(base=model_dir / "tiny/qwen2", max_tokens=1, shots=0, name="none"))
+
+
+def test_another_directory(script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path) -> None:
+    """Paths count from the repository's root, wherever it is started."""
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        run(script, build(base=model_dir / "tiny/qwen2", limit=3, shots=0))
+    finally:
+        os.chdir(here)
+    assert read_json(tmp_path / "eval/first/report.json")["comments"] == 3
