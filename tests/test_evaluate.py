@@ -28,15 +28,19 @@ def script() -> ModuleType:
     return load_script("evaluate.py")
 
 
+def train(ft: ModuleType, model_dir: Path, data_dir: Path, output: Path, *flags: str) -> None:
+    """Trains two steps."""
+    common = ["--model_dir", str(model_dir), "--model_name", "tiny/qwen2", "--data_dir", str(data_dir)]
+    common += ["--output_dir", str(output), "--max_steps", "2", "--batch_size", "4", "--grad_accum", "1"]
+    run(ft, [*common, "--eval_samples", "2", "--max_new_tokens", "2", "--max_tokens", "256", *flags])
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path, ft: ModuleType) -> Path:
-    """Training runs of two steps: LoRA, 4 bits and all weights."""
+def lora_run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path, ft: ModuleType) -> Path:
+    """A training run of two steps."""
     output = tmp_path_factory.mktemp("runs")
-    for flags in ([], ["--train_bnb_enabled", "True"], ["--tuner", "full"]):
-        common = ["--model_dir", str(model_dir), "--model_name", "tiny/qwen2", "--data_dir", str(data_dir)]
-        common += ["--output_dir", str(output), "--max_steps", "2", "--batch_size", "4", "--grad_accum", "1"]
-        run(ft, [*common, "--eval_samples", "2", "--max_new_tokens", "2", "--max_tokens", "256", *flags])
-    return output
+    train(ft, model_dir, data_dir, output)
+    return output / "DS-tiny/qwen2"
 
 
 @pytest.fixture
@@ -62,13 +66,22 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_all_kinds_of_tuned_models(
-    script: ModuleType, build: Arguments, runs: Path, model_dir: Path, tmp_path: Path, capsys: Any
+    script: ModuleType,
+    build: Arguments,
+    lora_run: Path,
+    ft: ModuleType,
+    model_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     """A model, runs of each kind and a checkpoint beside the base's three prompts; each answers everything once."""
-    qwen = runs / "DS-tiny"
-    models = [f"plain={model_dir}/tiny/qwen2", f"lora={qwen}/qwen2", f"four={qwen}/qwen2-BNB/1"]
-    models += [f"{qwen}/qwen2-FULL"]
+    for flags in (["--train_bnb_enabled", "True"], ["--tuner", "full"]):
+        train(ft, model_dir, data_dir, tmp_path / "runs", *flags)
+    qwen = tmp_path / "runs/DS-tiny"
+    models = [f"plain={model_dir}/tiny/qwen2", f"lora={lora_run}", f"four={qwen}/qwen2-BNB/1", f"{qwen}/qwen2-FULL"]
     run(script, build(model=models))
     names = ["plain", "lora", "four", "qwen2-FULL", "base", "style prompt", "few-shot"]
     place = tmp_path / "eval/first"
@@ -90,13 +103,13 @@ def test_all_kinds_of_tuned_models(
 
 
 def test_trained_weights_are_what_is_measured(
-    script: ModuleType, build: Arguments, runs: Path, ft: ModuleType, tmp_path: Path
+    script: ModuleType, build: Arguments, lora_run: Path, tmp_path: Path
 ) -> None:
     """The run's own held-out loss, in nats a token with the end of the reply, is that of the evaluation's readings."""
     from utils.data.held_out import read_comments
     from utils.data.tokenizer import load_tokenizer
 
-    run(script, build(model=[f"lora={runs}/DS-tiny/qwen2"], matched=0, shots=0))
+    run(script, build(model=[f"lora={lora_run}"], matched=0, shots=0))
     read = [row for row in lines(tmp_path / "eval/first/likelihoods.jsonl") if row["contender"] == "lora"]
     assert {row["of"] for row in read} == {"real"} and all([*row["nats"]] == [row["id"]] for row in read)
     total = sum(nats for row in read for nats in row["nats"].values())
@@ -109,10 +122,9 @@ def test_trained_weights_are_what_is_measured(
 
     from utils.weights.run_folder import check_tag, load_trained
 
-    folder = runs / "DS-tiny/qwen2"
-    record = check_tag(folder, "1")
+    record = check_tag(lora_run, "1")
     base = Path(record["arguments"]["model_dir"]) / "tiny/qwen2"
-    model, chat = load_trained(folder, "1", record, base, False).eval(), make_chat(load_tokenizer(base))
+    model, chat = load_trained(lora_run, "1", record, base, False).eval(), make_chat(load_tokenizer(base))
     expected = 0.0
     for group in read_comments(Path(record["arguments"]["data_dir"]) / "data_test.json"):
         for comment in group:
@@ -161,10 +173,10 @@ def test_a_killed_evaluation_goes_on(
 
 
 def test_adapters_and_a_later_contender(
-    script: ModuleType, build: Arguments, runs: Path, model_dir: Path, tmp_path: Path
+    script: ModuleType, build: Arguments, lora_run: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     """`--model base --adapter`; and what was measured before is kept when another joins."""
-    tag = runs / "DS-tiny/qwen2/1"
+    tag = lora_run / "1"
     run(script, build(model=[model_dir / "tiny/qwen2"], adapter=[f"one={tag}"]))
     before = (tmp_path / "eval/first/replies.jsonl").read_bytes()
     run(script, build(model=[model_dir / "tiny/qwen2"], adapter=[f"one={tag}", f"two={tag}/adapter"]))

@@ -14,7 +14,10 @@ from sklearn.model_selection import GroupKFold
 from utils.evaluate.classifier import auc, by_characters, by_length, floor, mean
 from utils.evaluate.intervals import Interval, Statistic, draw_videos, estimate
 
-WORDS = "这个 视频 真的 好看 笑死 我了 第一 前排 为什么 没有 老师 声音 画面 音乐 可爱 厉害 感觉 已经 三连 支持 想吃 下次 一定 泪目".split()
+WORDS = (
+    "这个 视频 真的 好看 笑死 我了 第一 前排 为什么 没有 老师 声音 "
+    "画面 音乐 可爱 厉害 感觉 已经 三连 支持 想吃 下次 一定 泪目"
+).split()
 TOPICS = "猫咪 火锅 钢琴 火车 篮球 围棋 相机 手工 天文 恐龙 单车 盆栽".split()
 VIDEOS, EACH = 40, 6
 PLACES = np.repeat(np.arange(VIDEOS), EACH).tolist()
@@ -51,28 +54,26 @@ def plain(statistic: Statistic | None, videos: int = VIDEOS) -> float:
 def by_scikit_learn(
     real: list[str], written: list[str], videos: list[int], make: Callable[[], Any], weights: list[int]
 ) -> float:
-    """The same, fold after fold, with scikit-learn's area under the curve."""
-    sizes, areas = [], []
-    for learnt, asked in GroupKFold(5, shuffle=True, random_state=0).split(real, groups=videos):
-        texts = [real[row] for row in learnt] + [written[row] for row in learnt]
-        classifier = make().fit(texts, [0] * len(learnt) + [1] * len(learnt))
-        texts = [real[row] for row in asked] + [written[row] for row in asked]
-        counts = [weights[videos[row]] for row in asked]
-        labels = [0] * len(asked) + [1] * len(asked)
-        areas.append(roc_auc_score(labels, classifier.decision_function(texts), sample_weight=counts * 2))
-        sizes.append(sum(counts))
-    return sum(size * area for size, area in zip(sizes, areas, strict=True)) / sum(sizes)
+    """The same with scikit-learn's area under the curve."""
+    learnt, asked = next(GroupKFold(2, shuffle=True, random_state=0).split(real, groups=videos))
+    texts = [real[row] for row in learnt] + [written[row] for row in learnt]
+    classifier = make().fit(texts, [0] * len(learnt) + [1] * len(learnt))
+    texts = [real[row] for row in asked] + [written[row] for row in asked]
+    counts = [weights[videos[row]] for row in asked]
+    labels = [0] * len(asked) + [1] * len(asked)
+    return float(roc_auc_score(labels, classifier.decision_function(texts), sample_weight=counts * 2))
 
 
+@pytest.mark.filterwarnings("ignore:Bins whose width")
 @pytest.mark.parametrize("make", [by_characters, by_length])
 def test_area_is_scikit_learns(make: Callable[[], Any], pairs: tuple[list[str], list[str]]) -> None:
-    """Once with all videos, once with some that come twice or thrice; folds of unequal size, and equal scores."""
+    """Once with all videos, once with some that come twice or thrice; videos of unequal size, and equal scores."""
     real, written = pairs[0], make_texts(np.random.default_rng(1), longer=2)
     kept = [row for row, place in enumerate(PLACES) if row % EACH <= place % 5]
     real, written, videos = ([side[row] for row in kept] for side in (real, written, PLACES))
     written[::3] = [text[:5] for text in written[::3]]
     some = [1 + (place % 7 == 0) + 2 * (place % 3 == 1) for place in range(VIDEOS)]
-    statistic = auc(real, written, videos, VIDEOS, make)
+    statistic = auc(real, written, videos, make)
     assert statistic is not None
     found = statistic(np.array([[1] * VIDEOS, some]))
     wanted = [by_scikit_learn(real, written, videos, make, weights) for weights in ([1] * VIDEOS, some)]
@@ -80,80 +81,106 @@ def test_area_is_scikit_learns(make: Callable[[], Any], pairs: tuple[list[str], 
     assert abs(wanted[0] - wanted[1]) > 1e-3
 
 
-def test_videos_that_were_not_drawn_do_not_count(pairs: tuple[list[str], list[str]]) -> None:
-    """If only the videos of one fold are drawn, its area is all there is."""
+def test_only_videos_that_were_not_learnt_on_count(pairs: tuple[list[str], list[str]]) -> None:
+    """Half of them: how often the others were drawn changes nothing, and where only they were there is no number."""
     real, written = pairs
-    folds = [set(np.array(PLACES)[asked]) for _, asked in GroupKFold(5, shuffle=True, random_state=0).split(
-        real, groups=PLACES)]  # fmt: skip
-    statistic = auc(real, written, PLACES, VIDEOS, by_characters)
+    learnt, asked = next(GroupKFold(2, shuffle=True, random_state=0).split(real, groups=PLACES))
+    inside, outside = (sorted(set(np.array(PLACES)[part])) for part in (learnt, asked))
+    assert len(inside) == len(outside) == VIDEOS // 2 and not {*inside} & {*outside}
+    statistic = auc(real, written, PLACES, by_characters)
     assert statistic is not None
-    alone = np.array([[int(place in fold) for place in range(VIDEOS)] for fold in folds])
-    assert plain(statistic) == pytest.approx(np.average(statistic(alone), weights=[len(fold) for fold in folds]))
-    assert len(set(statistic(alone))) > 1
+    weights = np.ones((3, VIDEOS), dtype=int)
+    weights[1, inside], weights[2, outside] = 5, 0
+    whole, repeated, none = statistic(weights)
+    assert whole == repeated and np.isnan(none)
 
 
 @pytest.mark.parametrize("make", [by_characters, by_length])
 def test_same_making_cannot_be_told(make: Callable[[], Any]) -> None:
-    """Half is within the interval nearly always: an interval of 95 % misses two or more of five in 2 % of all cases."""
+    """Half on average, and the intervals hold it."""
     misses, values = 0, []
-    for seed in range(5):
+    for seed in range(12):
         random = np.random.default_rng(seed)
-        found = interval(auc(make_texts(random), make_texts(random), PLACES, VIDEOS, make))
+        found = interval(auc(make_texts(random), make_texts(random), PLACES, make))
         misses += not found.low <= 0.5 <= found.high
         values.append(found.value)
-    assert misses <= 1
+    assert misses <= 2
     assert np.mean(values) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.slow
+def test_intervals_cover() -> None:
+    """Two models that write alike are called different in about 5 % of cases, and not more often."""
+    held = 0
+    for seed in range(120):
+        random = np.random.default_rng(1000 + seed)
+        real, one, two = (make_texts(random) for _ in range(3))
+        numbers = []
+        for written in (one, two):
+            statistic = auc(real, written, PLACES, by_characters)
+            assert statistic is not None
+            numbers.append(estimate(statistic, draw_videos(VIDEOS, draws=500)))
+        lead = (numbers[0] - numbers[1]).interval()
+        held += lead.low <= 0 <= lead.high
+    assert held >= 0.9 * 120
 
 
 def test_one_reply_for_all_is_told(pairs: tuple[list[str], list[str]]) -> None:
     """求 under every video."""
-    found = interval(auc(pairs[0], ["求"] * len(PLACES), PLACES, VIDEOS, by_characters))
+    found = interval(auc(pairs[0], ["求"] * len(PLACES), PLACES, by_characters))
     assert found.low > 0.98
 
 
 def test_right_words_of_the_wrong_length_are_told(pairs: tuple[list[str], list[str]]) -> None:
     """Twice as long, and also half of them too short and half too long, which no single limit can tell."""
     real, long = pairs[0], make_texts(np.random.default_rng(2), longer=2)
-    assert interval(auc(real, long, PLACES, VIDEOS, by_length)).low > 0.75
+    assert interval(auc(real, long, PLACES, by_length)).low > 0.75
     odd = [text[:2] if row % 2 else text * 4 for row, text in enumerate(real)]
-    assert interval(auc(real, odd, PLACES, VIDEOS, by_length)).low > 0.9
+    assert interval(auc(real, odd, PLACES, by_length)).low > 0.9
 
 
 def test_floor(pairs: tuple[list[str], list[str]]) -> None:
     """Real replies against real ones: about half, even where each video has words of its own."""
-    own = [f"{chr(0x5000 + place)}{text}" for place, text in zip(PLACES, pairs[0], strict=True)]
-    for real in (pairs[0], own):
-        found = interval(floor(real, PLACES, VIDEOS, by_characters))
+    texts = make_texts(np.random.default_rng(4))
+    own = [f"{chr(0x5000 + place)}{text}" for place, text in zip(PLACES, texts, strict=True)]
+    for real in (texts, own):
+        found = interval(floor(real, PLACES, by_characters))
         assert found.low <= 0.5 <= found.high
-        assert found.value == pytest.approx(0.5, abs=0.08)
+        assert found.value == pytest.approx(0.5, abs=0.06)
 
 
 def test_floor_takes_pairs_of_one_video() -> None:
-    """Two replies a video are one pair. Only the sides that they come to differ from draw to draw."""
-    real = [f"{'甲乙丙丁戊己庚辛'[place]}{side}" for place in range(8) for side in "ab"]
-    seen: list[str] = []
+    """The first video has one reply, the others two and the last one three, of which one finds no other."""
+    names = "甲乙丙丁戊己庚辛"
+    real = ["甲a", *(f"{name}{side}" for name in names[1:] for side in "ab"), "辛c"]
+    learnt: list[str] = []
+    asked: list[list[str]] = []
 
     class Recorder:
         def fit(self, texts: list[str], labels: np.ndarray) -> "Recorder":
             half = len(texts) // 2
             assert labels.tolist() == [0] * half + [1] * half
-            seen.extend(one + two for one, two in zip(texts[:half], texts[half:], strict=True))
+            assert all(one[0] == two[0] and one != two for one, two in zip(texts[:half], texts[half:], strict=True))
+            learnt.extend(texts[:half])
             return self
 
         def decision_function(self, texts: list[str]) -> np.ndarray:
-            return np.array([float(text[1] == "b") for text in texts])
+            asked.append(texts)
+            return np.zeros(len(texts))
 
-    assert floor(real, np.repeat(np.arange(8), 2).tolist(), 8, Recorder) is not None
-    assert all(pair[0] == pair[2] and {pair[1], pair[3]} == {"a", "b"} for pair in seen)
-    assert len(set(seen)) > 8
+    assert floor(real, [names.index(text[0]) for text in real], Recorder) is not None
+    sides = [sum(part, []) for part in (asked[::2], asked[1::2])]
+    # Five times one pair of each.
+    assert sorted(text[0] for text in [*learnt, *sides[0]]) == sorted(names[1:] * 5)
+    assert {text[1] for text in [*learnt, *sides[0]]} == set("abc")
 
 
 def test_too_few() -> None:
     """One video cannot be held out; with one comment a video nothing real is like another."""
-    assert auc(["甲", "乙"], ["丙", "丁"], [0, 0], 1, by_characters) is None
-    assert floor(["甲", "乙", "丙"], [0, 1, 2], 3, by_characters) is None
-    assert floor(["甲", "乙"], [0, 0], 1, by_characters) is None
-    assert auc(["甲", "乙"], ["丙丙", "丁丁"], [0, 1], 2, by_characters) is not None
+    assert auc(["甲", "乙"], ["丙", "丁"], [0, 0], by_characters) is None
+    assert floor(["甲", "乙", "丙"], [0, 1, 2], by_characters) is None
+    assert floor(["甲", "乙"], [0, 0], by_characters) is None
+    assert auc(["甲", "乙"], ["丙丙", "丁丁"], [0, 1], by_characters) is not None
     assert mean([]) is mean([lambda weights: weights.sum(1), None]) is None
 
 
@@ -171,7 +198,7 @@ def test_no_leak_between_folds() -> None:
         [text + chr(0x6000 + 100 * side + place) * 3 for place, text in zip(PLACES, texts, strict=True)]
         for side, texts in enumerate(plain_texts)
     )
-    apart = interval(auc(real, written, PLACES, VIDEOS, by_characters))
+    apart = interval(auc(real, written, PLACES, by_characters))
     assert apart.low <= 0.5 <= apart.high
     count = len(PLACES)
-    assert plain(auc(real, written, list(range(count)), count, by_characters), count) > 0.9  # Each its own video.
+    assert plain(auc(real, written, list(range(count)), by_characters), count) > 0.9  # Each its own video.

@@ -149,6 +149,7 @@ def test_examples_are_of_different_videos(tmp_path: Path) -> None:
     assert all(sorted(answer[0] for answer in each) == list("012345") for each in drawn)
     assert answers(draw_examples(train, 6, 3)) == drawn[3]
     assert len({tuple(each) for each in drawn}) == 5
+    assert {answer[-1] for each in drawn for answer in each} == {*"012"}, "not always a video's first one"
     many = answers(draw_examples(train, 15, 0))
     assert len({*many}) == 15 and {answer[0] for answer in many[:6]} == {answer[0] for answer in many[6:12]}
     assert len({*answers(draw_examples(train, 18, 0))}) == len(answers(draw_examples(train, 50, 0))) == 18
@@ -157,7 +158,7 @@ def test_examples_are_of_different_videos(tmp_path: Path) -> None:
 def test_examples_are_short_where_they_can_be(tmp_path: Path) -> None:
     """Question and answer count. Of a video with a long and a short one the short one, whatever the seed."""
     long = "长" * (LONGEST_EXAMPLE - len("视频标题：甲") + 1)
-    rows = [record(f"{v}{kind}", str(v), f"{v}{kind}{rest}") for v in range(3) for kind, rest in (("l", long), ("s", ""))]
+    rows = [record(f"{v}{text[0]}", str(v), f"{v}{text}") for v in range(3) for text in ("l" + long, "s")]
     rows += [record("3l", "3", "3l", "视频标题：" + long), record("4s", "4", "4s" + long[:-3])]
     train = train_of(tmp_path, rows)
     for seed in range(10):
@@ -189,12 +190,13 @@ def test_prompts_by_hand(kind: str, turns: list[dict[str, str]]) -> None:
     [
         (PLAIN_TEMPLATE, ["### User:"]),
         (CHATML, []),
+        (CHATML.replace("message['role']", "('human' if message['role'] == 'user' else message['role'])"), []),
         ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", []),
-        ("{% if messages[1:] %}{{ raise_exception('one') }}{% endif %}{{ messages[0]['content'] }}", []),
+        ("{% if messages[2:] %}{{ raise_exception('one') }}{% endif %}" + CHATML, []),
         ("{% for m in messages %}{{ 'Human: ' if m['role'] == 'user' else 'AI: ' }}{{ m['content'] + '\n' }}"
          "{% endfor %}", ["Human:"]),
     ],
-    ids=["plain", "ChatML", "line breaks", "a single question", "names"],
+    ids=["plain", "ChatML", "ChatML with longer names", "line breaks", "a single question", "names"],
 )  # fmt: skip
 def test_where_replies_end(template: str, separator: list[str]) -> None:
     tokenizer = make_tokenizer(300)

@@ -143,8 +143,8 @@ def test_evidence_by_hand(tmp_path: Path) -> None:
         {"contender": "base", "of": "real", "id": "1", "nats": {"1": -3.0}},
         {"contender": "base", "of": "mine", "id": "0", "nats": {"0": -4.0}},
         {"contender": "base", "of": "mine", "id": "1", "nats": {"0": -6.0, "1": -7.0}},
-        {"contender": "mine", "of": "base", "id": "0", "nats": {"0": -8.0}},
         {"contender": "base", "of": "base", "id": "0", "nats": {"0": -9.0}},
+        {"contender": "mine", "of": "base", "id": "0", "nats": {"0": -8.0}},
     ])  # fmt: skip
     replies, cut = {"0": ["新"], "1": ["甲", "乙"]}, {"0": [True], "1": [False, True]}
     real, written = {"0": {"0": -1.0}, "1": {"0": -5.0, "1": -2.0}}, {"0": {"0": -4.0, "1": -6.0}, "1": {"1": -7.0}}

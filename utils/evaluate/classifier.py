@@ -14,7 +14,6 @@ import numpy as np
 
 from utils.evaluate.intervals import Statistic
 
-FOLDS = 5
 FLOOR_REPEATS = 5
 
 
@@ -43,57 +42,44 @@ def by_length() -> Any:
 
 
 def auc(
-    real: Sequence[str],
-    written: Sequence[str],
-    videos: Sequence[int],
-    count: int,
-    make: Callable[[], Any],
-    seed: int = 0,
+    real: Sequence[str], written: Sequence[str], videos: Sequence[int], make: Callable[[], Any], seed: int = 0
 ) -> Statistic | None:
     """Measures how well a classifier tells written replies from real ones, on videos that it has not seen.
+
+    It learns on one half of the videos and is asked about the other. Cross-validation would ask about all of them, but
+    its folds' classifiers learn on one another's videos, which a bootstrap over videos does not see: of its 95 %
+    intervals, 83 % held the truth, and of these 93 to 95 %.
 
     Args:
         real: (N,).
         written: (N,), to the same comments.
-        videos: (N,) the number of each pair's video, below `count`.
-        count: V.
+        videos: (N,) the number of each pair's video.
         make: `by_characters` or `by_length`.
-        seed: Of which videos make a fold.
+        seed: Of which videos it learns on.
 
     Returns:
-        The mean over the folds of the area under the curve, of weighted videos; None if there are too few videos.
+        The area under the curve, of weighted videos; None if there is one video only.
     """
     from sklearn.model_selection import GroupKFold
 
     groups = np.asarray(videos)
-    folds = min(FOLDS, len(set(videos)))
-    if folds < 2:
+    if len(set(videos)) < 2:
         return None
     texts, labels = np.array([*real, *written], dtype=object), np.repeat([0, 1], len(real))
-    parts = []
-    splits = GroupKFold(folds, shuffle=True, random_state=seed).split(real, groups=groups)
-    for learnt, asked in splits:
-        rows = np.concatenate([learnt, learnt + len(real)])
-        with warnings.catch_warnings():
-            # Where many replies are equally long, `by_length` makes fewer steps than it was asked for.
-            warnings.simplefilter("ignore", UserWarning)
-            classifier = make().fit(texts[rows].tolist(), labels[rows])
-        scores = [classifier.decision_function(texts[asked + shift].tolist()) for shift in (0, len(real))]
-        # (real, written) whether the written one is taken for written; equal ones count half.
-        right = (scores[1] > scores[0][:, None]) + 0.5 * (scores[1] == scores[0][:, None])
-        parts.append((groups[asked], right))
+    learnt, asked = next(GroupKFold(2, shuffle=True, random_state=seed).split(real, groups=groups))
+    rows = np.concatenate([learnt, learnt + len(real)])
+    with warnings.catch_warnings():
+        # Where many replies are equally long, `by_length` makes fewer steps than it was asked for.
+        warnings.simplefilter("ignore", UserWarning)
+        classifier = make().fit(texts[rows].tolist(), labels[rows])
+    scores = [classifier.decision_function(texts[asked + shift].tolist()) for shift in (0, len(real))]
+    # (real, written) whether the written one is taken for written; equal ones count half.
+    right = (scores[1] > scores[0][:, None]) + 0.5 * (scores[1] == scores[0][:, None])
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        right_ones, all_ones = np.zeros(len(weights)), np.zeros(len(weights))
-        for group, right in parts:
-            drawn = weights[:, group].astype(float)
-            pairs = drawn.sum(1) ** 2
-            with np.errstate(invalid="ignore"):
-                area = np.where(pairs > 0, ((drawn @ right) * drawn).sum(1) / pairs, 0)
-            # Folds count by their size, and one whose videos were not drawn does not count.
-            right_ones += area * drawn.sum(1)
-            all_ones += drawn.sum(1)
-        return right_ones / all_ones
+        drawn = weights[:, groups[asked]].astype(float)
+        with np.errstate(invalid="ignore"):  # A draw may have none of these videos.
+            return ((drawn @ right) * drawn).sum(1) / drawn.sum(1) ** 2
 
     return statistic
 
@@ -105,15 +91,19 @@ def mean(statistics: Sequence[Statistic | None]) -> Statistic | None:
     return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
 
 
-def floor(real: Sequence[str], videos: Sequence[int], count: int, make: Callable[[], Any]) -> Statistic | None:
+def floor(real: Sequence[str], videos: Sequence[int], make: Callable[[], Any]) -> Statistic | None:
     """The same for real replies against other real ones of the same videos: what cannot be told apart looks like."""
     statistics = []
     for seed in range(FLOOR_REPEATS):
-        order = np.random.default_rng(seed).permutation(len(real))
-        order = order[np.argsort(np.asarray(videos)[order], kind="stable")]
-        pairs = [(one, two) for one, two in zip(order[::2], order[1::2], strict=False) if videos[one] == videos[two]]
+        pairs: list[tuple[int, int]] = []
+        waiting: dict[int, int] = {}  # A video's reply that has no other one yet.
+        for number in np.random.default_rng(seed).permutation(len(real)).tolist():
+            if (other := waiting.pop(videos[number], None)) is None:
+                waiting[videos[number]] = number
+            else:
+                pairs.append((other, number))
         if not pairs:
             return None
         sides = [[real[pair[side]] for pair in pairs] for side in (0, 1)]
-        statistics.append(auc(*sides, [videos[one] for one, _ in pairs], count, make, seed))
+        statistics.append(auc(*sides, [videos[one] for one, _ in pairs], make, seed))
     return mean(statistics)

@@ -114,7 +114,7 @@ def estimates(videos: Videos, one: Evidence) -> dict[str, Estimate]:
     numbers = range(min(map(len, one.replies.values())))
     for name, make in (("noticed", classifier.by_characters), ("by length", classifier.by_length)):
         sides = [[one.replies[id][number] for id in ids] for number in numbers]
-        each = [classifier.auc(real, written, places, videos.count, make) for written in sides]
+        each = [classifier.auc(real, written, places, make) for written in sides]
         statistic = classifier.mean(each)
         found[name] = estimate(statistic, videos.weights) if statistic else None
     return {name: value for name, value in found.items() if value is not None}
@@ -124,7 +124,7 @@ def floor_of_noticed(videos: Videos) -> Interval | None:
     """Real replies against other real ones of the same videos."""
     ids = [*videos.comments]
     real, places = [videos.comments[id].messages[-1]["content"] for id in ids], [videos.place[id] for id in ids]
-    statistic = classifier.floor(real, places, videos.count, classifier.by_characters)
+    statistic = classifier.floor(real, places, classifier.by_characters)
     return estimate(statistic, videos.weights).interval() if statistic else None
 
 
@@ -151,7 +151,7 @@ def describe(
     firsts = [several[0] for several in replies.values()]
     flags: dict[str, list[bool]] = {
         "echo": [texts.is_echo(text, question_of(videos.comments[id])) for id, text in rows],
-        **{name: [bool(pattern.search(text)) for text in written] for name, pattern in texts.UNWANTED.items()},
+        **{name: [name in texts.unwanted(text) for text in written] for name in texts.UNWANTED},
         "emoticons": [bool(texts.EMOTICON.search(text)) for text in written],
         "emoji": [bool(texts.EMOJI.search(text)) for text in written],
         "empty": [not text for text in written],

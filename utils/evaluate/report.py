@@ -18,7 +18,7 @@ COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e
 
 STYLE = """
 body { font: 16px/1.6 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Zen Hei", sans-serif;
-  max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222; }
+  max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222; overflow-wrap: break-word }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em } h3 { font-size: 1em; margin: 1.2em 0 .3em }
 table { border-collapse: collapse; font-size: .9em; margin: .5em 0; display: block; overflow-x: auto }
 td, th { padding: .25em .7em; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top }

@@ -12,10 +12,12 @@ ECHO_CHARACTERS = 4  # A shorter run that stands in the question too is a word t
 BEGINNING_CHARACTERS = 2  # Chinese writes no spaces: about a word.
 EMOTICON = re.compile(r"\[[^\[\]\s]{1,12}\]")
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff]")
+# Looked for in NFKC, where full-width letters and digits are plain ones.
 UNWANTED = {
     "contact": re.compile(
-        r"(?<!\d)1[3-9]\d{9}(?!\d)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
-        r"|(?:微信|威信|薇信|扣扣|企鹅|(?<![a-z0-9])(?:v信|vx|wx|qq))(?:号|群)?\s*[:：]?\s*[a-z0-9_-]{5,}",
+        r"(?<!\d)1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+        r"|(?:(?<![a-z0-9])qq|扣扣|企鹅|群)(?:号|群)?\s*[:：]?\s*\d{5,}"
+        r"|(?:微信|威信|薇信|加v|(?<![a-z0-9])(?:v信|vx|wx))号?\s*[:：]?\s*(?=[a-z_-]*\d)[a-z0-9_-]{5,}",
         re.IGNORECASE | re.ASCII,
     ),
     "link": re.compile(
@@ -23,8 +25,8 @@ UNWANTED = {
     ),
     # Of chat templates, and of the lines in which a comment is asked for.
     "control": re.compile(
-        r"<\|[^|<>]{1,30}\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn|/?think)>|\[/?INST\]|### (?:User|"
-        r"Assistant):|视频标题：|视频简介：|父评论："
+        r"<\|[^|<>]{1,30}\|>|<<SYS>>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn|/?think)>|\[/?INST\]"
+        r"|### (?:User|Assistant):|(?:视频标题|视频简介|父评论)[:：]"
     ),
 }
 
@@ -32,6 +34,12 @@ UNWANTED = {
 def normalised(text: str) -> str:
     """A text without spaces and with one form of each letter, so that equal texts are equal."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def unwanted(text: str) -> set[str]:
+    """Which of `UNWANTED` a text holds."""
+    plain = unicodedata.normalize("NFKC", text)
+    return {name for name, pattern in UNWANTED.items() if pattern.search(plain)}
 
 
 def distinct_2(texts: Iterable[str]) -> float:
@@ -68,17 +76,13 @@ def copied(replies: Sequence[str], training: Iterable[str]) -> list[str]:
         For each reply "whole", if it is one of the answers, "part", if `COPY_CHARACTERS` of it stand in one, or "".
     """
     texts = [normalised(reply) for reply in replies]
-    parts = [
-        {text[start : start + COPY_CHARACTERS] for start in range(len(text) - COPY_CHARACTERS + 1)} for text in texts
-    ]
+    parts = [_parts(text) for text in texts]
     wanted, wholes = set().union(*parts), set(texts)
-    found, found_wholes = set(), set()
+    found: set[str] = set()
+    found_wholes: set[str] = set()
     for answer in map(normalised, training):
-        if answer in wholes:
-            found_wholes.add(answer)
-        for start in range(len(answer) - COPY_CHARACTERS + 1):
-            if (part := answer[start : start + COPY_CHARACTERS]) in wanted:
-                found.add(part)
+        found_wholes |= {answer} & wholes
+        found |= _parts(answer) & wanted
     return ["whole" if text in found_wholes and text else "part" if own & found else ""
             for text, own in zip(texts, parts, strict=True)]  # fmt: skip
 
