@@ -168,7 +168,7 @@ def find_contenders(args: argparse.Namespace) -> list[Any]:
     kinds = [BASE, STYLE, *([FEW_SHOT] if args.shots else [])]
     found += [Contender(kind, kind, str(base)) for kind in kinds]
     names = [one.name for one in found]
-    if twice := sorted({name for name in names if names.count(name) > 1} | ({"real"} & {*names})):
+    if twice := sorted({name for name in names if names.count(name) > 1} | ({"real", "question"} & {*names})):
         raise SystemExit(f"The name {twice[0]!r} is given twice, or taken. Give others: --model NAME={twice[0]}")
     return found
 
@@ -336,6 +336,7 @@ def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tup
     """
     if not args.judge:
         return {}, {}
+    from utils.data.held_out import spread
     from utils.data.teacher import read_teacher
     from utils.evaluate.contenders import API, TUNED
     from utils.evaluate.judge import answers_of, judge, told
@@ -346,7 +347,11 @@ def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tup
     pairs = [(one, other.name) for one in candidates for other in contenders if other.name not in candidates]
     path = answers_of(from_root(args.output_dir), args.judge)
     teacher = read_teacher(from_root(args.teacher_config), args.judge)
-    judged, counts = judge(task.comments[: args.judge_limit], replies, pairs, teacher, args.judge, path)
+    videos: dict[str, list[Any]] = {}
+    for comment in task.comments:
+        videos.setdefault(comment.video_id, []).append(comment)
+    chosen = [comment for group in spread([*videos.values()], args.judge_limit) for comment in group]
+    judged, counts = judge(chosen, replies, pairs, teacher, args.judge, path)
     print(told(counts, path))
     return judged, {"judge": {"name": args.judge, "model": teacher.model, **counts}}
 

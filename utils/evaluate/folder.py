@@ -30,6 +30,8 @@ REPLY_FIELDS = {
     "replies": list,
     "cut": list,
 }
+# Settings without which two evaluations do not measure the same.
+COMPARED = ("base", "train_data", "style prompt", "shots", "max_new_tokens", "temperature", "top_p")
 LIKELIHOOD_FIELDS = {"contender": str, "of": str, "id": str, "nats": dict}
 
 
@@ -64,7 +66,8 @@ class EvaluationFolder:
             self._check(known, settings, prints)
             prints, kinds = known["contenders"] | prints, known["kinds"] | kinds
         else:
-            for path in (self._replies, self._likelihoods):
+            reports = [self.path / f"report.{kind}" for kind in ("html", "json")]
+            for path in (self._replies, self._likelihoods, *reports):
                 path.unlink(missing_ok=True)
         said = {"settings": settings, "contenders": prints, "kinds": kinds, "train_data": train and str(train)}
         with atomic_write(place) as temporary:
@@ -148,14 +151,19 @@ def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path
         raise SystemExit(f"--compare: two evaluations are named {twice[0]!r}. Give one of the folders another name.")
     comments: dict[str, Comment] | None = None
     evidence: list[Evidence] = []
+    made_with: list[dict[str, Any]] = []
     for path in folders:
         folder = EvaluationFolder(path)
         with explained(f"--compare: {shown(path)} is no evaluation"):
             said = read_json(path / "settings.json")
             kinds, rows = said["kinds"], [row for own in folder.replies().values() for row in own.values()]
+        made_with.append(said["settings"])
         own = {row["id"]: Comment(row["id"], row["video_id"], [*row["messages"], answer_of(row)]) for row in rows}
         comments = own if comments is None else {id: one for id, one in comments.items() if own.get(id) == one}
         evidence += [one._replace(name=f"{path.name}: {one.name}") for one in folder.evidence(kinds, BASE)]
+    differing = [name for name in COMPARED if len({json.dumps(settings.get(name)) for settings in made_with}) > 1]
+    if differing:
+        print(f"Note: they were made with different {', '.join(differing)}; what differs may be that.")
     train = read_json(folders[0] / "settings.json").get("train_data")
     if not comments:
         raise SystemExit(f"--compare: {', '.join(map(shown, folders))} have no held-out comments in common.")

@@ -86,7 +86,9 @@ def judge(
     cost = (tokens * teacher.price_in + 2 * len(left) * teacher.price_out) / 1e6
     print(
         f"{name} judges: {len(questions):,} questions, {len(questions) - len(left):,} answered before. The others take "
-        f"about {tokens:,} tokens in, and cost about {cost:.2f} in the currency of the prices."
+        f"about {tokens:,} tokens in, and cost about {cost:.2f} in the currency of the prices, more if it thinks "
+        "before it answers.",
+        flush=True,
     )
     if left:
         client, failures = make_client(teacher, name, TIMEOUT_SEC), path.with_name(f"{path.stem}_failures.jsonl")

@@ -4,7 +4,8 @@ The questions, each a number with an interval over videos:
     likelihood   bits per character of the real replies, given what they answer; fewer is better
     reading      how often a real reply is likelier after its own question than after another one; half is guessing
     fitting      the same of the contender's replies, as the base model with the training prompt reads them; a reply
-                 that repeats what it answers is likelier there than anywhere, and counts as guessing
+                 that repeats what it answers, or the format of the prompt, is likelier there for that alone, and counts
+                 as guessing
     noticed      how well a classifier tells the contender's replies from real ones (area under the curve); half is not
 """
 
@@ -67,7 +68,8 @@ class Videos:
         for id, (top, bottom) in parts.items():
             tops[self.place[id]] += top
             bottoms[self.place[id]] += bottom
-        return estimate(ratio(tops, bottoms), self.weights) if sum(bottoms) else None
+        measured = sum(bottom > 0 for bottom in bottoms)
+        return estimate(ratio(tops, bottoms), self.weights)._replace(videos=measured) if measured else None
 
 
 def wins(
@@ -104,7 +106,11 @@ def estimates(videos: Videos, one: Evidence) -> dict[str, Estimate]:
     found: dict[str, Estimate | None] = {}
     bits = {id: (-after[id] / math.log(2), len(comments[id].messages[-1]["content"])) for id, after in one.real.items()}
     found["likelihood"] = videos.ratio(bits)
-    echoes = {id for id in one.written if texts.is_echo(one.replies[id][0], question_of(comments[id]))}
+    firsts = {id: one.replies[id][0] for id in one.written}
+    echoes = {
+        id for id, text in firsts.items()
+        if texts.is_echo(text, question_of(comments[id])) or "control" in texts.unwanted(text)
+    }  # fmt: skip
     for name, nats, halves in (("reading", one.real, ()), ("fitting", one.written, echoes)):
         found[name] = videos.ratio(wins(videos, nats, None, halves))
         found[f"{name}, same video"] = videos.ratio(wins(videos, nats, True, halves))
@@ -116,7 +122,9 @@ def estimates(videos: Videos, one: Evidence) -> dict[str, Estimate]:
         sides = [[one.replies[id][number] for id in ids] for number in numbers]
         each = [classifier.auc(real, written, places, make) for written in sides]
         statistic = classifier.mean(each)
-        found[name] = estimate(statistic, videos.weights) if statistic else None
+        # Half of the videos is asked about.
+        asked = (videos.count + 1) // 2
+        found[name] = estimate(statistic, videos.weights)._replace(videos=asked) if statistic else None
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -125,7 +133,9 @@ def floor_of_noticed(videos: Videos) -> Interval | None:
     ids = [*videos.comments]
     real, places = [videos.comments[id].messages[-1]["content"] for id in ids], [videos.place[id] for id in ids]
     statistic = classifier.floor(real, places, classifier.by_characters)
-    return estimate(statistic, videos.weights).interval() if statistic else None
+    if statistic is None:
+        return None
+    return estimate(statistic, videos.weights)._replace(videos=(videos.count + 1) // 2).interval()
 
 
 def describe(
@@ -182,6 +192,8 @@ def describe(
 
 def distances(texts_of: Sequence[str], real: Sequence[str]) -> dict[str, float]:
     """How far replies are from real ones in how they are written: characters of length, else 0 (equal) to 1."""
+    if not texts_of or not real:
+        return dict.fromkeys(("length", "emoticons", "emoji", "punctuation", "beginnings"), math.nan)
     own, theirs = texts.marks(texts_of), texts.marks(real)
     return {"length": texts.length_distance(texts_of, real)} | {
         name: texts.distance(own[name], theirs[name]) for name in own
@@ -252,7 +264,7 @@ def add_judged(
         for (one, other), parts in ((pair, kept), (pair[::-1], lost)):
             if share := videos.ratio(parts):
                 lead = share._replace(value=share.value - 0.5, draws=share.draws - 0.5).interval()
-                row = {"verdict": verdict(lead, videos.count), "lead": lead}
+                row = {"verdict": verdict(lead, share.videos), "lead": lead}
                 verdicts.setdefault("judged", {}).setdefault(one, {})[other] = row
             for id, (won, count) in parts.items():
                 before = all_of.setdefault(one, {}).get(id, (0.0, 0.0))
@@ -260,6 +272,11 @@ def add_judged(
     for name, parts in all_of.items():
         if share := videos.ratio(parts):
             scores[name]["judged"] = share.interval()
+
+
+def alone(nats: Mapping[str, Mapping[str, float]]) -> int:
+    """How many replies were read after one question only."""
+    return sum(len(after) < 2 for after in nats.values())
 
 
 def measure(
@@ -289,20 +306,23 @@ def measure(
     if not shared:
         raise ValueError("there is no comment that all contenders have answered.")
     videos = Videos(shared)
-    numbers = {one.name: estimates(videos, restricted(one, videos.comments)) for one in evidence}
+    kept = [restricted(one, videos.comments) for one in evidence]
+    numbers = {one.name: estimates(videos, one) for one in kept}
     verdicts = compare(numbers, len(shared))
     scores = {name: {what: value.interval() for what, value in own.items()} for name, own in numbers.items()}
     add_judged(videos, judged or {}, scores, verdicts)
     real = {id: [comment.messages[-1]["content"]] for id, comment in videos.comments.items()}
     real_texts = [text for [text] in real.values()]
     written = {"real": describe(videos, real, {}, training) | {"distances": distances(*texts.halves(real_texts))}}
-    for one in evidence:
-        kept = restricted(one, videos.comments)
-        apart = distances([several[0] for several in kept.replies.values()], real_texts)
-        written[one.name] = describe(videos, kept.replies, kept.cut, training) | {"distances": apart}
+    for one in kept:
+        apart = distances([several[0] for several in one.replies.values()], real_texts)
+        written[one.name] = describe(videos, one.replies, one.cut, training) | {"distances": apart}
     return {
         "comments": len(shared),
         "left_out": len(comments) - len(shared),
+        # Replies that were read after other questions too.
+        "read": {name: max(len(getattr(one, part)) - alone(getattr(one, part)) for one in kept)
+                 for name, part in (("reading", "real"), ("fitting", "written"))},
         "videos": videos.count,
         "contenders": {one.name: one.kind for one in evidence},
         "scores": scores,

@@ -63,7 +63,7 @@ def with_interval(question: str, found: Interval | None) -> str:
     """Writes a number with its interval."""
     if found is None:
         return "–"
-    if math.isnan(found.low):
+    if math.isnan(found.low) or found == (0, 0, 0):
         return number(question, found.value)
     return f"{number(question, found.value)} [{number(question, found.low)}, {number(question, found.high)}]"
 
@@ -81,6 +81,24 @@ def answer(measured: Mapping[str, Any], lang: str) -> str:
     if not best:
         return text["none"].format(videos=LEAST_VIDEOS, pairs=LEAST_PAIRS)
     return text["take" if len(best) == 1 else "several"].format(best=names_of(best, lang))
+
+
+def against_each(measured: Mapping[str, Any], one: str, lang: str) -> list[str]:
+    """In how many questions a contender is better and worse than each of those that it was preferred to."""
+    lines = []
+    for other in measured["contenders"]:
+        said_of = [row[one][other]["verdict"] for row in measured["verdicts"].values() if other in row.get(one, {})]
+        if other in measured["best"] or not said_of:
+            continue
+        better, worse = said_of.count("better"), said_of.count("worse")
+        rest = len(said_of) - better - worse
+        lines.append(WORDS[lang]["counts"].format(other=other, better=better, worse=worse, rest=rest))
+    return lines
+
+
+def direction(question: str) -> str:
+    """"more" or "less", whichever is better."""
+    return "more" if QUESTIONS.get(question, True) else "less"
 
 
 def in_view(measured: Mapping[str, Any]) -> str:
@@ -120,17 +138,18 @@ def asked(measured: Mapping[str, Any]) -> list[str]:
 def as_text(measured: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     lang = "en"
-    lines = [answer(measured, lang)]
+    lines = [answer(measured, lang), *(f"  {line}" for line in against_each(measured, in_view(measured), lang))]
     width = max(map(len, measured["contenders"]))
     columns = asked(measured)
-    heads = [f"{WORDS[lang]['scores'][question]:>24}" for question in columns]
+    arrows = {"more": "↑", "less": "↓"}
+    heads = [f"{WORDS[lang]['scores'][question] + ' ' + arrows[direction(question)]:>24}" for question in columns]
     lines.append(f"\n{'':{width}}{''.join(heads)}")
     for name in measured["contenders"]:
         cells = [f"{with_interval(question, measured['scores'][name].get(question)):>24}" for question in columns]
         lines.append(f"{name:{width}}{''.join(cells)}")
     lines.append("")
     for question in columns:
-        lines.append(TITLES[lang][question])
+        lines.append(f"{TITLES[lang][question]} ({WORDS[lang][direction(question)][:-2]})")
         for name, kind in measured["contenders"].items():
             if kind in ("tuned", "api") and question in measured["scores"][name]:
                 lines.append(f"  {sentence(measured, question, name, lang)}")
@@ -262,16 +281,20 @@ def question_section(measured: Mapping[str, Any], question: str) -> str:
     floor = with_interval(question, measured["floor"])
     judge = measured.get("judge", {"pairs": 0, "disagree": 0})
     judge = {"pairs": judge["pairs"], "disagree": f"{judge['disagree'] / max(judge['pairs'], 1):.0%}"}
-    meaning = said(MEANINGS, question, others=OTHERS, floor=floor, **judge)
+    read = measured["read"].get(question, 0)
+    numbers = {"read": read, "comments": measured["comments"], "pairs_needed": LEAST_PAIRS}
+    meaning = said(MEANINGS, question, others=OTHERS, floor=floor, **judge, **numbers)
+    way = both(words(direction(question)))
     pictures = interval_picture(scores, None if question == "likelihood" else 0.5)
     rows = [[escape(name), with_interval(question, found), pictures[name]] for name, found in scores.items()]
     judged = [name for name, kind in measured["contenders"].items() if kind in ("tuned", "api") and name in scores]
     sentences = "".join(
         f"<li>{both({lang: sentence(measured, question, name, lang, marked=True) for lang in LANGUAGES})}</li>"
-        for name in judged or scores
+        for name in (judged or scores if len(judged) != 1 else ())
     )
     lines = table(["", both(words("numbers")), ""], rows)
-    return f"<h2>{both(said(TITLES, question))}</h2><p class='note'>{both(meaning)}</p><ul>{sentences}</ul>{lines}"
+    note = f"<p class='note'><b>{way}</b> {both(meaning)}</p>"
+    return f"<h2>{both(said(TITLES, question))}</h2>{note}<ul>{sentences}</ul>{lines}"
 
 
 def as_html(name: str, measured: Mapping[str, Any], examples: Sequence[Mapping[str, str]]) -> str:
@@ -285,8 +308,9 @@ def as_html(name: str, measured: Mapping[str, Any], examples: Sequence[Mapping[s
     writers = measured["texts"]
     take = both({lang: f"<b>{escape(answer(measured, lang))}</b>" for lang in LANGUAGES})
     one = in_view(measured)
+    against = both({lang: "<br>".join(["", *map(escape, against_each(measured, one, lang))]) for lang in LANGUAGES})
     why = "".join(
-        f"<li>{both(said(TITLES, question))}<br>"
+        f"<li>{both(said(TITLES, question))} <span class='note'>{both(words(direction(question)))}</span><br>"
         f"{both({lang: sentence(measured, question, one, lang, marked=True) for lang in LANGUAGES})}</li>"
         for question in asked(measured) if question in measured["scores"][one]
     )  # fmt: skip
@@ -323,7 +347,7 @@ def as_html(name: str, measured: Mapping[str, Any], examples: Sequence[Mapping[s
     ]
     common = [
         [escape(one) if one != "real" else both(words("real")),
-         " · ".join(f"{escape(text) or '∅'} ×{count}" for text, count in own["commonest"])]
+         " · ".join(f"{escape(text) or '∅'} ×{count}" for text, count in own["commonest"] if count > 1) or "–"]
         for one, own in writers.items()
     ]  # fmt: skip
     shown_examples = [
@@ -339,16 +363,16 @@ def as_html(name: str, measured: Mapping[str, Any], examples: Sequence[Mapping[s
 <button>中文 / English</button>
 <h1>{both(words("title", name=name))}</h1>
 <p class="note">{both(counts)}</p>
-<div class="answer">{both(words("which"))} {take}<ul>{why}</ul></div>
+<div class="answer">{both(words("which"))} {take}{against}<ul>{why}</ul></div>
+<h2>{both(words("who"))}</h2>{table(["", ""], who, "")}
 {sections}
 <p class="note">{both(words("settings"))}</p>
-<h2>{both(words("who"))}</h2>{table(["", ""], who, "")}
+<h2>{both(words("examples"))}</h2>{table([both(words("comment")), *heads[1:]], shown_examples, "")}
 <h2>{both(words("details"))}</h2>{table(contender_heads, detail_rows)}
-<h2>{both(words("shares"))}</h2>{table(heads, shares)}
+<h2>{both(words("shares"))}</h2><p class="note">{both(words("normal"))}</p>{table(heads, shares)}
 <h2>{both(words("style"))}</h2><p class="note">{both(words("distance"))}</p>{table(heads, apart)}
 <h3>{both(words("lengths"))}</h3>{length_picture(measured)}
 <h3>{both(words("marks"))}</h3>{marks_tables(measured)}
 <h2>{both(words("commonest"))}</h2>{table(["", ""], common, "")}
-<h2>{both(words("examples"))}</h2>{table([both(words("comment")), *heads[1:]], shown_examples, "")}
 <script>{SCRIPT}</script></body></html>
 """

@@ -34,28 +34,31 @@ TITLES = {
 }
 MEANINGS = {
     "zh": {
-        "likelihood": "猜中真实回复的一个字平均要多少比特，越少越好。"
+        "likelihood": "猜中真实回复的一个字平均要多少比特。"
         "（只看回复的文字，不看结束符，所以分词器不同也能比。）",
         "reading": "把一条真实回复放到它自己的视频和评论之后，再放到别处（同一视频、别的视频各最多 {others} 条）之后，"
-        "模型有多少次认为在原处更可能。50% 等于瞎猜，越高越好。",
-        "fitting": "同样的做法，换成它自己写的回复，由原模型来读。50% 说明回复放到哪里都一样，越高越好。"
-        "一半以上是照抄原话的回复算 50%。",
+        "模型有多少次认为在原处更可能。50% 等于瞎猜。量了 {read:,} 条回复。",
+        "fitting": "同样的做法，换成它自己写的回复，由原模型来读。50% 说明回复放到哪里都一样。"
+        "一半以上照抄原话、或带着提示词格式的回复算 50%。量了 {read:,} 条回复。",
         "noticed": "给分类器一条真实回复和一条模型回复（来自它没见过的视频），它能挑对的机会（AUC）。"
-        "50% 是分不出来，越低越好。真实回复之间互比：{floor}。",
+        "50% 是分不出来。真实回复之间互比：{floor}。至少要 {pairs_needed} 条评论才下结论，这里有 {comments:,} 条。",
         "judged": "评审看两条回复（两种先后各看一次），更喜欢它的比例；两次说法不一算一半。"
-        "50% 是不分上下，越高越好。共比了 {pairs:,} 对，其中 {disagree} 两次说法不一。",
+        "50% 是不分上下。共比了 {pairs:,} 对，其中 {disagree} 两次说法不一。",
     },
     "en": {
-        "likelihood": "Bits that it takes to guess a character of the real replies; fewer is better. (Of the text "
+        "likelihood": "Bits that it takes to guess a character of the real replies. (Of the text "
         "alone, without its end, so that models with different tokenizers compare.)",
         "reading": "A real reply is read after its own video and comment and after others (up to {others} of the same "
-        "video, {others} of other videos): how often it is likelier after its own. 50% is guessing; more is better.",
+        "video, {others} of other videos): how often it is likelier after its own. 50% is guessing. Of {read:,} "
+        "replies.",
         "fitting": "The same of the replies that it wrote, read by the model before tuning. 50% means that they would "
-        "fit anywhere; more is better. A reply of which half or more repeats what it answers counts as 50%.",
+        "fit anywhere. A reply of which half or more repeats what it answers, or that holds parts of the prompt's "
+        "format, counts as 50%. Of {read:,} replies.",
         "noticed": "A classifier gets a real and a written reply, of videos that it has not seen: how often it picks "
-        "the right one (AUC). 50% is guessing; less is better. Real replies against one another: {floor}.",
+        "the right one (AUC). 50% is guessing. Real replies against one another: {floor}. A verdict takes "
+        "{pairs_needed} comments or more; here are {comments:,}.",
         "judged": "The judge sees two replies, in both orders: how often it prefers this one; contradictions count "
-        "half. 50% is a draw; more is better. It compared {pairs:,} pairs, and contradicted itself in {disagree}.",
+        "half. 50% is a draw. It compared {pairs:,} pairs, and contradicted itself in {disagree}.",
     },
 }
 VERDICTS = {
@@ -66,11 +69,14 @@ WORDS = {
     "zh": {
         "title": "评测：{name}", "comments": "{comments:,} 条留出的评论，来自 {videos:,} 个视频",
         "left_out": "（另有 {left_out:,} 条对某个模型来说太长，没有算）", "which": "该用哪个？",
-        "take": "用 {best}。", "several": "{best} 之间分不出高下，任选其一；训练花了钱，提示词不花钱，先用省事的。",
+        "take": "用 {best}。", "several": "{best} 之间分不出高下，任选其一；提示词比训练省事。",
+        "counts": "比 {other}：{better} 个问题上更好，{worse} 个更差，{rest} 个分不出或数据太少",
         "none": "数据太少，还说不出该用哪个。至少要 {videos} 个视频（“看得出”一问至少要 {pairs} 条评论）。",
         "who": "谁在回答",
         "numbers": "数字与 95% 区间", "details": "细看", "same": "同一视频内", "far": "换到别的视频",
-        "length": "只看长度", "shares": "回复里有什么（占全部回复的比例）", "style": "写法与真人差多远",
+        "length": "只看长度", "shares": "回复里有什么（占全部回复的比例）",
+        "normal": "“真人”一列是正常水平：很短的回复本来就常常雷同。", "less": "越低越好 ↓", "more": "越高越好 ↑",
+        "style": "写法与真人差多远",
         "distance": "距离：长度按字数，其余 0 为相同、1 为毫无共同之处；“真人”一列是真实回复随机分两半的距离，"
         "也就是光凭运气会差多少。",
         "lengths": "回复的长度", "lengths_axis": "不超过这么多字的回复占多少", "commonest": "最常见的回复",
@@ -95,11 +101,15 @@ WORDS = {
         "left_out": " ({left_out:,} more were too long for one of the models and are left out)",
         "which": "Which one to take?", "take": "Take {best}.",
         "several": "{best} cannot be told apart: take any; a prompt costs less than training.",
+        "counts": "than {other}: better in {better} questions, worse in {worse}, undecided in {rest}",
         "none": "There is too little data to say. It takes at least {videos} videos (and {pairs} comments for whether "
         "one would notice).",
         "who": "Who answers", "numbers": "Numbers and 95% intervals", "details": "In detail",
         "same": "within the same video", "far": "against other videos", "length": "by length alone",
-        "shares": "What is in the replies (share of all replies)", "style": "How far from how people write",
+        "shares": "What is in the replies (share of all replies)",
+        "normal": "The column of the real replies shows what is normal: short replies come again and again.",
+        "less": "less is better ↓", "more": "more is better ↑",
+        "style": "How far from how people write",
         "distance": "Distances: of the length in characters, else from 0 (the same) to 1 (nothing in common). The "
         "column of the real replies is that of one random half from the other: what chance does.",
         "lengths": "Length of the replies", "lengths_axis": "share of the replies that are not longer",

@@ -103,7 +103,8 @@ def marks(texts: Iterable[str]) -> dict[str, Counter[str]]:
         counts["emoji"].update(EMOJI.findall(text))
         plain = EMOTICON.sub("", text)
         counts["punctuation"].update(letter for letter in plain if unicodedata.category(letter)[0] == "P")
-        counts["beginnings"][normalised(text)[:BEGINNING_CHARACTERS]] += 1
+        emoticon = EMOTICON.match(text)
+        counts["beginnings"][emoticon[0] if emoticon else normalised(text)[:BEGINNING_CHARACTERS]] += 1
     return counts
 
 
