@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -401,4 +402,5 @@ if __name__ == "__main__":
     try:
         main(build_parser().parse_args())
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted. The same command goes on.") from None
+        print("Interrupted. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
