@@ -172,6 +172,7 @@ def test_a_killed_evaluation_goes_on(
     run(script, arguments)
 
 
+@pytest.mark.slow
 def test_adapters_and_a_later_contender(
     script: ModuleType, build: Arguments, lora_run: Path, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_adapters_and_a_later_contender(
     assert scores["one"]["likelihood"] == scores["two"]["likelihood"] != scores["base"]["likelihood"]
 
 
+@pytest.mark.slow
 def test_compare(script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, capsys: Any) -> None:
     """Two evaluations in one report, with what they were called."""
     base = model_dir / "tiny/qwen2"
@@ -303,6 +305,7 @@ def test_without_training_data(
     assert "copied, whole" not in report["texts"]["base"]["shares"]
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long(
     script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
