@@ -22,11 +22,12 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.cli import ArgumentParser, boolean, progress_bar
-from utils.files import atomic_writes, exclusive_lock, explained, from_root, sha256, shown
+from utils.files import atomic_writes, exclusive_lock, explained, from_root, reason_of, sha256, shown, write_problem
 
 START = "python evaluate.py"
 
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("who answers besides").add_argument
     add("--prompt_file", default="examples/style_prompt.txt", metavar="FILE", help="system prompt of the style prompt")
     add("--shots", type=int, default=4, help="real examples in the few-shot prompt; 0: without it")
-    add("--api", metavar="URL", help="an OpenAI-compatible API that answers too, such as http://127.0.0.1:8000")
+    add("--api", metavar="[NAME=]URL", help="an OpenAI-compatible API that answers too, such as http://127.0.0.1:8000")
     add("--api_model", help="its model's name there (default: the only one)")
     add("--api_key_env", metavar="VARIABLE", help="environment variable that holds its key")
     add = parser.add_argument_group("how much").add_argument
@@ -90,9 +91,11 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     ):
         if not fits:
             problems.append(f"--{name}: got {getattr(args, name)}, expected {expected}.")
-    if args.name is not None and (not args.name.strip(". ") or Path(args.name).name != args.name):
+    if args.name is not None and not is_name(args.name):
         problems.append(f"--name: got {args.name!r}, expected a folder's name, such as BiliComments.")
     if args.compare:
+        if len(args.compare) < 2:
+            problems.append("--compare: expected two evaluations or more, such as eval/monday eval/tuesday.")
         return problems
     if not args.model and not args.api and not args.base:
         problems.append(
@@ -113,7 +116,20 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--judge: no {shown(from_root(args.teacher_config))}. Make it from the example: {example}")
     if not from_root(args.prompt_file).is_file():
         problems.append(f"--prompt_file: no {shown(from_root(args.prompt_file))}.")
+    elif not style_prompt(args):
+        problems.append(f"--prompt_file: {shown(from_root(args.prompt_file))} is empty. Write a system prompt into it.")
     return problems
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a folder."""
+    return bool(text.strip(". ")) and Path(text).name == text
+
+
+def style_prompt(args: argparse.Namespace) -> str:
+    """The written style prompt."""
+    with explained(f"--prompt_file: {shown(from_root(args.prompt_file))} is no text in UTF-8"):
+        return from_root(args.prompt_file).read_text(encoding="utf-8").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,13 +181,25 @@ def find_contenders(args: argparse.Namespace) -> list[Any]:
     if not is_model(base):
         raise SystemExit(f"--base: {shown(base)} is no model's folder (config.json and weights).")
     if args.api:
-        found.append(Contender(api_model(args), API, args.api))
+        name, _ = api_address(args)
+        model = api_model(args)
+        found.append(Contender(name or model, API, model))
     kinds = [BASE, STYLE, *([FEW_SHOT] if args.shots else [])]
     found += [Contender(kind, kind, str(base)) for kind in kinds]
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1} | ({"real", "question"} & {*names})):
-        raise SystemExit(f"The name {twice[0]!r} is given twice, or taken. Give others: --model NAME={twice[0]}")
+        raise SystemExit(
+            f"The name {twice[0]!r} is given twice, or taken. Give others: --model mine=DIR, --api theirs=URL"
+        )
+    if wrong := [name for name in names if not is_name(name.replace("/", "-"))]:
+        raise SystemExit(f"--model: got the name {wrong[0]!r}, expected one such as tuned=DIR.")
     return found
+
+
+def api_address(args: argparse.Namespace) -> tuple[str, str]:
+    """Takes NAME=URL apart; the name may be missing."""
+    name, separator, url = args.api.partition("=")
+    return (name.strip(), url) if separator and "://" not in name else ("", args.api)
 
 
 def api_client(args: argparse.Namespace) -> Any:
@@ -184,7 +212,8 @@ def api_client(args: argparse.Namespace) -> Any:
 
     for variable in OPENAI_VARIABLES:
         os.environ.pop(variable, None)
-    url = args.api.rstrip("/") + ("" if urlsplit(args.api).path.strip("/") else "/v1")
+    _, address = api_address(args)
+    url = address.rstrip("/") + ("" if urlsplit(address).path.strip("/") else "/v1")
     local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
     http = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
     key = os.environ[args.api_key_env] if args.api_key_env else "none"
@@ -220,8 +249,8 @@ def make_task(args: argparse.Namespace, folder: Any, train: Path | None) -> Any:
 
     groups = read_comments(from_root(args.data), None if args.limit == -1 else args.limit)
     count = sum(map(len, groups)) if args.matched == -1 else args.matched
-    style = from_root(args.prompt_file).read_text(encoding="utf-8").strip()
-    examples = draw_examples(train, args.shots, args.seed) if args.shots else []
+    style, held_out = style_prompt(args), {comment.video_id for group in groups for comment in group}
+    examples = draw_examples(train, args.shots, args.seed, held_out) if args.shots else []
     return Task(
         comments=[comment for group in groups for comment in group],
         matched=[comment for group in spread(groups, count) for comment in group],
@@ -271,11 +300,10 @@ def training_answers(train: Path | None) -> list[str] | None:
     if train is None or not train.is_file():
         return None
     answers = []
-    for record in read_records(train):
-        try:
-            answers += [turn["content"] for turn in to_messages(record) if turn["role"] == "assistant"]
-        except UnusableRecord:
-            continue
+    with explained(f"{shown(train)} cannot be used as training data"):
+        for record in read_records(train):
+            with suppress(UnusableRecord):
+                answers += [turn["content"] for turn in to_messages(record) if turn["role"] == "assistant"]
     return answers
 
 
@@ -324,19 +352,21 @@ def compare(args: argparse.Namespace) -> None:
     folders = [from_root(path) for path in args.compare]
     place = from_root(args.output_dir) / (args.name or "-".join(folder.name for folder in folders))
     comments, evidence, train = joined(folders)
+    if (place / "settings.json").is_file():
+        raise SystemExit(f"--name: {shown(place)} is an evaluation itself. Give the comparison another name.")
+    if problem := write_problem(place):
+        raise SystemExit(f"--output_dir: {problem}")
     with exclusive_lock(place):
         place.mkdir(parents=True, exist_ok=True)
-        finish(place, comments, evidence, train, {}, {})
+        finish(place, comments, evidence, training_answers(train), {}, {})
 
 
 def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Lets the judge compare each tuned model's replies with those of the base's prompts.
 
     Returns:
-        What it prefers, and what the report says of it; nothing without a judge.
+        What it prefers, and what the report says of it.
     """
-    if not args.judge:
-        return {}, {}
     from utils.data.held_out import spread
     from utils.data.teacher import read_teacher
     from utils.evaluate.contenders import API, TUNED
@@ -347,7 +377,7 @@ def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tup
     candidates = [one.name for one in contenders if one.kind in (TUNED, API)]
     pairs = [(one, other.name) for one in candidates for other in contenders if other.name not in candidates]
     path = answers_of(from_root(args.output_dir), args.judge)
-    teacher = read_teacher(from_root(args.teacher_config), args.judge)
+    teacher = read_teacher(from_root(args.teacher_config), args.judge, "--judge")
     videos: dict[str, list[Any]] = {}
     for comment in task.comments:
         videos.setdefault(comment.video_id, []).append(comment)
@@ -361,7 +391,7 @@ def finish(
     place: Path,
     comments: list[Any],
     evidence: list[Any],
-    train: Path | None,
+    training: list[str] | None,
     judged: dict[Any, Any],
     more: dict[str, Any],
 ) -> None:
@@ -370,7 +400,7 @@ def finish(
     from utils.evaluate.report import side_by_side
 
     with explained("Nothing can be compared"):
-        measured = measure(comments, evidence, training_answers(train), judged) | more
+        measured = measure(comments, evidence, training, judged) | more
     write_report(place, measured, side_by_side(comments, evidence))
 
 
@@ -381,21 +411,40 @@ def main(args: argparse.Namespace) -> None:
     if args.compare:
         compare(args)
         return
+    if args.judge:
+        from utils.data.teacher import read_teacher
+
+        read_teacher(from_root(args.teacher_config), args.judge, "--judge")
     train, contenders = find_train(args), find_contenders(args)
     place = from_root(args.output_dir) / (args.name or contenders[0].name.replace("/", "-"))
+    if problem := write_problem(place):
+        raise SystemExit(f"--output_dir: {problem}")
+    try:
+        evaluate(args, place, contenders, train)
+    except (OSError, ExceptionGroup) as error:
+        full = error.subgroup(OSError) if isinstance(error, ExceptionGroup) else error
+        if full is None:
+            raise
+        raise SystemExit(f"{shown(place)} cannot be written: {reason_of(full)}. The same command goes on.") from None
+
+
+def evaluate(args: argparse.Namespace, place: Path, contenders: list[Any], train: Path | None) -> None:
+    """Evaluates into a folder that nobody else writes to."""
     from utils.evaluate.contenders import BASE
     from utils.evaluate.folder import EvaluationFolder
 
     base = next(one for one in contenders if one.kind == BASE)
     folder = EvaluationFolder(place)
     with exclusive_lock(place):
-        task = make_task(args, folder, train)
+        task, training = make_task(args, folder, train), training_answers(train)
         folder.open(settings_of(args, base.model, train), contenders, train, args.overwrite)
         print(f"{len(task.comments):,} comments under {len({one.video_id for one in task.comments}):,} videos; "
               f"{', '.join(one.name for one in contenders)} answer. In {shown(place)}.")  # fmt: skip
         work(args, contenders, task)
         evidence = folder.evidence({one.name: one.kind for one in contenders}, BASE)
-        finish(place, task.comments, evidence, train, *ask_judge(args, task, contenders))
+        finish(place, task.comments, evidence, training, {}, {})
+        if args.judge:
+            finish(place, task.comments, evidence, training, *ask_judge(args, task, contenders))
 
 
 if __name__ == "__main__":

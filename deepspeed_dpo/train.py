@@ -317,6 +317,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     """Compares the best checkpoint with its reference on the held-out pairs, and writes the replies of both."""
     import torch
 
+    from utils.evaluate.scores import as_markdown, compare_texts
     from utils.serve.generate import show_replies
     from utils.train.reference import answer_logps
     from utils.weights.adapters import read_adapter
@@ -363,6 +364,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     write_lines(target, rows)
     for row in rows[:SHOWN_REPLIES]:
         print(f"\n{row['prompt']}\n  tuned:     {row['reply']}\n  reference: {row['reference_reply']}")
+    print(f"\n{as_markdown(compare_texts(rows, ['reply', 'reference_reply'], 'chosen'))}")
     wins = sum(chosen > rejected for chosen, rejected in worth)
     margin = sum(chosen - rejected for chosen, rejected in worth) / len(worth)
     print(

@@ -202,7 +202,11 @@ def test_compare(script: ModuleType, build: Arguments, model_dir: Path, tmp_path
     assert [*report["contenders"]] == names
     first = read_json(tmp_path / "eval/first/report.json")
     assert report["scores"]["first: tuned"]["likelihood"] == first["scores"]["tuned"]["likelihood"]
-    assert "second: tuned" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "second: tuned" in told and "different seed; what differs may be that" in told
+    with pytest.raises(SystemExit, match="is an evaluation itself"):
+        run(script, ["--compare", *folders, "--output_dir", str(tmp_path / "eval"), "--name", "first"])
+    assert read_json(tmp_path / "eval/first/report.json") == first
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -211,9 +215,9 @@ class Answering(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def send(self, body: Any) -> None:
+    def send(self, body: Any, status: int = 200) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -225,6 +229,9 @@ class Answering(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((body, self.headers["Authorization"]))
+        if self.server.broken:
+            self.send({"error": {"message": "no such model"}}, 400)
+            return
         choice = {"index": 0, "message": {"role": "assistant", "content": " 求 "}, "finish_reason": "stop"}
         self.send({"id": "1", "object": "chat.completion", "created": 0, "model": "remote", "choices": [choice]})
 
@@ -234,7 +241,7 @@ def test_an_api(
 ) -> None:
     """A server's model answers the same prompts with the same settings; its key goes nowhere else."""
     server = LocalServer(Answering)
-    server.requests = []
+    server.requests, server.broken = [], False
     monkeypatch.setenv("SECRET_OF_TEST", "sk-of-the-test")
     api = {"api": server.url, "api_key_env": "SECRET_OF_TEST"}
     run(script, build(**api, base=model_dir / "tiny/qwen2", shots=0, replies=2))
@@ -246,6 +253,12 @@ def test_an_api(
     report = read_json(tmp_path / "eval/first/report.json")
     assert "likelihood" not in report["scores"]["remote"] and "fitting" in report["scores"]["remote"]
     assert report["texts"]["remote"]["shares"]["equal"][0] == 1
+    place = tmp_path / "eval/named"
+    run(script, build(**api | {"api": f"theirs={server.url}"}, base=model_dir / "tiny/qwen2", shots=0, name="named"))
+    assert "theirs" in read_json(place / "report.json")["contenders"] and server.requests[-1][0]["model"] == "remote"
+    server.broken = True
+    with pytest.raises(SystemExit, match="the server does not answer as it should.*no such model"):
+        run(script, build(api=f"broken={server.url}", base=model_dir / "tiny/qwen2", shots=0, name="named"))
     written = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "eval/first").glob("*.*"))
     assert "sk-of-the-test" not in written + capsys.readouterr().out
     server.shutdown()
@@ -267,7 +280,15 @@ def test_an_api(
         ({"model": ["nowhere"]}, "--model: nowhere is neither a model's folder"),
         ({"train_data": "nowhere.json"}, "--train_data: no nowhere.json"),
         ({"judge": "x", "teacher_config": "nowhere.yaml"}, "--judge: no nowhere.yaml"),
-        ({"compare": ["nowhere"]}, "--compare: nowhere is no evaluation"),
+        ({"compare": ["nowhere", "neither"]}, "--compare: nowhere is no evaluation"),
+        ({"compare": ["nowhere"]}, "--compare: expected two evaluations or more"),
+        ({"judge": "x", "teacher_config": "teachers.yaml"}, "--judge: no entry 'x'"),
+        ({"prompt_file": "odd.txt"}, "--prompt_file: odd.txt is no text in UTF-8"),
+        ({"prompt_file": "empty.txt"}, "--prompt_file: empty.txt is empty"),
+        ({"output_dir": "odd.txt"}, "--output_dir: odd.txt/first is no folder that can be written to"),
+        ({"model": ["..=model"]}, "neither a model's folder"),
+        ({"train_data": "records.json", "shots": 0}, "records.json cannot be used as training data"),
+        ({"train_data": "held_out.json"}, "holds no other videos than the held-out data"),
     ],
 )
 def test_wrong_input(
@@ -278,11 +299,38 @@ def test_wrong_input(
     prompt = root / "examples/style_prompt.txt"
     prompt.parent.mkdir(exist_ok=True)
     prompt.write_text("像真人一样", encoding="utf-8")
+    (root / "odd.txt").write_bytes(b"\xff\xfe\xff")
+    (root / "empty.txt").write_text(" \n")
+    (root / "teachers.yaml").write_text('{"y": {"base_url": "http://127.0.0.1:9", "model": "m"}}')
+    (root / "records.json").write_text('[{"x": 1}]')
+    (root / "held_out.json").write_text(json.dumps(make_records(2, first=12)), encoding="utf-8")
     arguments = build(**{name: value for name, value in given.items() if value != []})
     with pytest.raises(SystemExit) as end:
         run(script, arguments)
     assert told in str(end.value.code)
     assert not (root / "eval/first/settings.json").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "real", "question", "base"])
+def test_names_that_cannot_be(script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, name: str) -> None:
+    """They would lead out of the results' folder, or are taken."""
+    flags = build(model=[f"{name}={model_dir}/tiny/llama"], base=model_dir / "tiny/qwen2")
+    with pytest.raises(SystemExit, match="expected one such as|is given twice, or taken"):
+        run(script, flags)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_full_disk(
+    script: ModuleType, build: Arguments, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, whether one or several replies could not be kept."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EvaluationFolder, "add_replies", full)
+    with pytest.raises(SystemExit, match="No space left on device. The same command goes on"):
+        run(script, build(base=model_dir / "tiny/qwen2", shots=0, matched=0))
 
 
 def test_nothing_says_what_the_base_is(script: ModuleType, build: Arguments, model_dir: Path) -> None:

@@ -18,11 +18,11 @@ from utils.evaluate.measures import (
     Evidence,
     Videos,
     add_judged,
+    best_of,
     compare,
     describe,
     distances,
     measure,
-    unbeaten,
     wins,
 )
 
@@ -247,7 +247,7 @@ def test_compare() -> None:
         "two": dict(zip(names, [*two, noisy], strict=True)),
         "api": {"noticed": constant(0.7)},
     }
-    found = compare(numbers, 300)
+    found = compare(numbers, 300, 40)
     said = {name: {pair: rows[pair[0]][pair[1]]["verdict"] for pair in (("one", "two"), ("two", "one"))}
             for name, rows in found.items()}  # fmt: skip
     better = {("one", "two"): "better", ("two", "one"): "worse"}
@@ -257,9 +257,9 @@ def test_compare() -> None:
     assert found["likelihood"]["one"]["two"]["lead"] == pytest.approx((1, 1, 1))
     assert found["noticed"]["api"]["one"]["lead"] == pytest.approx((-0.1, -0.1, -0.1))
     assert "api" not in found["reading"]
-    few = compare(numbers, 199)
+    few = compare(numbers, 199, 40)
     assert few["noticed"]["one"]["two"]["verdict"] == "few" and few["reading"]["one"]["two"]["verdict"] == "better"
-    short = compare({name: {"reading": constant(value, 9)} for name, value in (("one", 0.9), ("two", 0.1))}, 300)
+    short = compare({name: {"reading": constant(value, 9)} for name, value in (("one", 0.9), ("two", 0.1))}, 300, 9)
     assert short["reading"]["one"]["two"]["verdict"] == "few"
 
 
@@ -281,14 +281,14 @@ def said(*rows: str) -> dict[str, Any]:
         (["x: a better b", "y: a worse b"], "abc"),  # One each.
         (["x: a better b", "y: a worse b", "z: a worse b"], "bc"),
         (["x: a better b", "x: b better c", "x: a equal c"], "a"),
-        (["x: a better b", "x: b better c", "x: c better a"], ""),  # A circle.
+        (["x: a better b", "x: b better c", "x: c better a"], "abc"),  # A circle.
         (["x: a few b", "x: b few c"], ""),
         (["x: a few b", "y: a better b"], "ac"),
         (["x: a equal b", "x: b equal c", "x: a equal c"], "abc"),
     ],
 )
-def test_unbeaten(rows: list[str], wanted: str) -> None:
-    assert unbeaten(said(*rows), ["a", "b", "c"]) == [*wanted]
+def test_best(rows: list[str], wanted: str) -> None:
+    assert best_of(said(*rows), ["a", "b", "c"]) == [*wanted]
 
 
 def test_comments_that_one_lacks() -> None:

@@ -135,7 +135,9 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """The message of a library's error, shortened: of hundreds of mismatching sizes, the first."""
+    """The message of a library's error, shortened: of hundreds of mismatching sizes, or of several, the first."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
     lines = [line.strip()[:300] for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[:3]) or repr(error)
 

@@ -51,11 +51,12 @@ def read_comments(path: Path, count: int | None = None) -> list[list[Comment]]:
             ids.add(id)
             videos.setdefault(video, []).append(Comment(id, video, messages))
     except DataError as error:
-        raise SystemExit(f"{shown(path)} holds no held-out data: {error}") from error
+        raise SystemExit(f"{shown(path)} cannot be used: {error}") from error
     if unusable:
         print(f"({unusable} records without questions and answers by turns were left out)", file=sys.stderr)
     if not videos:
-        raise SystemExit(f"{shown(path)} is empty. Hold out more: python prepare_data.py --test_size 0.3")
+        held = "Hold out more: python prepare_data.py --test_size 0.3"
+        raise SystemExit(f"{shown(path)} is empty, or holds nothing that can be used. {held}")
     return [*videos.values()] if count is None else spread([*videos.values()], count)
 
 

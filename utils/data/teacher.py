@@ -87,8 +87,13 @@ class FatalError(Exception):
     """Why no request can succeed, such as a wrong key."""
 
 
-def read_teacher(path: Path, name: str) -> Teacher:
+def read_teacher(path: Path, name: str, flag: str = "--model_name") -> Teacher:
     """Reads a teacher's entry.
+
+    Args:
+        path: teacher_config.yaml.
+        name: Of the entry.
+        flag: The argument that named it.
 
     Raises:
         SystemExit: saying what is wrong with it; no value is repeated, as it could be a key.
@@ -106,7 +111,7 @@ def read_teacher(path: Path, name: str) -> Teacher:
         raise SystemExit(f"{shown(path)}{line}: not YAML. Compare it with {example}") from None
     if not isinstance(teachers, dict) or not isinstance(teachers.get(name), dict):
         there = ", ".join(map(str, teachers)) if isinstance(teachers, dict) else ""
-        raise SystemExit(f"--model_name: no entry {name!r} in {shown(path)}. There are: {there or 'none'}.")
+        raise SystemExit(f"{flag}: no entry {name!r} in {shown(path)}. There are: {there or 'none'}.")
     entry, place = teachers[name], f"{shown(path)}, {name}"
     if unknown := sorted(str(field) for field in entry.keys() - KINDS.keys()):
         advice = " Keys do not belong in files: name an environment variable in api_key_env."

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +100,28 @@ def _base_of(record: dict[str, Any]) -> str | None:
         return None
 
 
-def draw_examples(train: Path, count: int, seed: int) -> list[Message]:
+def draw_examples(train: Path, count: int, seed: int, held_out: Container[str] = ()) -> list[Message]:
     """Draws real answers for the few-shot prompt, each from another training video where there are enough.
+
+    Args:
+        train: The training records.
+        count: How many.
+        seed: Of the draw.
+        held_out: Videos of which none is taken: their comments are to be answered.
 
     Returns:
         `count` user and assistant turns each, without system prompts.
+
+    Raises:
+        SystemExit: if there are no other videos.
     """
-    groups, draw = read_comments(train), random.Random(seed)
+    groups = [group for group in read_comments(train) if group[0].video_id not in held_out]
+    if not groups:
+        raise SystemExit(
+            f"{shown(train)} holds no other videos than the held-out data: nothing to take the few-shot examples from. "
+            "Name the training records: --train_data FILE, or leave that prompt out: --shots 0"
+        )
+    draw = random.Random(seed)
     draw.shuffle(groups)
 
     def is_long(comment: Comment) -> bool:

@@ -31,7 +31,8 @@ REPLY_FIELDS = {
     "cut": list,
 }
 # Settings without which two evaluations do not measure the same.
-COMPARED = ("base", "train_data", "style prompt", "shots", "max_new_tokens", "temperature", "top_p")
+COMPARED = ("data", "limit", "matched", "seed", "base", "train_data", "style prompt", "shots", "replies",
+            "max_new_tokens", "temperature", "top_p")  # fmt: skip
 LIKELIHOOD_FIELDS = {"contender": str, "of": str, "id": str, "nats": dict}
 
 
@@ -160,6 +161,10 @@ def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path
         made_with.append(said["settings"])
         own = {row["id"]: Comment(row["id"], row["video_id"], [*row["messages"], answer_of(row)]) for row in rows}
         comments = own if comments is None else {id: one for id, one in comments.items() if own.get(id) == one}
+        if short := [name for name in kinds if len(folder.answered(name)) < len(own)]:
+            print(f"Note: {shown(path)} is not finished: {', '.join(short)} did not answer all comments.")
+        if "judged" in read_report(path).get("verdicts", {}):
+            print(f"Note: what the judge said in {shown(path)} is left out.")
         evidence += [one._replace(name=f"{path.name}: {one.name}") for one in folder.evidence(kinds, BASE)]
     differing = [name for name in COMPARED if len({json.dumps(settings.get(name)) for settings in made_with}) > 1]
     if differing:
@@ -168,6 +173,11 @@ def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path
     if not comments:
         raise SystemExit(f"--compare: {', '.join(map(shown, folders))} have no held-out comments in common.")
     return [*comments.values()], evidence, Path(train) if train else None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """An evaluation's report.json, as far as there is one."""
+    return read_json(path / "report.json") if (path / "report.json").is_file() else {}
 
 
 def answer_of(row: Mapping[str, Any]) -> Message:

@@ -200,12 +200,13 @@ def distances(texts_of: Sequence[str], real: Sequence[str]) -> dict[str, float]:
     }
 
 
-def compare(numbers: Mapping[str, Mapping[str, Estimate]], pairs: int) -> dict[str, Any]:
+def compare(numbers: Mapping[str, Mapping[str, Estimate]], pairs: int, videos: int) -> dict[str, Any]:
     """Says of each two contenders which is better at what.
 
     Args:
         numbers: Contender -> question -> estimate.
         pairs: Real and written replies that the classifier had.
+        videos: Theirs, of which it is asked about half.
 
     Returns:
         Question -> contender -> other contender -> {"verdict", "lead": `Interval`}; the lead is positive where the
@@ -219,25 +220,40 @@ def compare(numbers: Mapping[str, Mapping[str, Estimate]], pairs: int) -> dict[s
                     continue
                 lead = own[question] - theirs[question]
                 lead = lead if more_is_better else -lead
-                said = verdict(lead.interval(), lead.videos, pairs if question == "noticed" else None)
+                amount = (videos, pairs) if question == "noticed" else (lead.videos,)
+                said = verdict(lead.interval(), *amount)
                 row = found.setdefault(question, {}).setdefault(one, {})
                 row[other] = {"verdict": said, "lead": lead.interval()}
     return found
 
 
-def unbeaten(verdicts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Those that nobody is better than in more questions than they are better in; none if there is too little data."""
+def best_of(verdicts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those that no other is better than: better in more questions than worse.
+
+    Where they go in a circle, it is those that are better than the most others, less those that are better than them
+    (Copeland's rule).
+
+    Args:
+        verdicts: From `compare`.
+        names: The contenders.
+
+    Returns:
+        Their names; none if there is too little data for any verdict.
+    """
     said = {
         (one, other): [row[one][other]["verdict"] for row in verdicts.values() if other in row.get(one, {})]
         for one in names for other in names if one != other
     }  # fmt: skip
-    if all(verdict == "few" for each in said.values() for verdict in each):
+    if all(verdict == "few" for each in said.values() for verdict in each):  # Or there is one contender only.
         return []
 
-    def beats(one: str, other: str) -> bool:
-        return said[one, other].count("better") > said[one, other].count("worse")
+    def lead(one: str, other: str) -> int:
+        difference = said[one, other].count("better") - said[one, other].count("worse")
+        return (difference > 0) - (difference < 0)
 
-    return [name for name in names if not any(beats(other, name) for other in names if other != name)]
+    leads = {one: [lead(one, other) for other in names if other != one] for one in names}
+    unbeaten = [name for name in names if min(leads[name]) >= 0]
+    return unbeaten or [name for name in names if sum(leads[name]) == max(map(sum, leads.values()))]
 
 
 def restricted(one: Evidence, ids: Container[str]) -> Evidence:
@@ -308,7 +324,7 @@ def measure(
     videos = Videos(shared)
     kept = [restricted(one, videos.comments) for one in evidence]
     numbers = {one.name: estimates(videos, one) for one in kept}
-    verdicts = compare(numbers, len(shared))
+    verdicts = compare(numbers, len(shared), videos.count)
     scores = {name: {what: value.interval() for what, value in own.items()} for name, own in numbers.items()}
     add_judged(videos, judged or {}, scores, verdicts)
     real = {id: [comment.messages[-1]["content"]] for id, comment in videos.comments.items()}
@@ -328,6 +344,6 @@ def measure(
         "scores": scores,
         "floor": floor_of_noticed(videos),
         "verdicts": verdicts,
-        "best": unbeaten(verdicts, [*numbers]),
+        "best": best_of(verdicts, [*numbers]),
         "texts": written,
     }

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 from utils.data.held_out import Comment
@@ -35,6 +35,11 @@ const page = document.documentElement;
 page.className = /^zh/.test(navigator.language) ? "zh" : "en";
 document.querySelector("button").onclick = () => { page.className = page.className === "zh" ? "en" : "zh"; };
 """
+
+
+def escape(text: str) -> str:
+    """A text for HTML; control characters, which models can write, would make the page a binary file."""
+    return escape_html("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
 
 
 def both(text: Mapping[str, str] | Any) -> str:
@@ -80,15 +85,20 @@ def answer(measured: Mapping[str, Any], lang: str) -> str:
     text, best = WORDS[lang], measured["best"]
     if not best:
         return text["none"].format(videos=LEAST_VIDEOS, pairs=LEAST_PAIRS)
-    return text["take" if len(best) == 1 else "several"].format(best=names_of(best, lang))
+    apart = {
+        row[one][other]["verdict"] for row in measured["verdicts"].values() for one in best for other in best
+        if other in row.get(one, {})
+    }  # fmt: skip
+    kind = "take" if len(best) == 1 else "depends" if apart & {"better", "worse"} else "several"
+    return text[kind].format(best=names_of(best, lang))
 
 
 def against_each(measured: Mapping[str, Any], one: str, lang: str) -> list[str]:
-    """In how many questions a contender is better and worse than each of those that it was preferred to."""
+    """In how many questions a contender is better and worse than each other."""
     lines = []
     for other in measured["contenders"]:
         said_of = [row[one][other]["verdict"] for row in measured["verdicts"].values() if other in row.get(one, {})]
-        if other in measured["best"] or not said_of:
+        if not said_of:
             continue
         better, worse = said_of.count("better"), said_of.count("worse")
         rest = len(said_of) - better - worse

@@ -207,8 +207,8 @@ def run_api(task: Task, one: Contender, client: Any) -> None:
         for comment in task.comments if comment.id not in answered
     }  # fmt: skip
     if asked:
-        with explained(f"--api: {one.model} has stopped answering. The same command goes on"):
-            api_replies(client, one.name, asked, task.sampling, keeper(task, one.name))
+        with explained("--api: the server does not answer as it should; when it does, the same command goes on"):
+            api_replies(client, one.model, asked, task.sampling, keeper(task, one.name))
 
 
 def read_replies(task: Task, base: Contender, names: Sequence[str]) -> None:
