@@ -457,10 +457,18 @@ def test_a_resumed_run_is_the_same(
 
 @pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True}), slow({"tuner": "full", "lr": 1e-3})], ids=str)
 def test_the_converted_model_is_the_trained_one(
-    dpo: ModuleType, dpo_args: Build, model_dir: Path, tmp_path: Path, monkeypatch: Any, flags: dict[str, Any]
+    dpo: ModuleType,
+    dpo_args: Build,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    flags: dict[str, Any],
 ) -> None:
     convert = load_script("convert_model.py")
     run(dpo, dpo_args(test_mode=True, **flags))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table] == ["|", "| reply", "| reference_reply", "| chosen"]
     (folder,) = (tmp_path / "output").glob("DS-*/*")
     rows = [json.loads(line) for line in (folder / "test_1.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 8 and {"id", "prompt", "reply", "reference_reply", "chosen", "rejected"} < rows[0].keys()
