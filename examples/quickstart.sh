@@ -42,7 +42,7 @@ python examples/compare.py --base "model/$MODEL" --tuned output_hf/quickstart --
 
 step "6/6  Is it any good, and better than a prompt?"
 python evaluate.py --model quickstart=output_hf/quickstart --base "model/$MODEL" --data "$DATA/data_test.json" --name quickstart --overwrite \
-    --limit 12 --matched 12 --shots 2 --max_new_tokens 24
+    --limit 5 --matched 5 --shots 2 --max_new_tokens 16
 
 cat <<EOT
 

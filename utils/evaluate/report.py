@@ -95,7 +95,9 @@ def answer(measured: Mapping[str, Any], lang: str) -> str:
 
 def against_each(measured: Mapping[str, Any], one: str, lang: str) -> list[str]:
     """In how many questions a contender is better and worse than each other."""
-    lines = []
+    lines: list[str] = []
+    if not measured["best"]:
+        return lines
     for other in measured["contenders"]:
         said_of = [row[one][other]["verdict"] for row in measured["verdicts"].values() if other in row.get(one, {})]
         if not said_of:

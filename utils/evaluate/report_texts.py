@@ -69,7 +69,7 @@ WORDS = {
     "zh": {
         "title": "评测：{name}", "comments": "{comments:,} 条留出的评论，来自 {videos:,} 个视频",
         "left_out": "（另有 {left_out:,} 条没有算：对某个模型来说太长，或者它还没有回复）", "which": "该用哪个？",
-        "take": "用 {best}。", "several": "{best} 之间分不出高下，任选其一；提示词比训练省事。",
+        "take": "用 {best}。", "several": "{best} 之间分不出高下，任选其一。",
         "depends": "要看看重什么：{best} 各有更好的地方，见下面各个问题。",
         "counts": "比 {other}：{better} 个问题上更好，{worse} 个更差，{rest} 个分不出或数据太少",
         "none": "数据太少，还说不出该用哪个。至少要 {videos} 个视频（“看得出”一问至少要 {pairs} 条评论）。",
@@ -101,7 +101,7 @@ WORDS = {
         "title": "Evaluation: {name}", "comments": "{comments:,} held-out comments under {videos:,} videos",
         "left_out": " ({left_out:,} more are left out: too long for one of the models, or not answered by all)",
         "which": "Which one to take?", "take": "Take {best}.",
-        "several": "{best} cannot be told apart: take any; a prompt costs less than training.",
+        "several": "{best} cannot be told apart: take any.",
         "depends": "It depends on what counts: {best} are each better at something, see the questions below.",
         "counts": "than {other}: better in {better} questions, worse in {worse}, undecided in {rest}",
         "none": "There is too little data to say. It takes at least {videos} videos (and {pairs} comments for whether "
