@@ -104,7 +104,7 @@ def against_each(measured: Mapping[str, Any], one: str, lang: str) -> list[str]:
             continue
         better, worse = said_of.count("better"), said_of.count("worse")
         rest = len(said_of) - better - worse
-        lines.append(WORDS[lang]["counts"].format(other=other, better=better, worse=worse, rest=rest))
+        lines.append(WORDS[lang]["counts"].format(one=one, other=other, better=better, worse=worse, rest=rest))
     return lines
 
 

@@ -19,16 +19,16 @@ KINDS = {
 TITLES = {
     "zh": {
         "likelihood": "真人的回复，它觉得有多自然？",
-        "reading": "它读懂视频和评论了吗？",
-        "fitting": "它写的回复对题吗？",
-        "noticed": "看得出是模型写的吗？",
+        "reading": "它读懂视频和评论了吗？（50% 是瞎猜）",
+        "fitting": "它写的回复对题吗？（50% 是放哪儿都行）",
+        "noticed": "看得出是模型写的吗？（50% 看不出，100% 一眼看穿）",
         "judged": "评审觉得谁写得好？",
     },
     "en": {
         "likelihood": "How natural does it find what people wrote?",
-        "reading": "Does it read the video and the comment?",
-        "fitting": "Do its replies fit what they answer?",
-        "noticed": "Would one notice that a model wrote them?",
+        "reading": "Does it read the video and the comment? (50%: it guesses)",
+        "fitting": "Do its replies fit what they answer? (50%: they fit anywhere)",
+        "noticed": "Would one notice that a model wrote them? (50%: nobody can, 100%: at once)",
         "judged": "Whose replies does the judge prefer?",
     },
 }
@@ -71,7 +71,7 @@ WORDS = {
         "left_out": "（另有 {left_out:,} 条没有算：对某个模型来说太长，或者它还没有回复）", "which": "该用哪个？",
         "take": "用 {best}。", "several": "{best} 之间分不出高下，任选其一。",
         "depends": "要看看重什么：{best} 各有更好的地方，见下面各个问题。",
-        "counts": "比 {other}：{better} 个问题上更好，{worse} 个更差，{rest} 个分不出或数据太少",
+        "counts": "{one} 比 {other}：{better} 个问题上更好，{worse} 个更差，{rest} 个分不出或数据太少",
         "none": "数据太少，还说不出该用哪个。至少要 {videos} 个视频（“看得出”一问至少要 {pairs} 条评论）。",
         "who": "谁在回答",
         "numbers": "数字与 95% 区间", "details": "细看", "same": "同一视频内", "far": "换到别的视频",
@@ -83,7 +83,8 @@ WORDS = {
         "lengths": "回复的长度", "lengths_axis": "不超过这么多字的回复占多少", "commonest": "最常见的回复",
         "marks": "每 100 条回复出现几次", "examples": "并排看几条", "real": "真人", "comment": "视频与评论",
         "settings": "怎么看区间：重新抽取视频 2000 次，结果有 95% 落在区间里；两个模型的差用同样的抽样算出，"
-        "差的区间不含 0 才说更好或更差。各次比较分开计算，没有按比较次数放宽。",
+        "差的区间不含 0 才说更好或更差。因为比的是同样的视频，两个区间有重叠也可能分得出高下；"
+        "差距很小时，用起来未必有感觉。各次比较分开计算，没有按比较次数放宽。",
         "scores": {
             "likelihood": "每字比特", "reading": "读懂", "fitting": "对题", "noticed": "被识破", "judged": "评审",
         },
@@ -103,7 +104,7 @@ WORDS = {
         "which": "Which one to take?", "take": "Take {best}.",
         "several": "{best} cannot be told apart: take any.",
         "depends": "It depends on what counts: {best} are each better at something, see the questions below.",
-        "counts": "than {other}: better in {better} questions, worse in {worse}, undecided in {rest}",
+        "counts": "{one} against {other}: better in {better} questions, worse in {worse}, undecided in {rest}",
         "none": "There is too little data to say. It takes at least {videos} videos (and {pairs} comments for whether "
         "one would notice).",
         "who": "Who answers", "numbers": "Numbers and 95% intervals", "details": "In detail",
@@ -119,7 +120,8 @@ WORDS = {
         "real": "real", "comment": "video and comment",
         "settings": "Intervals: videos are drawn anew 2,000 times, and 95% of the results lie within. The difference "
         "of two models is taken in the same draws; only where its interval does not hold 0 is one called better or "
-        "worse. "
+        "worse. Since the same videos are compared, two intervals may overlap and the models still be told apart; of a "
+        "small difference nobody need notice anything. "
         "Comparisons are made one by one, not corrected for how many there are.",
         "scores": {"likelihood": "bits per character", "reading": "reads", "fitting": "fits", "noticed": "noticed",
                    "judged": "judged"},
