@@ -29,7 +29,7 @@ def test_replies_side_by_side(model_dir: Path, data_dir: Path, capsys: pytest.Ca
     [
         ("[]", ["--number", "0"], "--number: got 0, expected 1 or more"),
         ("no JSON", [], "data_test.json: not readable as json"),
-        ("[]", [], "data_test.json is empty, or holds nothing that can be used. Hold out more: python prepare_data.py --test_size 0.3"),
+        ("[]", [], "data_test.json is empty, or holds nothing that can be used. Hold out more: python"),
         ("[1]", [], "got a int, expected one of"),
         (None, [], "Make it with: python prepare_data.py"),
     ],
