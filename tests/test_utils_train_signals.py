@@ -18,7 +18,8 @@ with StopSignals(says=True) as signals:
     print("begun", flush=True)
     for _ in range(600):
         time.sleep(0.05)
-        if signals._received: print(signals._received, flush=True); signals._received = 0
+        number, signals._received = signals._received, 0  # First: the next signal comes as soon as this one is told.
+        if number: print(number, flush=True)
 """
 
 
