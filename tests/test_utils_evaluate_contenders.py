@@ -202,3 +202,13 @@ def test_where_replies_end(template: str, separator: list[str]) -> None:
     tokenizer = make_tokenizer(300)
     tokenizer.chat_template = template
     assert turn_separator(make_chat(tokenizer)) == separator
+
+
+def test_an_api_has_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model may be called like a folder that happens to be here."""
+    monkeypatch.chdir(tmp_path)
+    before = Contender("theirs", "api", "model").fingerprint()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights.safetensors").write_bytes(b"0")
+    assert Contender("theirs", "api", "model").fingerprint() == before
+    assert Contender("theirs", "api", "another").fingerprint() != before

@@ -33,8 +33,9 @@ class Contender(NamedTuple):
     run: tuple[str, str] | None = None
 
     def fingerprint(self) -> str:
-        """Changes with the files of the weights, as far as their names, sizes and times tell."""
-        places = [Path(place) for place in (self.model, self.adapter, self.run and Path(*self.run)) if place]
+        """Changes with the files of the weights, as far as their names, sizes and times tell; an API has none here."""
+        folders = () if self.kind == API else (self.model, self.adapter, self.run and Path(*self.run))
+        places = [Path(folder) for folder in folders if folder]
         # A checkpoint's adapter lies in a folder of its own.
         there = [path for place in places for path in sorted([*place.glob("*"), *place.glob("adapter/*")])]
         files = [path for path in there if path.suffix != ".json"]

@@ -67,8 +67,9 @@ class EvaluationFolder:
             self._check(known, settings, prints)
             prints, kinds = known["contenders"] | prints, known["kinds"] | kinds
         else:
-            reports = [self.path / f"report.{kind}" for kind in ("html", "json")]
-            for path in (self._replies, self._likelihoods, *reports):
+            # Guesses are of replies that are thrown away.
+            others = [self.path / name for name in ("report.html", "report.json", "guesses.jsonl")]
+            for path in (self._replies, self._likelihoods, *others):
                 path.unlink(missing_ok=True)
         said = {"settings": settings, "contenders": prints, "kinds": kinds, "train_data": train and str(train)}
         with atomic_write(place) as temporary:
