@@ -6,6 +6,7 @@ python -m pytest tests/test_utils_serve_transformers_engine.py
 import argparse
 import asyncio
 import copy
+import itertools
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +22,7 @@ from utils.data.chat import Chat, make_chat
 from utils.serve.capacity import Capacity, find_capacity
 from utils.serve.generate import load_for_inference
 from utils.serve.limits import Refused
-from utils.serve.paged_attention import attend
+from utils.serve.paged_attention import attend, attend_common, plan_step
 from utils.serve.routes import Answers, Sampling, Served, collect
 from utils.serve.transformers_engine import TransformersEngine, check_engine
 
@@ -101,6 +102,37 @@ def test_attend_is_attention_by_its_formula(new: int, every: int, window: int | 
     assert torch.allclose(attend(query, key, value, 8**-0.5, window), expected, atol=1e-6)
 
 
+def test_keys_in_common_are_read_once() -> None:
+    """Of five requests three write: slots 40 to 79 are theirs in common. One reads its prompt; one is alike by chance.
+
+    Against each request's own attention.
+    """
+    torch.manual_seed(1)
+    keys, values, query = torch.randn(200, 2, 8), torch.randn(200, 2, 8), torch.randn(1, 4, 3 + 7, 8)
+    common = [*range(40, 80)]
+    requests = [[*common, 0, 1, 2], [*range(100, 120)], [*common, 5], [*common, *range(150, 190)]]
+    begins = torch.tensor([0, *itertools.accumulate(map(len, requests))])
+    step = plan_step(torch.tensor(sum(requests, [])), torch.tensor([0, 1, 8, 9, 10]), begins, True)
+    assert step.sharing == [0, 2, 3] and step.common.tolist() == common
+    assert [step.read[a:b].tolist() for a, b in zip(step.begin, step.end, strict=True)] == [
+        [0, 1, 2], [*range(100, 120)], [5], [*range(150, 190)]
+    ]  # fmt: skip
+    tables = [table.transpose(0, 1) for table in (keys, values)]
+    own = [tuple(table[:, requests[number][40:]] for table in tables) for number in step.sharing]
+    rows = [step.new[number] for number in step.sharing]
+    found = attend_common(query[0].transpose(0, 1)[rows], [table[:, common] for table in tables], own, 8**-0.5)
+    for row, place, number in zip(range(3), rows, step.sharing, strict=True):
+        key, value = (table[None, :, requests[number]] for table in tables)
+        expected = attend(query[:, :, place : place + 1], key, value, 8**-0.5, None)
+        assert torch.allclose(found[row], expected[0, :, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("slots", [[*range(31), 90, *range(31), 91], [*range(40), 90, *range(50, 90), 91]])
+def test_little_in_common_is_not_shared(slots: list[int]) -> None:
+    begins = torch.tensor([0, len(slots) // 2 if len(slots) == 64 else 41, len(slots)])
+    assert plan_step(torch.tensor(slots), torch.tensor([0, 1, 2]), begins, True).common is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
@@ -116,6 +148,27 @@ def test_answers_written_together_are_those_written_alone(
     assert texts_of(ask(engine, prompts, GREEDY)) == expected
     assert texts_of(ask(engine, prompts[::-1], GREEDY)) == expected[::-1]
     assert len(set(expected)) > 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mistral"])
+def test_answers_to_prompts_that_begin_alike(
+    kind: str, tokenizer: Any, chat: Chat, prompts: list[list[int]], engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long system prompt: its keys are read once a step. Pages are shared where no layer has a window."""
+    calls = []
+
+    def attend_and_count(query: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(query))
+        return attend_common(query, *args)
+
+    monkeypatch.setattr("utils.serve.paged_attention.attend_common", attend_and_count)
+    system = {"role": "system", "content": "你在哔哩哔哩看视频，说话简短。" * 6}
+    asked = [chat.prompt_ids([system, {"role": "user", "content": "问" * count}]) for count in (1, 9, 40, 2, 2, 17)]
+    model = make_model(kind, len(tokenizer), tie_word_embeddings=False).eval()
+    expected = alone(model, chat, asked)
+    engine = engines(model, chat)
+    assert texts_of(ask(engine, asked, GREEDY)) == expected
+    assert max(calls, default=0) == (len(asked) if kind == "llama" else 0)
 
 
 @pytest.mark.slow
@@ -360,12 +413,12 @@ def test_room(tokenizer: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> No
     )
     token_bytes = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr("utils.serve.capacity._free_bytes", lambda *_: 10_000 * token_bytes)
-    assert find_capacity(model, chat, 1, args) == Capacity(2048, 4, 512, 8448)
+    assert find_capacity(model, chat, 1, args) == Capacity(2048, 4, 512, 8384)
     assert find_capacity(model, chat, 2, args).cache_tokens == 4992, "half of 10,000 tokens for each of two names"
     args.max_model_len = 4000
     with pytest.raises(ValueError, match="made for 2,048 tokens"):
         find_capacity(model, chat, 1, args)
     args.max_model_len = 1000
     monkeypatch.setattr("utils.serve.capacity._free_bytes", lambda *_: 700 * token_bytes)
-    with pytest.raises(ValueError, match="--max_model_len 672 or less"):
+    with pytest.raises(ValueError, match="--max_model_len 688 or less"):
         find_capacity(model, chat, 1, args)

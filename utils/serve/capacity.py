@@ -11,7 +11,7 @@ from utils.serve.generate import context_tokens
 
 DEFAULT_LEN = 4096
 SPARE_TOKENS = 128  # Kept free of the cache, so that few answers fit as well as many.
-PAGE_TOKENS = 32  # Prompts that begin alike share whole pages of keys and values.
+PAGE_TOKENS = 16  # Prompts that begin alike share whole pages of keys and values.
 
 
 class Capacity(NamedTuple):
