@@ -28,6 +28,8 @@ from threading import Thread
 from typing import IO, TYPE_CHECKING, Any
 
 from utils.cli import ArgumentParser, boolean
+from utils.data.cleaning import MACROS, REASONS, Rules, cap, find_bait, has_contact, masked, reasons, sql_text
+from utils.data.contacts import MASK
 from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
 from utils.files import atomic_writes, from_root, shown
 
@@ -39,14 +41,16 @@ Record = dict[str, Any]
 Table = tuple[str, set[str], Iterator[Record | None]]
 
 COLUMNS = {
-    "comments": ["comment_id", "parent_comment_id", "video_id", "content", "create_time", "last_modify_ts"],
-    "videos": ["video_id", "video_url", "title", "desc", "last_modify_ts"],
+    "comments": ["comment_id", "parent_comment_id", "video_id", "content", "create_time", "last_modify_ts",
+                 "like_count", "user_id", "creator_hash"],
+    "videos": ["video_id", "video_url", "title", "desc", "last_modify_ts", "user_id", "creator_hash"],
 }
 REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
 SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
 # DuckDB takes no JSON object above 16 MB, and no comment or description has a thousandth of this.
 LONGEST_RECORD_CHARS = 1 << 20
 OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
+DROPPED = "dropped.jsonl"
 # How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
 BEGINNINGS = {
     "comments": (["comment_id", "parent_comment_id", "create_time", "video_id", "content"], {10, 12, 13}),
@@ -68,6 +72,8 @@ MENTION = (
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
 
+EXAMPLES = 3  # Of each reason in the report.
+EXAMPLE_CHARS = 200
 DROPS = {
     "torn": "torn row",
     "duplicate": "duplicate of another record",
@@ -76,6 +82,7 @@ DROPS = {
     "video_missing": "video not among the files",
     "parent_unknown": "reply that does not say to whom (id lost, or crawled before May 2024)",
     "parent_missing": "reply whose parent is not among the files or has no text",
+    **REASONS,
     "beyond_total": "more than --total",
 }
 
@@ -298,8 +305,11 @@ CREATE MACRO as_id(x) AS CASE
     WHEN regexp_full_match(x, '[0-9]{1,18}') THEN x::BIGINT
     WHEN regexp_full_match(x, '[0-9]{1,18}\.0*') AND NOT regexp_matches(x, '00000\.') THEN split_part(x, '.', 1)::BIGINT
 END;
-CREATE TABLE raw_comments (id BIGINT, parent BIGINT, video BIGINT, content VARCHAR, modified DOUBLE, torn BOOLEAN);
-CREATE TABLE raw_videos (id BIGINT, title VARCHAR, description VARCHAR, modified DOUBLE);
+CREATE TABLE raw_comments (id BIGINT, parent BIGINT, video BIGINT, content VARCHAR, modified DOUBLE, torn BOOLEAN,
+    likes BIGINT, author UBIGINT);
+CREATE TABLE raw_videos (id BIGINT, title VARCHAR, description VARCHAR, modified DOUBLE, author UBIGINT);
+CREATE MACRO author_of(user_id, creator_hash) AS
+    CASE WHEN coalesce(creator_hash, user_id, '') <> '' THEN hash(coalesce(nullif(creator_hash, ''), user_id)) END;
 """
 
 INSERT = {
@@ -312,19 +322,15 @@ INSERT = {
                  ELSE as_id(parent_comment_id) END,
             as_id(video_id), content, coalesce(try_cast(last_modify_ts AS DOUBLE), 0),
             NOT (coalesce(is_number(comment_id), false) AND coalesce(is_time(create_time), true)
-                 AND coalesce(last_modify_ts, '0') <> '')
+                 AND coalesce(last_modify_ts, '0') <> ''),
+            try_cast(like_count AS BIGINT), author_of(user_id, creator_hash)
         FROM {source}""",
     "videos": r"""
         INSERT INTO raw_videos SELECT
             coalesce(as_id(video_id), try_cast(regexp_extract(video_url, 'av([0-9]{1,18})', 1) AS BIGINT)),
-            title, "desc", coalesce(try_cast(last_modify_ts AS DOUBLE), 0)
+            title, "desc", coalesce(try_cast(last_modify_ts AS DOUBLE), 0), author_of(user_id, creator_hash)
         FROM {source}""",
 }  # fmt: skip
-
-
-def sql_text(text: str) -> str:
-    """Writes a text as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 # DuckDB takes a name for UTF-8 and for a pattern, and in a pattern a backslash cannot stand for itself.
@@ -425,7 +431,7 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
     Returns:
         A line for every file or table: {file, kind, records, torn, note}.
     """
-    con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)))
+    con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)) + MACROS)
     report = []
 
     def tell(line: Record) -> None:
@@ -460,15 +466,25 @@ def anonymized(column: str, anonymize: bool) -> str:
     return f"strip({column})"
 
 
-def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, test_share: float, seed: int) -> Record:
-    """Removes duplicates, finds videos and parents, and gives every comment that is kept its place in the output.
+def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share: float, dropped: Path | None) -> Record:
+    """Removes duplicates, finds videos and parents, cleans, and gives every kept comment its place in the output.
 
     Leaves the table `kept` (place, test, id, video, ...) and `videos`. Texts are stored as JSON strings, ready to be
     written. The place of a comment counts from 1 over all, video by video in an order drawn from the seed.
 
+    Args:
+        con: With the tables of SCHEMA.
+        args: The command's.
+        test_share: Part of the videos that is held out.
+        dropped: Where what is dropped is written to, if anywhere.
+
     Returns:
-        Counts: `read`, the keys of DROPS that SQL can see, and `ids_made` (kept comments whose own id was lost).
+        Counts: `read`, the keys of DROPS that SQL can see, and `ids_made` (kept comments whose own id was lost); and
+        `examples`: reason -> texts.
     """
+    anonymize, total, seed = args.anonymize, args.total, args.seed
+    rules = Rules(**{name: getattr(args, name) for name in Rules._fields}) if args.clean else None
+    masks = rules is not None and rules.contacts != "keep"
     # Copies differ in the time of writing only; the row number decides between equal ones.
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
     title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
@@ -479,32 +495,59 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
         CASE WHEN {tells_nothing} THEN '' ELSE '\n视频简介：' || {description} END"""
     parent = "'\n父评论：' || p.text"
     said = f"replace(text, {sql_text(SOMEONE)}, '')" if anonymize else "text"
+    said = f"replace({said}, {sql_text(MASK)}, '')" if rules and rules.contacts == "mask" else said
     con.execute(f"""
         CREATE TABLE comments AS
             SELECT id, parent, video, CASE WHEN strip({said}) = '' THEN '' ELSE text END text,
-                CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody
-            FROM (SELECT *, {anonymized("coalesce(content, '')", anonymize)} text FROM raw_comments
-                  WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}));
+                CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody,
+                {"contact, likes, author, fold(text) letters" if rules else "likes"}
+            FROM (SELECT * EXCLUDE shown, {anonymized("coalesce(shown, '')", anonymize)} text
+                FROM (SELECT *, {masked("content", "contact") if masks else "content"} shown
+                    FROM (SELECT *, {has_contact("content") if masks else "false"} contact FROM raw_comments
+                          WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}))));
         CREATE TABLE videos AS
             SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
                 left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,
-                row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position
-            FROM (SELECT id, {head} head FROM raw_videos
-                  WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")}))
+                row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position, title, author
+            FROM (SELECT id, {head} head, fold(coalesce(title, '')) title, author
+                FROM (SELECT id, author, {masked("title") if masks else "title"} title,
+                        {masked("description") if masks else "description"} description FROM raw_videos
+                      WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})))
             ORDER BY position;
+    """)
+    if rules and rules.drop_bait:
+        find_bait(con)
+    else:
+        con.execute("CREATE TABLE bait (id BIGINT)")
+    con.execute(f"""
         CREATE TABLE verdicts AS
             SELECT c.id, v.position, CASE
                 WHEN c.text = '' THEN 'empty'
                 WHEN c.video IS NULL THEN 'video_id_lost'
                 WHEN v.id IS NULL THEN 'video_missing'
                 WHEN c.parent IS NULL OR c.to_nobody THEN 'parent_unknown'
-                WHEN c.parent <> 0 AND coalesce(p.text, '') = '' THEN 'parent_missing' END reason
-            FROM comments c LEFT JOIN videos v ON v.id = c.video
+                WHEN c.parent <> 0 AND coalesce(p.text, '') = '' THEN 'parent_missing'
+                {reasons(rules) if rules else ""} END reason
+            FROM comments c LEFT JOIN videos v ON v.id = c.video LEFT JOIN bait ON bait.id = c.id
                 LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0;
-        CREATE TABLE places AS
-            SELECT id, row_number() OVER (ORDER BY position, id) place FROM verdicts WHERE reason IS NULL;
+        DROP TABLE bait;
     """)
-    counts = dict(con.execute("SELECT reason, count(*) FROM verdicts WHERE reason IS NOT NULL GROUP BY ALL").fetchall())
+    if rules:
+        cap(con, rules)
+    best = f"QUALIFY row_number() OVER (ORDER BY likes DESC NULLS LAST, position, id) <= {total}"
+    con.execute(f"""
+        CREATE TABLE places AS
+            SELECT id, row_number() OVER (ORDER BY position, id) place FROM (
+                SELECT id, position FROM verdicts JOIN comments USING (id) WHERE reason IS NULL
+                {best if total and args.prefer_liked else ""});
+    """)
+    counts = dict(con.execute("SELECT reason, count(*) FROM verdicts GROUP BY ALL").fetchall())
+    usable = counts.pop(None, 0)
+    counts["examples"] = examples(con)
+    if dropped:
+        con.execute(f"""
+            COPY (SELECT reason, id::VARCHAR id, text FROM verdicts JOIN comments USING (id) WHERE reason IS NOT NULL
+                  ORDER BY position, id) TO {sql_text(str(dropped))} (FORMAT json)""")
     counts["read"], counts["torn"] = con.execute("SELECT count(*), count(*) FILTER (torn) FROM raw_comments").fetchone()
     counts["duplicate"] = counts["read"] - counts["torn"] - rows_in(con, "comments")
     con.execute(f"""
@@ -519,9 +562,20 @@ def join_tables(con: "DuckDBPyConnection", anonymize: bool, total: int | None, t
             {f"WHERE place <= {total}" if total else ""} ORDER BY place;
         DROP TABLE comments;
     """)
-    counts["beyond_total"] = rows_in(con, "places") - rows_in(con, "kept")
+    counts["beyond_total"] = usable - rows_in(con, "kept")
     counts["ids_made"] = rows_in(con, "kept WHERE id < 0")
     return counts
+
+
+def examples(con: "DuckDBPyConnection") -> dict[str, list[str]]:
+    """Some of the dropped comments' texts, by reason."""
+    rows = con.execute(f"""
+        SELECT reason, text FROM verdicts JOIN comments USING (id) WHERE reason IS NOT NULL AND text <> ''
+        QUALIFY row_number() OVER (PARTITION BY reason ORDER BY hash(id), id) <= {EXAMPLES}""").fetchall()
+    found: dict[str, list[str]] = {}
+    for reason, text in sorted(rows):
+        found.setdefault(reason, []).append(text[:EXAMPLE_CHARS])
+    return found
 
 
 def rows_in(con: "DuckDBPyConnection", table: str) -> int:
@@ -680,6 +734,22 @@ def test_share(text: str, total: int | None) -> float | None:
     return None if total is None else size / total
 
 
+def argument_problems(args: argparse.Namespace) -> list[str]:
+    """Finds what is wrong with the arguments of the cleaning."""
+    return [
+        f"--{name}: got {getattr(args, name)}, expected {expected}."
+        for name, fits, expected in (
+            ("max_repeats", args.max_repeats == -1 or args.max_repeats >= 1, "a number of comments, or -1 for all"),
+            ("max_emoticons", args.max_emoticons >= -1, "a number of comments, or -1 for all"),
+            ("min_chars", args.min_chars >= 0, "a number of characters"),
+            ("max_chars", args.max_chars == -1 or args.max_chars >= 1, "a number of characters, or -1 for any"),
+            ("min_likes", args.min_likes >= 0, "a number of likes"),
+            ("prefer_liked", not args.prefer_liked or args.total is not None, "it together with --total"),
+        )
+        if not fits
+    ]
+
+
 def nothing_usable(data_dir: Path, files: list[Record]) -> str:
     """Explains that there is nothing to train on, and what to do."""
     comments, videos = (sum(line["records"] for line in files if line["kind"] == kind) for kind in COLUMNS)
@@ -707,14 +777,41 @@ def build_parser() -> argparse.ArgumentParser:
         "share: more data never moves it, the size is met roughly, and of a few videos it may be none")
     add("--seed", type=int, default=0, help="draws other test videos and another order")
     add("--anonymize", type=boolean, default=True, help='False: keep "回复 @name :" before replies, which otherwise '
-        f"goes, and names in mentions, which otherwise become {SOMEONE}")  # fmt: skip
+        f"goes, and names in mentions, which otherwise become {SOMEONE}")
+    add("--prefer_liked", type=boolean, default=False, help="with --total: take the comments with the most likes")
+    add = parser.add_argument_group("cleaning: which comments are no answers to learn from").add_argument
+    add("--clean", type=boolean, default=True, help="False: none of the following")
+    add("--max_repeats", type=int, default=3, help="comments with the same text, or nearly the same, such as an "
+        "advertisement with small changes, of which the better liked ones stay; case, spaces, punctuation, digits and "
+        "emoticons make no difference; -1: all")
+    add("--contacts", choices=["drop", "mask", "keep"], default="drop", help="comments with phone numbers, QQ, WeChat, "
+        f"groups, e-mail addresses or short links; drop: they go; mask: the detail becomes {MASK}. In titles, "
+        "descriptions and comments that are answered it is masked in both")
+    add("--drop_bait", type=boolean, default=True, help='comments whose replies say nothing new ("reply 1 and I send '
+        'it to you"), with all that is said below them')
+    add("--drop_echo", type=boolean, default=True, help="comments that repeat what they answer, or the title")
+    add("--max_emoticons", type=int, default=3, help="comments of nothing but emoticons under a video; -1: all")
+    add("--min_chars", type=int, default=2, help="fewest letters and digits of other comments")
+    add("--max_chars", type=int, default=500, help="most characters; -1: any number")
+    add("--min_likes", type=int, default=0, help="fewest likes")
+    add("--drop_uploader", type=boolean, default=False, help="comments by the video's author")
+    add("--language", choices=["any", "zh"], default="any", help="zh: half of the letters or more are Chinese")
+    add("--write_dropped", type=boolean, default=False, help=f"True: write all that is dropped to {DROPPED}: "
+        "reason, id, text")  # fmt: skip
     return parser
 
 
 def prepare(
-    con: "DuckDBPyConnection", args: argparse.Namespace, share: float | None, work: Path, paths: list[Path],
+    con: "DuckDBPyConnection", args: argparse.Namespace, share: float | None, work: Path, paths: dict[str, Path],
 ) -> Record:
-    """Reads, joins, reports what was dropped, and writes the kept comments to `paths`.
+    """Reads, joins, reports what was dropped, and writes the kept comments.
+
+    Args:
+        con: Of an empty database.
+        args: The command's.
+        share: Part of the videos that is held out.
+        work: For temporary files.
+        paths: Results' names -> where they are written to.
 
     Returns:
         What report.json holds.
@@ -724,12 +821,13 @@ def prepare(
     """
     data_dir = from_root(args.data_dir)
     files = load_files(con, data_dir, work, print)
-    counts = join_tables(con, args.anonymize, args.total, share or 0.0, args.seed)
+    counts = join_tables(con, args, share or 0.0, paths.get(DROPPED))
     torn = sum(line["torn"] for line in files if line["kind"] == "comments")
     counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
     report = {
         "arguments": vars(args), "files": files, "read": counts["read"],
-        "dropped": {reason: counts.get(reason, 0) for reason in DROPS}, "ids_made": counts["ids_made"],
+        "dropped": {reason: counts.get(reason, 0) for reason in DROPS}, "examples": counts["examples"],
+        "ids_made": counts["ids_made"],
         **measure(con),
     }  # fmt: skip
     print(describe_drops(report))
@@ -746,7 +844,7 @@ def prepare(
         )
     if not report["splits"]["train"]["comments"]:
         raise SystemExit("All comments fell into the test set. Take another --seed or a smaller --test_size.")
-    write_splits(con, paths)
+    write_splits(con, [paths["data_train.json"], paths["data_test.json"]])
     return report
 
 
@@ -756,6 +854,8 @@ def main(args: argparse.Namespace) -> None:
     if args.total is not None and args.total < 1:
         raise SystemExit(f"--total: got {args.total}, expected 1 or more comments.")
     share = test_share(args.test_size, args.total)
+    if wrong := argument_problems(args):
+        raise SystemExit("\n".join(wrong))
     if data_dir.is_file():
         raise SystemExit(
             f"--data_dir: {shown(data_dir)} is a file, expected a folder. To read it with all that lies beside it: "
@@ -774,9 +874,10 @@ def main(args: argparse.Namespace) -> None:
     Thread(target=import_module, args=["matplotlib.figure"], daemon=True).start()
     # Every thread has read buffers of its own, so many threads would not fit into the memory limit.
     config = {"memory_limit": "1GB", "temp_directory": str(work), "threads": min(os.cpu_count() or 1, 8)}
+    names = [*OUR_FILES, DROPPED] if args.write_dropped else [*OUR_FILES]
     with ExitStack() as results:
         try:
-            temporaries = results.enter_context(atomic_writes([output_dir / name for name in OUR_FILES]))
+            temporaries = results.enter_context(atomic_writes([output_dir / name for name in names]))
             shutil.rmtree(work, ignore_errors=True)  # What a killed run left.
             work.mkdir()
         except OSError as error:
@@ -784,12 +885,12 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(
                 f"--output_dir: {shown(output_dir)} is no folder that can be written to ({why}). Name another."
             ) from None
-        paths = dict(zip(OUR_FILES, temporaries, strict=True))
+        paths = dict(zip(names, temporaries, strict=True))
         print(f"Reading {shown(data_dir)} ...")
         try:
             with duckdb.connect(config=config) as con:
                 con.execute(f"SET enable_progress_bar = {sys.stdout.isatty()}")  # for what takes more than two seconds
-                report = prepare(con, args, share, work, [paths["data_train.json"], paths["data_test.json"]])
+                report = prepare(con, args, share, work, paths)
         finally:
             shutil.rmtree(work)
         plot_report(report, paths["report.png"])
@@ -797,7 +898,7 @@ def main(args: argparse.Namespace) -> None:
         paths["report.json"].write_text(text, encoding="utf-8", errors="backslashreplace")
     if share and not report["splits"]["test"]["comments"]:
         print("No video fell into the test set: with so few, take another --seed or a larger --test_size, such as 0.3.")
-    print(f"Written to {shown(output_dir)}: {', '.join(OUR_FILES)}")
+    print(f"Written to {shown(output_dir)}: {', '.join(names)}")
     print("Next: python download_pt.py --model Qwen/Qwen2.5-0.5B")
 
 

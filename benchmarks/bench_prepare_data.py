@@ -2,14 +2,16 @@
 
     python benchmarks/bench_prepare_data.py --comments 1000000
 
-The crawl is made by repeating and re-numbering a small one: `examples/`, or another with --source. Prints a table and
-one JSON line. orjson is no requirement of the project: without it that row is left out.
+The crawl is made by repeating and re-numbering a small one: `examples/`, or another with --source. Each copy's comments
+are made of pieces of the source's in another order, as equal ones would be dropped. Prints a table and one JSON line.
+orjson is no requirement of the project: without it that row is left out.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from prepare_data import find_files, kind_of, read_tables  # noqa: E402
 
-STEP = 10**15  # larger than any id of the source, so that copies of a record never share one
+FIRST_ID = 10**14
+PIECE_CHARS = (2, 6)
 
 PLAIN = """
 import json, sys
@@ -61,11 +64,27 @@ def read_source(source: Path) -> dict[str, list[dict[str, Any]]]:
 
 def make_crawl(records: dict[str, list[dict[str, Any]]], comments: int, folder: Path) -> None:
     """Writes a crawl of a given number of comments as two one-line arrays, the way MediaCrawler did until 2025-09."""
+    names = ("video_id", "comment_id", "parent_comment_id")
+    all_records = [record for rows in records.values() for record in rows]
+    ids = sorted({str(record[name]) for record in all_records for name in names if name in record})
+    number = {id: place for place, id in enumerate(ids)}
+    draw, pool = random.Random(0), "".join(str(record["content"]) for record in records["comments"])
+
+    def shuffled(text: str) -> str:
+        made = ""
+        while len(made) < len(text):
+            start = draw.randrange(len(pool) - PIECE_CHARS[1])
+            made += pool[start : start + draw.randint(*PIECE_CHARS)]
+        return made[: len(text)]
 
     def renumbered(record: dict[str, Any], copy: int) -> str:
-        ids = {key: str(record[key]) for key in ("video_id", "comment_id", "parent_comment_id") if record.get(key)}
-        ids = {key: value if value == "0" else str(int(value) + copy * STEP) for key, value in ids.items()}
-        return json.dumps({**record, **ids}, ensure_ascii=False)
+        changes = {name: str(record[name]) for name in names if record.get(name)}
+        changes = {
+            name: id if id == "0" else str(FIRST_ID + copy * len(ids) + number[id]) for name, id in changes.items()
+        }
+        if copy and record.get("content"):
+            changes["content"] = shuffled(str(record["content"]))
+        return json.dumps({**record, **changes}, ensure_ascii=False)
 
     copies = -(-comments // len(records["comments"]))
     for kind, name in (("videos", "contents"), ("comments", "comments")):

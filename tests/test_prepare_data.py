@@ -110,8 +110,9 @@ def prepare(folder: Path, *options: str) -> tuple[dict[str, Record], Record]:
         The written records by id, with their split in "split", and the report.
     """
     output = folder.parent / f"{folder.name}_out"
-    arguments = ["--data_dir", str(folder), "--output_dir", str(output), "--test_size", "0", *options]
-    prepare_data.main(prepare_data.build_parser().parse_args(arguments))
+    arguments = ["--data_dir", str(folder), "--output_dir", str(output), "--test_size", "0"]
+    # Most tests here have texts that no rule would keep; test_utils_data_cleaning.py is about those.
+    prepare_data.main(prepare_data.build_parser().parse_args([*arguments, "--clean", "False", *options]))
     records = {}
     for split in ("train", "test"):
         text = (output / f"data_{split}.json").read_text(encoding="utf-8")
@@ -726,6 +727,9 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--test_size", "nan"], "--test_size: got 'nan'"),
     (["--test_size", "20"], "Give --total too"),
     (["--test_size", "20", "--total", "20"], "expected less than --total, which is 20"),
+    (["--max_repeats", "0"], "--max_repeats: got 0, expected a number of comments, or -1 for all"),
+    (["--min_likes", "-1", "--max_chars", "0"], "--min_likes: got -1"),
+    (["--prefer_liked", "True"], "--prefer_liked: got True, expected it together with --total"),
     (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
     (["--data_dir", "examples/README.md"], "examples/README.md is a file, expected a folder"),
     (["--data_dir", "examples/README.md"], "python prepare_data.py --data_dir examples"),
@@ -805,7 +809,8 @@ def test_a_kill_leaves_no_data_of_two_runs(tmp_path: Path, renames: int) -> None
     )
     out = tmp_path / "crawl_out"
     folders = ["--data_dir", str(tmp_path / "crawl"), "--output_dir", str(out)]
-    command = [sys.executable, "-c", program, str(renames), *folders, "--test_size", "0.3", "--seed", "1"]
+    options = ["--test_size", "0.3", "--seed", "1", "--clean", "False"]
+    command = [sys.executable, "-c", program, str(renames), *folders, *options]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "data_train.json").exists()

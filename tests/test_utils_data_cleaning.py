@@ -1,0 +1,350 @@
+"""utils/data/cleaning.py, contacts.py, and prepare_data.py with them.
+
+python -m pytest tests/test_utils_data_cleaning.py
+"""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_prepare_data import Record, answer, comment, prepare, prompt, quick_plot, video, write_json  # noqa: F401
+
+from utils.data.cleaning import MACROS, REASONS, alike, are_near, fingerprints, has_contact, masked
+from utils.data.contacts import MASK, NAMES, NUMBERS
+
+
+@pytest.fixture(scope="module")
+def con() -> Iterator[Any]:
+    import duckdb
+
+    with duckdb.connect() as con:
+        con.execute(MACROS)
+        yield con
+
+
+def crawl(folder: Path, comments: list[Record], videos: int = 1, **fields: Any) -> Path:
+    """Writes a crawl."""
+    write_json(folder / "crawl/x_contents.json", [video(number, **fields) for number in range(videos)])
+    write_json(folder / "crawl/x_comments.json", comments)
+    return folder / "crawl"
+
+
+def said(texts: list[str], first: int = 1, **fields: Any) -> list[Record]:
+    """Comments with these texts."""
+    return [comment(first + number, content=text, **fields) for number, text in enumerate(texts)]
+
+
+def kept(folder: Path, *options: str) -> tuple[list[str], dict[str, int]]:
+    """What is left of a crawl, and how many comments go for which of the rules."""
+    written, report = prepare(folder, "--clean", "True", *options)
+    return [answer(record) for record in written.values()], {
+        reason: count for reason, count in report["dropped"].items() if count and reason in REASONS
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contact details
+
+CONTACTS = [
+    "想要的加薇 zq77lm90", "裙：五六三三零八一九", "扣 9 8 7 6 5 4 3 2 1", "QQ：７６５４３２１",
+    "我的微信是 li_na_66", "加v tingting", "电话 139 8765 4321", "13987654321", "群号 745812309",
+    "发到 someone.else@163.com", "https://b23.tv/Zz9yX8w", "主页 space.bilibili.com/7654321", "UID:345678901",
+    "扣扣9八7六5四3", "VX: 7mn8opqrs", "745812309 进来聊", "加我V信 k9j8h7", "🐧 87654321", "车友君羊 745-812-309",
+    "热线：０１０－８７６５４３２１", "加卫星 qw12er34", "➕薇：abcd_1234", "t.cn/A6xyz12", "wei xin: hello2026abc",
+]  # fmt: skip
+NO_CONTACTS = [
+    "求链接", "同求，河北的", "蹲一个结果", "加我一份", "2025年10月", "排名45000", "一加13", "微信转账也行",
+    "4K@60Hz", "扣8000元", "扣了6分", "群里有人看吗", "2099元", "播放量987654321次", "Model Y 2025款", "QQ音乐",
+    "v587", "扣1", "BV1ab411c7xY", "id3 crozz", "手机mate70pro", "13.8万公里", "2025-10-01", "2025/10/01 12:30",
+    "rtx5090 32g", "微信群里说", "i9-13900k", "联系客服", "https://www.bilibili.com/video/BV1ab411c7xY", "价格189999",
+    "排名23456，分数598", "900000000人", "电话费299", "一二三四五六七", "加微信群", "安卓15 微信8.0.60",
+    "1、2、3、4、5、6", "WX 不能用", "3.1415926535", "https://www.zhihu.com/question/345678912/answer/2345678901",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CONTACTS + NO_CONTACTS)
+def test_contact_details(con: Any, text: str) -> None:
+    """Python's and DuckDB's engine agree; what is masked has none left, and what is none stays as it is."""
+    found = text in CONTACTS
+    assert bool(re.search(NAMES, text) or re.search(NUMBERS, text)) == found
+    assert con.execute(f"SELECT {has_contact('$1::VARCHAR')}", [text]).fetchone()[0] == found
+    hidden = con.execute(f"SELECT {masked('x')} FROM (SELECT $1::VARCHAR x)", [f"好的，{text} 谢谢"]).fetchone()[0]
+    assert (MASK in hidden and hidden.endswith("谢谢")) if found else hidden == f"好的，{text} 谢谢"
+    assert not con.execute(f"SELECT {has_contact('$1::VARCHAR')}", [hidden]).fetchone()[0]
+
+
+def test_several_contacts_in_one_text(con: Any) -> None:
+    text = "13987654321 13987654322，13987654323；a@b.com a@c.com"
+    hidden = con.execute(f"SELECT {masked('x')} FROM (SELECT $1 x)", [text]).fetchone()[0]
+    assert not re.search(r"\d|@", hidden) and hidden.count(MASK) == 5
+
+
+def test_contacts_are_dropped_masked_or_kept(tmp_path: Path) -> None:
+    """In titles, descriptions and parents they are masked where comments with them are dropped, too."""
+    comments = [
+        *said(["要资料的加薇 zq77lm90", "这个讲得很清楚"]), *said(["收到，谢谢分享"], 3, parent_comment_id="50001")
+    ]  # fmt: skip
+    folder = crawl(tmp_path, comments, title="合作联系 QQ 7654321", desc="邮箱 up@example.org 欢迎投稿")
+    texts, dropped = kept(folder)
+    assert texts == ["这个讲得很清楚", "收到，谢谢分享"] and dropped == {"contact": 1}
+    prompts = [prompt(record) for record in prepare(folder, "--clean", "True")[0].values()]
+    assert all(f"合作联系 {MASK}" in text and f"邮箱 {MASK} 欢迎投稿" in text for text in prompts)
+    assert f"父评论：要资料的{MASK}" in prompts[1]
+    texts, dropped = kept(folder, "--contacts", "mask")
+    assert texts[0] == f"要资料的{MASK}" and not dropped
+    texts, _ = kept(folder, "--contacts", "keep")
+    assert texts[0] == "要资料的加薇 zq77lm90"
+    assert "QQ 7654321" in prompt(prepare(folder, "--clean", "True", "--contacts", "keep")[0]["50002"])
+
+
+def test_a_masked_contact_alone_is_no_answer(tmp_path: Path) -> None:
+    written, report = prepare(crawl(tmp_path, said(["13987654321", "很好看"])), "--clean", "True", "--contacts", "mask")
+    assert [answer(record) for record in written.values()] == ["很好看"] and report["dropped"]["empty"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repeats
+
+
+def test_repeats(tmp_path: Path) -> None:
+    """Case, width, spaces, punctuation, digits and emoticons make no difference; the better liked ones stay."""
+    texts = ["前排", "前排！", " 前 排", "[doge]前排", "前排99", "Ｎｉｃｅ啊", "nice啊", "NICE 啊!", "真不错"]
+    likes = [1, 0, 5, 3, 0, 0, 0, 0, 0]
+    comments = [record | {"like_count": count} for record, count in zip(said(texts), likes, strict=True)]
+    folder = crawl(tmp_path, comments)
+    left, dropped = kept(folder)
+    assert left == ["前排", "前 排", "[doge]前排", "Ｎｉｃｅ啊", "nice啊", "NICE 啊!", "真不错"]
+    assert dropped == {"repeat": 2}
+    assert kept(folder, "--max_repeats", "1") == (["前 排", "Ｎｉｃｅ啊", "真不错"], {"repeat": 6})
+    assert kept(folder, "--max_repeats", "-1") == ([text.strip() for text in texts], {})
+
+
+def test_numbers_are_one_text_and_emoticons_are_their_own(tmp_path: Path) -> None:
+    texts = ["11", "666", "12 34", "2333", "[doge]", "[doge][doge]", "[妙啊]"]
+    left, dropped = kept(crawl(tmp_path, said(texts)), "--max_repeats", "1", "--max_emoticons", "-1")
+    assert left == ["11", "[doge]", "[doge][doge]", "[妙啊]"] and dropped == {"repeat": 3}
+
+
+ADS = [
+    "{}车主俱乐部欢迎各位，入会就送{}一份，名额有限先到先得",
+    "欢迎各位加入{}车主俱乐部，入会就送{}一份哦，名额有限先到先得",
+]
+GIFTS = ["脚垫", "钥匙扣", "香薰", "遮阳帘", "收纳盒", "手机支架"]
+
+
+def test_near_repeats(tmp_path: Path) -> None:
+    """Advertisements with small changes are few in the end; comments on one matter in own words all stay."""
+    ads = [form.format(car, gift) for form in ADS for car in ("银河", "星途") for gift in GIFTS]
+    own = [
+        "银河这个车机用了半年没有卡顿过，比我上一辆强多了", "车机卡不卡要看用多久，我的银河一年以后就开始慢了",
+        "星途的座椅坐长途腰不疼，这点必须好评", "为什么大家都说座椅好，我坐了两小时腰就受不了",
+    ]  # fmt: skip
+    left, dropped = kept(crawl(tmp_path, said(ads + own)))
+    assert set(own) <= {*left} and len(left) - len(own) <= 6
+    assert dropped["near_repeat"] == len(ads) - (len(left) - len(own))
+    assert set(kept(tmp_path / "crawl", "--max_repeats", "-1")[0]) == {*ads, *own}
+
+
+def test_what_is_near() -> None:
+    """Half of the pairs of letters of two texts, counted by hand: 甲乙 乙丙 丙丁 against 甲乙 乙丙 丙戊, 2 of 4."""
+    assert are_near("甲乙丙丁", "甲乙丙戊") and not are_near("甲乙丙丁", "甲乙戊己")
+
+
+def jaccard(one: set[Any], two: set[Any]) -> float:
+    return len(one & two) / len(one | two)
+
+
+def test_fingerprints_estimate_similarity() -> None:
+    """Smallest hashes are equal as often as runs are; bitmaps find the pairs that are there. Texts are not mixed up."""
+    draw = random.Random(1)
+    alphabet = [chr(code) for code in range(0x4E00, 0x4E00 + 400)]
+    pairs = []
+    for _ in range(1500):
+        text = draw.choices(alphabet, k=24)
+        start = draw.randrange(1, 20)
+        pairs.append(("".join(text), "".join(text[start:] + draw.choices(alphabet, k=start))))
+    texts = [*itertools.chain(*pairs)]
+    prints = fingerprints(texts)
+    runs = [{*map("".join, zip(*(text[place:] for place in range(4)), strict=False))} for text in texts]
+    expected = np.mean([jaccard(runs[at], runs[at + 1]) for at in range(0, len(texts), 2)])
+    assert np.mean(prints.hashes[:, ::2] == prints.hashes[:, 1::2]) == pytest.approx(expected, abs=0.02)
+    for at in (0, 1, 2, 2999):
+        own = {*map("".join, pairwise(texts[at]))}
+        bits = int(np.bitwise_count(prints.bitmaps[:, at]).sum())
+        assert len(own) - 5 <= bits <= len(own), "a bit a pair, some pairs share one"
+        alone = fingerprints([texts[at]])
+        assert (alone.hashes[:, 0] == prints.hashes[:, at]).all()
+        assert (alone.bitmaps[:, 0] == prints.bitmaps[:, at]).all()
+
+
+def test_alike_takes_what_goes_beyond_the_cap() -> None:
+    """Of one hash: texts 0, 2, 3, 5 of one kind and 1, 4, 6 of another, which has none to spare; 7 has its own."""
+    one, two = 0b1111, 0b11110000
+    hashes = np.array([9, 9, 9, 9, 9, 9, 9, 1], dtype=np.uint32)
+    bitmaps = np.array([[one, two, one, one, two, one, two, one]], dtype=np.uint64)
+    assert alike(hashes, bitmaps, 3).tolist() == [[5, 0]]
+    assert sorted(alike(hashes, bitmaps, 2).tolist()) == [[3, 0], [5, 0], [6, 1]]
+    assert alike(hashes[:0], bitmaps[:, :0], 2).tolist() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bait
+
+
+def thread(parent: int, replies: list[str], first: int) -> list[Record]:
+    """Replies to a comment."""
+    return said(replies, first, parent_comment_id=str(50000 + parent))
+
+
+def test_bait_goes_with_all_below_it(tmp_path: Path) -> None:
+    comments = [
+        *said(["笔记全整理成一份了，想看的留个言我私下传", "老师讲的第三章我没听懂", "第二题答案是不是错了"]),
+        *thread(1, ["想看", "2", "顶", "[打卡]", "麻烦了[比心]"], 10), *thread(10, ["已传，注意查收"], 20),
+        *thread(20, ["到了到了，多谢"], 30),
+        *thread(2, ["第三章要先看第一章", "我也没懂", "建议配合课本一起看", "顶"], 40),
+    ]  # fmt: skip
+    left, dropped = kept(crawl(tmp_path, comments))
+    assert dropped == {"bait": 8, "too_short": 1}  # "顶" under another comment.
+    assert len(left) == len(comments) - 9 and left[0] == "老师讲的第三章我没听懂"
+    assert len(kept(tmp_path / "crawl", "--drop_bait", "False", "--min_chars", "0")[0]) == len(comments)
+
+
+def test_what_is_said_all_over_the_crawl_is_bait(tmp_path: Path) -> None:
+    """Six threads of bait teach it: longer texts count that recur, as do the answers to them elsewhere."""
+    replies = ["蹲资料包", "同蹲资料包啊", "蹲资料包", "谢谢啦蹲资料包"]
+    comments = []
+    for number in range(6):
+        text = f"第{number}套整理好了要的说一声，内容有{'甲乙丙丁戊己'[number] * 6}"
+        comments.append(comment(100 * number + 1, content=text))
+        comments += thread(100 * number + 1, replies, 100 * number + 2)
+    comments += [comment(900, content="蹲资料包"), *thread(900, ["私信你了哦"], 901)]
+    comments += said(["这个老师的声音很好听", "比我们学校老师讲得好"], 950)
+    left, dropped = kept(crawl(tmp_path, comments))
+    assert left == ["蹲资料包", "这个老师的声音很好听", "比我们学校老师讲得好"] and dropped["bait"] == 31
+
+
+def test_short_answers_alone_make_no_bait(tmp_path: Path) -> None:
+    """Three replies tell nothing, and half of four must be what is said everywhere."""
+    comments = [
+        *said(["今天的实验翻车了，录像为证", "猫比人会过日子"]), *thread(1, ["哈哈", "顶", "惨"], 10),
+        *thread(2, ["确实", "是啊", "我家的也是，天天睡到中午", "羡慕它不用上班"], 20),
+    ]  # fmt: skip
+    assert kept(crawl(tmp_path, comments), "--min_chars", "0")[1] == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other rules
+
+
+def test_echo(tmp_path: Path) -> None:
+    comments = [
+        *said(["标题就是这么长的一个标题", "这个方案真的可行吗", "不同意标题里说的"]),
+        *thread(2, ["这个方案真的可行吗？？[doge]", "方案可行，我试过", "真的可行吗这个方案"], 10),
+    ]  # fmt: skip
+    left, dropped = kept(crawl(tmp_path, comments, title="标题就是这么长的一个标题！"))
+    assert dropped == {"echo": 2}
+    assert left == ["这个方案真的可行吗", "不同意标题里说的", "方案可行，我试过", "真的可行吗这个方案"]
+    assert kept(tmp_path / "crawl", "--drop_echo", "False")[1] == {}
+
+
+def test_lengths_and_emoticons(tmp_path: Path) -> None:
+    faces = ["[doge]", "[笑哭]", "😂😂", "[妙啊][妙啊]", "？？？"]
+    texts = ["好", "好！", "好的", "6", "66", "字" * 40, *faces]
+    folder = crawl(tmp_path, said(texts))
+    left, dropped = kept(folder, "--max_chars", "39")
+    assert dropped == {"too_short": 3, "too_long": 1, "emoticons": 2}
+    assert left == ["好的", "66", "[doge]", "[笑哭]", "😂😂"]
+    assert kept(folder, "--min_chars", "0", "--max_chars", "-1", "--max_emoticons", "-1") == (texts, {})
+    assert kept(folder, "--max_emoticons", "0")[0] == ["好的", "66", "字" * 40]
+
+
+def test_emoticons_are_counted_by_video(tmp_path: Path) -> None:
+    comments = said(["[doge]", "[笑哭]"]) + said(["[妙啊]", "[吃瓜]"], 3, video_id="1001")
+    assert kept(crawl(tmp_path, comments, videos=2), "--max_emoticons", "1")[1] == {"emoticons": 2}
+
+
+@pytest.mark.parametrize(("options", "left"), [
+    ([], ["up自己说的", "好看极了啊", "very nice indeed", "ABC方案好过DEF方案"]),
+    (["--min_likes", "2"], ["好看极了啊", "very nice indeed"]),
+    (["--drop_uploader", "True"], ["好看极了啊", "very nice indeed", "ABC方案好过DEF方案"]),
+    (["--language", "zh"], ["up自己说的", "好看极了啊", "ABC方案好过DEF方案"]),
+    (["--total", "2", "--prefer_liked", "True"], ["好看极了啊", "very nice indeed"]),
+])  # fmt: skip
+def test_rules_that_are_asked_for(tmp_path: Path, options: list[str], left: list[str]) -> None:
+    comments = said(["up自己说的", "好看极了啊", "very nice indeed", "ABC方案好过DEF方案"])
+    for record, likes, user in zip(comments, (1, 5, 2, None), ("90001", "8", "9", "7"), strict=True):
+        record |= {"like_count": likes, "user_id": user}
+    assert kept(crawl(tmp_path, comments), *options)[0] == left
+
+
+def test_authors_of_later_versions_are_hashes(tmp_path: Path) -> None:
+    comments = said(["我是作者本人", "我不是作者"])
+    for record, name in zip(comments, "ab", strict=True):
+        del record["user_id"]
+        record["creator_hash"] = name
+    folder = crawl(tmp_path, comments, creator_hash="a", user_id="")
+    assert kept(folder, "--drop_uploader", "True") == (["我不是作者"], {"uploader": 1})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+def messy(folder: Path, videos: int = 40) -> Path:
+    """A crawl with something for every rule under every video."""
+    comments, draw = [], random.Random(3)
+    for of in range(videos):
+        letters = [chr(draw.randrange(0x4E00, 0x9FA5)) for _ in range(400)]
+        texts = ["".join(letters[start : start + 20]) for start in range(0, 400, 20)]
+        texts += ["前排", "沙发！", "加薇 zq77lm90", "1", "[doge]", "字" * 600]
+        comments += said(texts, of * 1000 + 1, video_id=str(1000 + of))
+        comments += said(["要的", "要", "顶", "1"], of * 1000 + 900, video_id=str(1000 + of),
+                         parent_comment_id=str(50000 + of * 1000 + 1))  # fmt: skip
+    return crawl(folder, comments, videos)
+
+
+def test_cleaning_moves_nothing_between_the_splits(tmp_path: Path) -> None:
+    """Any rules, any seed: what is left is where it is without cleaning."""
+    folder = messy(tmp_path)
+    for seed in ("0", "1", "2"):
+        options = ["--test_size", "0.3", "--seed", seed]
+        before, _ = prepare(folder, *options)
+        for rules in ([], ["--max_repeats", "1"], ["--contacts", "mask"], ["--drop_bait", "False"]):
+            after, report = prepare(folder, *options, "--clean", "True", *rules)
+            assert {record["split"] for record in after.values()} == {"train", "test"}
+            assert all(record["split"] == before[id]["split"] for id, record in after.items())
+            assert report["read"] == len(after) + sum(report["dropped"].values())
+
+
+def test_report_and_file_of_what_is_dropped(tmp_path: Path) -> None:
+    folder = messy(tmp_path)
+    _, report = prepare(folder, "--clean", "True", "--write_dropped", "True")
+    assert {reason for reason, count in report["dropped"].items() if count} == {
+        "contact", "bait", "too_short", "too_long", "repeat",
+    }  # fmt: skip
+    assert all(len(texts) == 3 for texts in report["examples"].values())
+    assert report["examples"].keys() == {reason for reason, count in report["dropped"].items() if count}
+    path = tmp_path / "crawl_out/dropped.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    counts = {reason: sum(row["reason"] == reason for row in rows) for reason in report["examples"]}
+    assert counts == {reason: count for reason, count in report["dropped"].items() if count}
+    assert "zq77lm90" not in path.read_text(encoding="utf-8"), "contact details are masked there, too"
+    path.unlink()
+    prepare(folder, "--clean", "True")
+    assert not path.exists()
+
+
+def test_same_answer_whatever_the_order_of_the_files(tmp_path: Path) -> None:
+    folder = messy(tmp_path)
+    first, _ = prepare(folder, "--clean", "True")
+    records = json.loads((folder / "x_comments.json").read_text(encoding="utf-8"))
+    write_json(folder / "x_comments.json", records[::-1])
+    second, _ = prepare(folder, "--clean", "True")
+    assert first == second

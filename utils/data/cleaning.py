@@ -1,0 +1,322 @@
+"""What a model should not learn from a crawl: repeated texts, bait and answers to it, contact details, echoes, and what
+says nothing. Rules in SQL over prepare_data.py's tables; no list of words tells what is bait.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from utils.data.contacts import MASK, NAMES, NUMBERS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+# In this order: a comment goes for the first of them.
+REASONS = {
+    "contact": "contact detail or short link (--contacts)",
+    "bait": 'bait ("reply and I send it to you"), replies to it, and answers to those (--drop_bait)',
+    "echo": "repeats the comment it answers, or the title (--drop_echo)",
+    "uploader": "written by the video's author (--drop_uploader)",
+    "language": "another language (--language)",
+    "few_likes": "too few likes (--min_likes)",
+    "too_short": "too short (--min_chars)",
+    "too_long": "too long (--max_chars)",
+    "emoticons": "nothing but emoticons, as enough others under the video (--max_emoticons)",
+    "repeat": "a text that enough others have (--max_repeats)",
+    "near_repeat": "nearly a text that enough others have (--max_repeats)",
+}
+
+THREAD_REPLIES = 4  # Fewer say little about the comment that they answer.
+SHORT_LETTERS = 2
+# A short text that stands in so many threads, and is so large a part of the crawl, recurs all over it.
+RECURRING_LETTERS = 8
+RECURRING_THREADS = 5
+RECURRING_PART = 0.0005
+ECHO_LETTERS = 4  # Shorter ones are words that both use.
+ECHO_PART = 0.8  # Of the longer text.
+
+NEAR_LETTERS = 10  # Shorter texts are like each other by chance.
+RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in common (MinHash, Broder 1997).
+HASHES = 4
+NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters.
+BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
+KINDS = 8  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
+CHUNK_TEXTS = 100_000  # Hashed at once.
+FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)  # Odd, of xxHash.
+
+MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2{MASK}\3"
+FULL_WIDTH = "".join(map(chr, range(0xFF01, 0xFF5F)))
+HALF_WIDTH = "".join(map(chr, range(0x21, 0x7F)))
+
+
+class Rules(NamedTuple):
+    """What goes.
+
+    Attributes:
+        max_repeats: So many comments with the same or nearly the same text stay; -1: all.
+        contacts: "drop": comments with contact details go; "mask": the details go; "keep".
+        drop_bait: Whether bait goes.
+        drop_echo: Whether comments go that repeat what they answer.
+        max_emoticons: So many comments of nothing but emoticons stay under a video; -1: all.
+        min_chars: Fewest letters and digits, of comments that have any.
+        max_chars: Most characters; -1: any number.
+        min_likes: Fewest likes.
+        drop_uploader: Whether the videos' authors' own comments go.
+        language: "zh": half of the letters or more are Chinese; "any".
+    """
+
+    max_repeats: int
+    contacts: str
+    drop_bait: bool
+    drop_echo: bool
+    max_emoticons: int
+    min_chars: int
+    max_chars: int
+    min_likes: int
+    drop_uploader: bool
+    language: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of queries
+
+
+def sql_text(text: str) -> str:
+    """Writes a text as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def has_contact(column: str) -> str:
+    """Writes the SQL that tells whether a text has a contact detail."""
+    return f"(regexp_matches({column}, {sql_text(NAMES)}) OR regexp_matches({column}, {sql_text(NUMBERS)}))"
+
+
+def masked(column: str, contact: str | None = None) -> str:
+    """Writes the SQL that masks contact details.
+
+    Args:
+        column: With the text.
+        contact: Column that tells whether it has any, if that is known.
+    """
+    without = f"regexp_replace({column}, {sql_text(NAMES)}, {sql_text(MASKED_NAME)}, 'g')"
+    for _ in range(2):  # What stands between two numbers belongs to the first match.
+        without = f"regexp_replace({without}, {sql_text(NUMBERS)}, {sql_text(MASKED_NUMBER)}, 'g')"
+    return f"CASE WHEN {contact or has_contact(column)} THEN {without} ELSE {column} END"
+
+
+MACROS = rf"""
+CREATE MACRO without_emoticons(x) AS
+    CASE WHEN contains(x, '[') THEN regexp_replace(x, '\[[^\[\]]{{1,20}}\]', '', 'g') ELSE x END;
+-- translate() is slow, and hardly a text needs it.
+CREATE MACRO half_width(x) AS CASE WHEN regexp_matches(x, '[Ａ-Ｚａ-ｚ]')
+    THEN translate(x, {sql_text(FULL_WIDTH)}, {sql_text(HALF_WIDTH)}) ELSE x END;
+-- What is left of a text without emoticons, digits, punctuation and spaces, of one case and width.
+CREATE MACRO fold(x) AS regexp_replace(lower(half_width(without_emoticons(x))), '[^\p{{L}}]+', '', 'g');
+-- Letters and digits: as many as there are letters, where those are enough.
+CREATE MACRO said_chars(x, letters, enough) AS CASE WHEN length(letters) >= greatest(enough, 1) THEN length(letters)
+    ELSE length(regexp_replace(without_emoticons(x), '[^\p{{L}}\p{{N}}]+', '', 'g')) END;
+CREATE MACRO is_echo(x, y) AS length(x) >= {ECHO_LETTERS} AND length(y) >= {ECHO_LETTERS}
+    AND least(length(x), length(y)) >= {ECHO_PART} * greatest(length(x), length(y))
+    AND (contains(x, y) OR contains(y, x));
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+def reasons(rules: Rules) -> str:
+    """Writes the SQL that finds why a comment goes, as cases of a query.
+
+    Its tables are `c`, the comment, and `p`, the one that it answers (text, letters, contact, likes, author), `v`, its
+    video (title, folded; author), and `bait` (id).
+    """
+    said = f"said_chars(c.text, c.letters, {rules.min_chars})"
+    return f"""
+        WHEN c.contact AND {rules.contacts == "drop"} THEN 'contact'
+        WHEN bait.id IS NOT NULL THEN 'bait'
+        WHEN {rules.drop_echo} AND (is_echo(c.letters, p.letters) OR is_echo(c.letters, v.title)) THEN 'echo'
+        WHEN {rules.drop_uploader} AND c.author = v.author THEN 'uploader'
+        WHEN {rules.language == "zh"} AND 2 * length(regexp_replace(c.letters, '[^\\p{{Han}}]+', '', 'g'))
+            < length(c.letters) THEN 'language'
+        WHEN coalesce(c.likes, 0) < {rules.min_likes} THEN 'few_likes'
+        WHEN {said} BETWEEN 1 AND {rules.min_chars} - 1 THEN 'too_short'
+        WHEN {rules.max_chars} >= 0 AND length(c.text) > {rules.max_chars} THEN 'too_long'"""
+
+
+def find_bait(con: "DuckDBPyConnection") -> None:
+    """Finds bait by its replies, most of which say nothing, or what is said all over the crawl; leaves `bait` (id).
+
+    All that is said below bait goes with it, and so do answers to what is said all over the crawl: the rest of such a
+    thread may not have been crawled.
+    """
+    con.execute(f"""
+        CREATE TABLE recurring AS SELECT letters FROM comments WHERE length(letters) BETWEEN 1 AND {RECURRING_LETTERS}
+            GROUP BY letters HAVING count(DISTINCT (video, parent)) >= {RECURRING_THREADS}
+                AND count(*) >= {RECURRING_PART} * (SELECT count(*) FROM comments);
+        CREATE TABLE empty AS SELECT id, parent, r.letters IS NOT NULL recurs FROM comments LEFT JOIN recurring r
+            USING (letters) WHERE length(comments.letters) <= {SHORT_LETTERS} OR r.letters IS NOT NULL;
+        CREATE TABLE bait AS
+            WITH RECURSIVE below AS (
+                SELECT parent id FROM (SELECT parent, count(*) n FROM comments WHERE parent <> 0 GROUP BY parent)
+                    JOIN (SELECT parent, count(*) n_empty, bool_or(recurs) recurs FROM empty GROUP BY parent)
+                    USING (parent)
+                WHERE n >= {THREAD_REPLIES} AND (2 * n_empty > n OR (2 * n_empty = n AND recurs))
+                UNION SELECT comments.id FROM comments JOIN below ON comments.parent = below.id)
+            SELECT id FROM below UNION SELECT comments.id FROM comments JOIN empty ON comments.parent = empty.id
+                WHERE empty.recurs;
+        DROP TABLE empty; DROP TABLE recurring;
+    """)
+
+
+def cap(con: "DuckDBPyConnection", rules: Rules) -> None:
+    """Gives a reason to comments of which there are enough others; the better liked ones stay.
+
+    Args:
+        con: With the tables `comments` and `verdicts` (id, position, reason).
+        rules: How many are enough.
+    """
+    left = "FROM verdicts JOIN comments USING (id) WHERE reason IS NULL"
+    said = "said_chars(text, letters, 1)"
+    if rules.max_emoticons >= 0:
+        con.execute(f"""
+            UPDATE verdicts SET reason = 'emoticons' WHERE id IN (
+                SELECT id {left} AND letters = '' AND {said} = 0
+                QUALIFY row_number() OVER (PARTITION BY video ORDER BY likes DESC NULLS LAST, id)
+                    > {rules.max_emoticons})""")
+    if rules.max_repeats < 0:
+        return
+    # Without letters a text is its digits, whichever they are, or its emoticons.
+    con.execute(f"""
+        CREATE TABLE same AS SELECT id, likes,
+            hash(CASE WHEN letters <> '' THEN letters WHEN {said} > 0 THEN '0' ELSE text END) folded {left};
+        UPDATE verdicts SET reason = 'repeat' WHERE id IN (
+            SELECT id FROM same SEMI JOIN (
+                SELECT folded FROM same GROUP BY folded HAVING count(*) > {rules.max_repeats}) often USING (folded)
+            QUALIFY row_number() OVER (PARTITION BY folded ORDER BY likes DESC NULLS LAST, id) > {rules.max_repeats});
+        DROP TABLE same;
+        CREATE TABLE texts AS
+            SELECT row_number() OVER (ORDER BY likes DESC NULLS LAST, id) - 1 number, id, letters
+            {left} AND length(letters) >= {NEAR_LETTERS} ORDER BY number""")
+    found = near_repeats(con, rules.max_repeats)
+    near = "SELECT id FROM texts WHERE number IN (SELECT unnest($1))"
+    con.execute(f"UPDATE verdicts SET reason = 'near_repeat' WHERE id IN ({near})", [found])
+    con.execute("DROP TABLE texts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near repeats
+
+
+class Prints(NamedTuple):
+    """What is compared of T texts.
+
+    Attributes:
+        hashes: (`HASHES`, T) uint32, the smallest ones of each text's runs of letters, in several ways of hashing.
+        bitmaps: (`BITMAP_WORDS`, T) uint64, which pairs of neighbouring letters it has.
+    """
+
+    hashes: np.ndarray
+    bitmaps: np.ndarray
+
+
+def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
+    """Finds texts that are like `most` earlier ones or more, such as an advertisement with small changes.
+
+    Args:
+        con: With the table `texts` (number, letters), numbers from 0.
+        most: How many of those that are alike stay, the first ones.
+
+    Returns:
+        (N,) int64, the numbers of the others.
+    """
+    count = con.execute("SELECT count(*) FROM texts").fetchone()[0]
+    if count <= most:
+        return np.zeros(0, dtype=np.int64)
+    parts = []
+    for start in range(0, count, CHUNK_TEXTS):
+        rows = con.execute(
+            "SELECT letters FROM texts WHERE number >= ? AND number < ? ORDER BY number", [start, start + CHUNK_TEXTS]
+        ).fetchnumpy()
+        parts.append(fingerprints(rows["letters"].tolist()))
+    prints = Prints(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
+    with ThreadPoolExecutor(2) as pool:  # Each needs some 100 bytes a text.
+        pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps, most=most), prints.hashes)])
+    pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
+    wanted = np.unique(pairs)
+    texts = dict(zip(wanted.tolist(), con.execute(
+        "SELECT letters FROM texts WHERE number IN (SELECT unnest($1)) ORDER BY number", [wanted]
+    ).fetchnumpy()["letters"].tolist(), strict=True))  # fmt: skip
+    near = [are_near(texts[text], texts[first]) for text, first in pairs.tolist()]
+    return pairs[near, 0]
+
+
+def fingerprints(texts: list[str]) -> Prints:
+    """Hashes runs and pairs of letters.
+
+    Args:
+        texts: T of them, none shorter than a run.
+    """
+    letters = np.frombuffer("".join(texts).encode("utf-32-le", errors="replace"), dtype=np.uint32)
+    ends = np.cumsum([*map(len, texts)])
+    starts = np.concatenate([[0], ends[:-1]])
+
+    def mixed_runs(length: int) -> np.ndarray:
+        runs = np.zeros(len(letters), dtype=np.uint32)
+        for place in range(length):
+            runs[: len(letters) - place] = runs[: len(letters) - place] * np.uint32(FACTORS[0]) + letters[place:]
+        return (runs ^ (runs >> np.uint32(15))) * np.uint32(FACTORS[1])
+
+    runs, hashes = mixed_runs(RUN_LETTERS), []
+    # Runs that begin in one text and end in the next are none.
+    beyond = (ends[:, None] - np.arange(1, RUN_LETTERS)).ravel()
+    for factor in FACTORS[-HASHES:]:
+        mixed = (runs ^ (runs >> np.uint32(13))) * np.uint32(factor)
+        mixed ^= mixed >> np.uint32(16)
+        mixed[beyond] = np.iinfo(np.uint32).max
+        hashes.append(np.minimum.reduceat(mixed, starts))
+    place = mixed_runs(2) >> np.uint32(32 - 8)
+    bit, word = np.uint64(1) << (place & np.uint32(63)).astype(np.uint64), place >> np.uint32(6)
+    bit[ends - 1] = 0
+    bitmaps = [np.bitwise_or.reduceat(np.where(word == number, bit, 0), starts) for number in range(BITMAP_WORDS)]
+    return Prints(np.stack(hashes), np.stack(bitmaps))
+
+
+def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
+    """Finds texts that have a hash, and most pairs of letters by their bitmaps, in common with `most` earlier ones.
+
+    Args:
+        hashes: (T,).
+        bitmaps: (`BITMAP_WORDS`, T).
+        most: How many are enough.
+
+    Returns:
+        (N, 2) int64: such a text, and the first one of its kind.
+    """
+    order, found = np.argsort(hashes, kind="stable"), []
+    pairs = sum(np.bitwise_count(words).astype(np.uint16) for words in bitmaps)
+    for _ in range(KINDS):
+        begins = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
+        sizes = np.diff(begins, append=len(order))
+        order, sizes = order[np.repeat(sizes > most, sizes)], sizes[sizes > most]
+        if not len(order):
+            break
+        first = np.repeat(order[np.cumsum(sizes) - sizes], sizes)
+        shared = sum(np.bitwise_count(words[order] & words[first]).astype(np.uint16) for words in bitmaps)
+        same = shared >= NEAR_PAIRS * (pairs[order] + pairs[first] - shared)
+        # Which one of its kind a text is: how many were the same up to it, less those of the groups before.
+        so_far = np.cumsum(same)
+        before = np.repeat((so_far - same)[np.cumsum(sizes) - sizes], sizes)
+        more = same & (so_far - before > most)
+        found.append(np.stack([order[more], first[more]], axis=1))
+        order = order[~same]
+    return np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
+
+
+def are_near(one: str, two: str) -> bool:
+    """Whether enough pairs of neighbouring letters of two texts are the same."""
+    mine, others = {*map("".join, pairwise(one))}, {*map("".join, pairwise(two))}
+    return len(mine & others) >= NEAR_PAIRS * len(mine | others)
