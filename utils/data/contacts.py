@@ -4,6 +4,8 @@ Chinese numerals between them, "薇" for WeChat, "裙" for a group.
 The patterns are for Python's and DuckDB's engines alike; DuckDB's has no look-around.
 """
 
+import re
+
 MASK = "（联系方式）"
 
 _DIGIT = "[0-9０-９〇零一二三四五六七八九壹贰叁肆伍陆柒捌玖幺]"
@@ -27,6 +29,7 @@ def _digits(least: int) -> str:
 NAMES = (
     f"(?i){_BEFORE}(?:"
     f"(?:{_WECHAT}){_LINK}(?:[a-z_-]{{1,15}}[0-9_][a-z0-9_-]{{2,}}|[0-9]{{1,5}}[a-z][a-z0-9_-]{{3,}})"
+    f"|(?:{_WECHAT})[号是]?[：:][ ]?[a-z][a-z0-9_-]{{5,19}}"
     f"|[加+＋➕][ ]?(?:v|vx|wx|微信?|薇信?|威信?){_LINK}[a-z][a-z0-9_-]{{5,19}}"
     r"|[0-9A-Za-z._+-]+[ ]?[@＠][ ]?[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
     r"|(?:https?://)?(?:space\.bilibili\.com|(?:b23\.tv|bili2233\.cn|t\.cn|dwz\.cn|url\.cn|suo\.im|is\.gd|bit\.ly|t\.me|"
@@ -43,3 +46,4 @@ NUMBERS = (
     "|[1-9１-９](?:[0-9０-９]{8,10}|[0-9]{2,3}(?:[ -][0-9]{3,4}){2})))"
     r"($|[^0-9０-９.%％元块刀分万亿年月日次人度]|[.](?:$|[^0-9]))"
 )
+CONTACT = re.compile(f"{NAMES}|{NUMBERS.removeprefix('(?i)')}")

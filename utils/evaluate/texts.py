@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from utils.data.contacts import CONTACT
+
 COPY_CHARACTERS = 15  # So many in a row that also stand in a training answer are copied.
 ECHO_CHARACTERS = 4  # A shorter run that stands in the question too is a word that both use.
 BEGINNING_CHARACTERS = 2  # Chinese writes no spaces: about a word.
@@ -14,12 +16,7 @@ EMOTICON = re.compile(r"\[[^\[\]\s]{1,12}\]")
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff]")
 # Looked for in NFKC, where full-width letters and digits are plain ones.
 UNWANTED = {
-    "contact": re.compile(
-        r"(?<!\d)1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
-        r"|(?:(?<![a-z0-9])qq|扣扣|企鹅|群)(?:号|群)?\s*[:：]?\s*\d{5,}"
-        r"|(?:微信|威信|薇信|加v|(?<![a-z0-9])(?:v信|vx|wx))号?\s*[:：]?\s*(?=[a-z_-]*\d)[a-z0-9_-]{5,}",
-        re.IGNORECASE | re.ASCII,
-    ),
+    "contact": CONTACT,
     "link": re.compile(
         r"https?://|www\.|b23\.tv|[a-z0-9-]{2,}\.(?:com|cn|net|org|top|xyz|vip|cc)\b", re.IGNORECASE | re.ASCII
     ),
