@@ -139,7 +139,7 @@ def test_contact_details(text: str) -> None:
         "BV1wx411c7mD讲得更细",
         "搜bv1Qq411c7mD和BV1vX411c7mD",
         "av170001在此",
-        
+
         "时间戳1700000000000",
         "23333333333333",
         "QQ音乐有这首歌",
