@@ -49,6 +49,9 @@ REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video
 SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
 # DuckDB takes no JSON object above 16 MB, and no comment or description has a thousandth of this.
 LONGEST_RECORD_CHARS = 1 << 20
+# DuckDB takes some 10 ms a file, so small ones are read here and loaded together.
+SMALL_BYTES = 1 << 18
+SPILLED_BYTES = 1 << 26
 OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
 DROPPED = "dropped.jsonl"
 # How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
@@ -63,12 +66,18 @@ SOMEONE = "@某人"
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
 REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
 # E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays. \p{Cf} are the
-# characters without a width that come along when a mention is copied.
+# characters without a width that come along when a mention is copied; a name may begin with emoji or with marks.
+_MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
+_NAME = rf"(?:{_MARKS}{{0,6}}[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?|[\p{{So}}\p{{Sk}}\x{{FE0F}}]+)"
+_SPACED_NAME = r"[\p{Cf} ]{1,3}[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*"
 MENTION = (
     r"[0-9A-Za-z._+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
-    r"|(^|[^0-9A-Za-z])(?:[@＠]\p{Cf}*[\p{L}\p{M}\p{N}_·-]+)+"
+    rf"|(^|[^0-9A-Za-z])(?:[@＠](?:\p{{Cf}}*{_NAME}|{_SPACED_NAME})\p{{Cf}}*)+"
     r"|(?:[@＠]\p{Cf}*(?:[\p{L}\p{M}_·-]|\p{N}{5})[\p{L}\p{M}\p{N}_·-]*)+"
 )
+# Other ways to write the @, and the marks that a search puts around a name.
+MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&commat;": "@"}
+FOUND_NAME = r"([@＠])<em[^>]*>([^<]*)</em>"
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
 
@@ -355,7 +364,7 @@ def insert_json(con: "DuckDBPyConnection", path: Path, kind: str, lines: bool) -
 
 
 def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> tuple[int, int, str]:
-    """Writes records as JSON lines for DuckDB.
+    """Writes records as JSON lines for DuckDB, behind those that are in the file already.
 
     Returns:
         The number of records, the number of torn ones, and why reading ended early ("" if it did not).
@@ -365,7 +374,7 @@ def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> t
         return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
     count = torn = 0
-    with path.open("w", encoding="utf-8", errors="replace") as file:
+    with path.open("a", encoding="utf-8", errors="replace") as file:
         try:
             for record in records:
                 if record is None:
@@ -411,18 +420,31 @@ def load_table(con: "DuckDBPyConnection", data_dir: Path, path: Path, table: Tab
     if platform:
         return skipped(place, f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it")
     line = {"file": shown(place), "kind": kind, "records": 0, "torn": 0, "note": ""}
-    if path.suffix.lower() in (".json", ".jsonl") and not NO_NAME.search(str(path)):
+    is_json = path.suffix.lower() in (".json", ".jsonl")
+    if is_json and path.stat().st_size > SMALL_BYTES and not NO_NAME.search(str(path)):
+        insert_spilled(con, kind, work)  # Of equal copies the last one counts.
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(1 << 16).lstrip().startswith("{")
         try:
             return {**line, "records": insert_json(con, path, kind, lines)}
         except duckdb.InvalidInputException:
             line["note"] = "damaged: read record by record"
-    spilled = work / "records.jsonl"
+    spilled = work / f"{kind}.jsonl"
     line["records"], line["torn"], problem = spill(records, COLUMNS[kind], spilled)
-    insert_json(con, spilled, kind, lines=True)
+    if spilled.stat().st_size > SPILLED_BYTES:
+        insert_spilled(con, kind, work)
+    if is_json and line["torn"]:
+        line["note"] = "damaged: read record by record"
     line["note"] = f"read up to an error: {problem}" if problem else line["note"]
     return line
+
+
+def insert_spilled(con: "DuckDBPyConnection", kind: str, work: Path) -> None:
+    """Loads what was spilled, if anything."""
+    spilled = work / f"{kind}.jsonl"
+    if spilled.exists():
+        insert_json(con, spilled, kind, lines=True)
+        spilled.unlink()
 
 
 def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Callable[[str], None]) -> list[Record]:
@@ -449,6 +471,8 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
                 tell(skipped(path, f"not readable ({table})"))
             elif line := load_table(con, data_dir, path, table, work):
                 tell(line)
+    for kind in COLUMNS:
+        insert_spilled(con, kind, work)
     return report
 
 
@@ -459,10 +483,15 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
 def anonymized(column: str, anonymize: bool) -> str:
     """Writes the SQL that removes "回复 @name :" and replaces mentions in a text column, and trims it."""
     if anonymize:
-        without_prefix = f"regexp_replace({column}, {sql_text(REPLY_PREFIX)}, '')"
+        plain = column
+        for form, at in MENTION_FORMS.items():
+            plain = f"replace({plain}, {sql_text(form)}, {sql_text(at)})"
+        plain = f"regexp_replace({plain}, {sql_text(FOUND_NAME)}, {sql_text(chr(92) + '1' + chr(92) + '2')}, 'g')"
+        without_prefix = f"regexp_replace({plain}, {sql_text(REPLY_PREFIX)}, '')"
         masked = f"regexp_replace({without_prefix}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
-        # Most texts have no mention, and looking for one character is cheap.
-        column = f"CASE WHEN contains({column}, '@') OR contains({column}, '＠') THEN {masked} ELSE {column} END"
+        # Most texts have no mention, and looking for a character is cheap.
+        has_any = " OR ".join(f"contains({column}, {sql_text(form)})" for form in ("@", "＠", *MENTION_FORMS))
+        column = f"CASE WHEN {has_any} THEN {masked} ELSE {column} END"
     return f"strip({column})"
 
 

@@ -324,7 +324,19 @@ def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
     ("@张三", None),
     ("@张三 @李四\n", None),
     ("回复 @张三 :", None),
-    ("@ 空格", "@ 空格"),
+    ("@ 空格", None),
+    ("@ 张三 来", "@某人 来"),
+    ("@😀张三 快看", "@某人 快看"),
+    ("@.张三 快看", "@某人 快看"),
+    ("@~张三~ 快看", "@某人 快看"),
+    ("@『张三』快看", "@某人快看"),
+    ("@😀😎 快看", "@某人 快看"),
+    ("@\u2068张三\u2069 快看", "@某人 快看"),
+    ("﹫张三 快看", "@某人 快看"),
+    ("&#64;张三 快看", "@某人 快看"),
+    ('@<em class="keyword">张三</em> 快看', "@某人 快看"),
+    ("1 @ 2，价格@ 3", "1 @ 2，价格@ 3"),
+    ("就这？@，你好", "就这？@，你好"),
     ("@张\u0301三 来", "@某人 来"),
     ("@\u200b张三 来", "@某人 来"),
     ("\u200b回复 @小明 :好", "好"),
@@ -376,6 +388,26 @@ def test_truncated_and_interleaved_json(tmp_path: Path) -> None:
     (tmp_path / "crawl/x_comments_1.jsonl").write_text(text, encoding="utf-8")
     _, report = prepare(tmp_path / "crawl")
     assert report["splits"]["train"]["comments"] == 300 and dropped(report) == {"torn": 1}
+
+
+@pytest.mark.parametrize("small_bytes", [0, 400, 1 << 18])
+def test_files_of_any_size_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_bytes: int) -> None:
+    """By DuckDB or here, one by one or together: of copies written at the same time the last file's counts."""
+    monkeypatch.setattr(prepare_data, "SMALL_BYTES", small_bytes)
+    folder = tmp_path / "crawl"
+    write_json(folder / "a_contents.json", [video(number) for number in range(3)])
+    write_json(folder / "b_comments.json", [comment(1, content="旧"), comment(2, content="旧")])
+    write_jsonl(folder / "c_comments.jsonl", [comment(2, content="新"), comment(3, of=1), comment(5, of=2)])
+    write_csv(folder / "d_comments.csv", [comment(4, to=2), comment(5, of=2, content="最后")])
+    written, report = prepare(folder)
+    assert {id: answer(record) for id, record in written.items()} == {
+        "50001": "旧", "50002": "新", "50003": "评论3", "50004": "评论4", "50005": "最后"
+    }  # fmt: skip
+    assert [line["records"] for line in report["files"]] == [3, 2, 3, 2] and report["dropped"]["duplicate"] == 2
+    text = (folder / "b_comments.json").read_text(encoding="utf-8")
+    (folder / "b_comments.json").write_text(text[:-40], encoding="utf-8")
+    damaged = prepare(folder)[1]["files"][1]
+    assert damaged["torn"] == 1 and damaged["note"] == "damaged: read record by record"
 
 
 def test_scan_json_reads_in_pieces() -> None:
