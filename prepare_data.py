@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -52,6 +53,9 @@ LONGEST_RECORD_CHARS = 1 << 20
 # DuckDB takes some 10 ms a file, so small ones are read here and loaded together.
 SMALL_BYTES = 1 << 18
 SPILLED_BYTES = 1 << 26
+# Of a workbook; tables of texts unpack to ten or twenty times their size.
+SMALL_WORKBOOK_BYTES = 1 << 26
+MOST_UNPACKED = 100
 OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
 DROPPED = "dropped.jsonl"
 # How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
@@ -263,6 +267,10 @@ def xlsx_tables(path: Path) -> Iterator[Table]:
         # A number as id is marked as such: it may have been rounded on its way (see the macro as_id).
         return float(cell) if column.endswith("_id") and isinstance(cell, int) else cell
 
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > max(SMALL_WORKBOOK_BYTES, MOST_UNPACKED * path.stat().st_size):
+        raise ValueError(f"it unpacks to {unpacked / 1e6:,.0f} MB from {path.stat().st_size / 1e6:,.2f}: no table of texts")
     book = openpyxl.load_workbook(path, read_only=True)  # a formula as it was typed: =_= is a comment
     try:
         for sheet in book.worksheets:

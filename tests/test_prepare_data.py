@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import zipfile
 from datetime import datetime, time
 from hashlib import md5
 from pathlib import Path
@@ -872,6 +873,30 @@ def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (one,) = ended
     assert one.returncode == 1 and one.stderr.startswith("Another process is writing") and one.stderr.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "crawl_out").iterdir()) == sorted(prepare_data.OUR_FILES)
+
+
+def test_a_workbook_that_unpacks_to_gigabytes_is_skipped(tmp_path: Path) -> None:
+    folder = tmp_path / "crawl"
+    write_json(folder / "contents.json", VIDEOS)
+    write_json(folder / "comments.json", COMMENTS)
+    expected, _ = prepare(folder)
+    write_xlsx(folder / "more.xlsx", {"Comments": COMMENTS})
+    with zipfile.ZipFile(folder / "more.xlsx", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/sharedStrings.xml", b"<si><t>" + bytes(1 << 27))
+    written, report = prepare(folder)
+    assert written == expected
+    assert "not readable (ValueError: it unpacks to 134 MB from 0.1" in report["files"][2]["note"]
+
+
+def test_an_endless_view_is_no_table(tmp_path: Path) -> None:
+    folder = tmp_path / "crawl"
+    write_sqlite(folder / "tables.db", {"bilibili_video": VIDEOS, "bilibili_video_comment": COMMENTS})
+    expected, _ = prepare(folder)
+    database = sqlite3.connect(folder / "tables.db")
+    database.execute("""CREATE VIEW more AS WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers)
+        SELECT n comment_id, 1000 video_id, 'x' content FROM numbers""")
+    database.close()
+    assert prepare(folder)[0] == expected
 
 
 @pytest.mark.parametrize("name", ["z.json", "z.db", "z.csv", "z.jsonl", "z.xlsx", "z.sqlite3"])
