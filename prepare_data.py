@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from utils.cli import ArgumentParser, boolean
 from utils.data.cleaning import MACROS, REASONS, Rules, cap, find_bait, has_contact, masked, reasons, sql_text
-from utils.data.contacts import MASK
+from utils.data.contacts import MASK, SOMEONE
 from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
 from utils.files import atomic_writes, from_root, shown
 
@@ -66,7 +66,6 @@ BEGINNINGS = {
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
-SOMEONE = "@某人"
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
 REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
 # E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays. \p{Cf} are the
@@ -270,7 +269,8 @@ def xlsx_tables(path: Path) -> Iterator[Table]:
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > max(SMALL_WORKBOOK_BYTES, MOST_UNPACKED * path.stat().st_size):
-        raise ValueError(f"it unpacks to {unpacked / 1e6:,.0f} MB from {path.stat().st_size / 1e6:,.2f}: no table of texts")
+        size = path.stat().st_size
+        raise ValueError(f"it unpacks to {unpacked / 1e6:,.0f} MB from {size / 1e6:,.2f}, as no texts do")
     book = openpyxl.load_workbook(path, read_only=True)  # a formula as it was typed: =_= is a comment
     try:
         for sheet in book.worksheets:
@@ -326,7 +326,8 @@ CREATE TABLE raw_comments (id BIGINT, parent BIGINT, video BIGINT, content VARCH
     likes BIGINT, author UBIGINT);
 CREATE TABLE raw_videos (id BIGINT, title VARCHAR, description VARCHAR, modified DOUBLE, author UBIGINT);
 CREATE MACRO author_of(user_id, creator_hash) AS
-    CASE WHEN coalesce(creator_hash, user_id, '') <> '' THEN hash(coalesce(nullif(creator_hash, ''), user_id)) END;
+    CASE WHEN coalesce(nullif(creator_hash, ''), user_id, '') NOT IN ('', '0')
+    THEN hash(coalesce(nullif(creator_hash, ''), user_id)) END;
 """
 
 INSERT = {
@@ -522,6 +523,10 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
     anonymize, total, seed = args.anonymize, args.total, args.seed
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields}) if args.clean else None
     masks = rules is not None and rules.contacts != "keep"
+    # A name before an answer is none of its contact details.
+    prefixed = f"starts_with(content, '回复') AND regexp_matches(content, {sql_text(REPLY_PREFIX)})"
+    without = f"regexp_replace(content, {sql_text(REPLY_PREFIX)}, '')"
+    own = f"(CASE WHEN {prefixed} THEN {without} ELSE content END)" if anonymize else "content"
     # Copies differ in the time of writing only; the row number decides between equal ones.
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
     title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
@@ -539,8 +544,8 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
                 CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody,
                 {"contact, likes, author, fold(text) letters" if rules else "likes"}
             FROM (SELECT * EXCLUDE shown, {anonymized("coalesce(shown, '')", anonymize)} text
-                FROM (SELECT *, {masked("content", "contact") if masks else "content"} shown
-                    FROM (SELECT *, {has_contact("content") if masks else "false"} contact FROM raw_comments
+                FROM (SELECT *, {masked(own, "contact") if masks else "content"} shown
+                    FROM (SELECT *, {has_contact(own) if masks else "false"} contact FROM raw_comments
                           WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}))));
         CREATE TABLE videos AS
             SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
@@ -830,7 +835,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_emoticons", type=int, default=3, help="comments of nothing but emoticons under a video; -1: all")
     add("--min_chars", type=int, default=2, help="fewest letters and digits of other comments")
     add("--max_chars", type=int, default=500, help="most characters; -1: any number")
-    add("--min_likes", type=int, default=0, help="fewest likes")
+    add("--min_likes", type=int, default=0, help="fewest likes; comments of crawls without them stay")
     add("--drop_uploader", type=boolean, default=False, help="comments by the video's author")
     add("--language", choices=["any", "zh"], default="any", help="zh: half of the letters or more are Chinese")
     add("--write_dropped", type=boolean, default=False, help=f"True: write all that is dropped to {DROPPED}: "

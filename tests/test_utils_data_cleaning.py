@@ -58,6 +58,11 @@ CONTACTS = [
     "发到 someone.else@163.com", "https://b23.tv/Zz9yX8w", "主页 space.bilibili.com/7654321", "UID:345678901",
     "扣扣9八7六5四3", "VX: 7mn8opqrs", "745812309 进来聊", "加我V信 k9j8h7", "🐧 87654321", "车友君羊 745-812-309",
     "热线：０１０－８７６５４３２１", "加卫星 qw12er34", "➕薇：abcd_1234", "t.cn/A6xyz12", "wei xin: hello2026abc",
+    "一三九八七六五四三二一", "QQ①②③④⑤⑥⑦⑧", "拨打13987654321分享", "13987654321人工服务", "+8613987654321",
+    "0755-87654321", "微❤信 abc12345", "薇芯：lily2020", "徽信 abc12345", "微 信 号 abc12345", "微信号是 lisi99",
+    "微信搜 abcd8888", "微信ID：tom_1990", "v心 lily2020", "维❤ lily2020", "加我微信 lilywang", "绿泡泡 abc12345",
+    "QQ同号 7654321", "7654321@qq。com", "7654321艾特qq点com", "lily(at)163.com", "uid345678901",
+    "https://jq.qq.com/?k=abc", "bili22.cn/abc",
 ]  # fmt: skip
 NO_CONTACTS = [
     "求链接", "同求，河北的", "蹲一个结果", "加我一份", "2025年10月", "排名45000", "一加13", "微信转账也行",
@@ -66,6 +71,10 @@ NO_CONTACTS = [
     "rtx5090 32g", "微信群里说", "i9-13900k", "联系客服", "https://www.bilibili.com/video/BV1ab411c7xY", "价格189999",
     "排名23456，分数598", "900000000人", "电话费299", "一二三四五六七", "加微信群", "安卓15 微信8.0.60",
     "1、2、3、4、5、6", "WX 不能用", "3.1415926535", "https://www.zhihu.com/question/345678912/answer/2345678901",
+    "安徽48000能上啥", "安徽2024一本线", "300 400 500", "985 211 2012", "比分 98 102 115", "2333333333", "666666666",
+    "播放量123456789", "人口1411750000", "光速299792458m/s", "订单号2025010112", "扣1、2、3、4、5", "扣一二三四五",
+    "扣20000保证金", "手机 20251001", "手机13 14 15 16", "联系 2025-10-01", "c++ volatile", "加virtual", "+vitaminc",
+    "6 @Mr.Li 快来看", "OK@Dr.Li", "2160p@60Hz.HDR",
 ]  # fmt: skip
 
 
@@ -153,8 +162,10 @@ def test_near_repeats(tmp_path: Path) -> None:
 
 
 def test_what_is_near() -> None:
-    """Half of the pairs of letters of two texts, counted by hand: 甲乙 乙丙 丙丁 against 甲乙 乙丙 丙戊, 2 of 4."""
-    assert are_near("甲乙丙丁", "甲乙丙戊") and not are_near("甲乙丙丁", "甲乙戊己")
+    """Pairs of letters counted by hand: of short texts 3 of 5 are to be the same, of longer ones 2 of 5."""
+    assert are_near("甲乙丙丁戊", "甲乙丙丁己") and not are_near("甲乙丙丁戊", "甲乙丙己庚")  # 3 of 5, 2 of 6.
+    long = "甲乙丙丁戊己庚辛壬癸"  # 9 pairs.
+    assert are_near(long, "甲乙丙丁戊己庚子丑寅") and not are_near(long, "甲乙丙丁戊己子丑寅卯")  # 6 of 12, 5 of 13.
 
 
 def jaccard(one: set[Any], two: set[Any]) -> float:
@@ -186,7 +197,7 @@ def test_fingerprints_estimate_similarity() -> None:
 
 def test_alike_takes_what_goes_beyond_the_cap() -> None:
     """Of one hash: texts 0, 2, 3, 5 of one kind and 1, 4, 6 of another, which has none to spare; 7 has its own."""
-    one, two = 0b1111, 0b11110000
+    one, two = (1 << 20) - 1, ((1 << 20) - 1) << 20
     hashes = np.array([9, 9, 9, 9, 9, 9, 9, 1], dtype=np.uint32)
     bitmaps = np.array([[one, two, one, one, two, one, two, one]], dtype=np.uint64)
     assert alike(hashes, bitmaps, 3).tolist() == [[5, 0]]
@@ -230,17 +241,46 @@ def test_what_is_said_all_over_the_crawl_is_bait(tmp_path: Path) -> None:
     assert left == ["蹲资料包", "这个老师的声音很好听", "比我们学校老师讲得好"] and dropped["bait"] == 31
 
 
+def test_equal_replies_are_bait_however_long(tmp_path: Path) -> None:
+    """Of one text, or of two; not of many. Laughter, emoticons and mentions are below good jokes, too."""
+    parents = ["全套题库在我这里，三连以后评论就行", "一份简历模板，留言发送"]
+    comments = said([*parents, "这道菜怎么做才不腥", "猫从沙发上掉下来的声音"])
+    comments += thread(1, ["已经三连了求题库"] * 5 + ["已经三连，求题库！"], 10)
+    comments += thread(2, ["简历来一份"] * 3 + ["蹲蹲简历吧"] * 3 + ["想知道是不是免费的呀"], 20)
+    comments += thread(3, ["放姜和料酒啊", "先焯水再炒", "用啤酒炖就行", "鱼要新鲜才行"], 30)
+    comments += thread(4, ["哈哈哈哈", "哈哈", "[笑哭]", "666", "@小王", "哈哈哈哈哈哈哈", "像我下班"], 40)
+    left, dropped = kept(crawl(tmp_path, comments))
+    assert dropped["bait"] == 15 and left[:2] == ["这道菜怎么做才不腥", "猫从沙发上掉下来的声音"]
+    assert {"放姜和料酒啊", "鱼要新鲜才行", "像我下班"} <= {*left}
+
+
 def test_short_answers_alone_make_no_bait(tmp_path: Path) -> None:
-    """Three replies tell nothing, and half of four must be what is said everywhere."""
+    """Three replies tell nothing; half of them may be short; a comment that is its own parent is no thread."""
     comments = [
-        *said(["今天的实验翻车了，录像为证", "猫比人会过日子"]), *thread(1, ["哈哈", "顶", "惨"], 10),
+        *said(["今天的实验翻车了，录像为证", "猫比人会过日子"]), *thread(1, ["顶", "惨", "好"], 10),
         *thread(2, ["确实", "是啊", "我家的也是，天天睡到中午", "羡慕它不用上班"], 20),
+        *said(["好"], 30, parent_comment_id="50030"),
     ]  # fmt: skip
     assert kept(crawl(tmp_path, comments), "--min_chars", "0")[1] == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The other rules
+
+
+def test_laughter_is_one_text(tmp_path: Path) -> None:
+    left, dropped = kept(crawl(tmp_path, said(["哈" * count for count in range(2, 12)])))
+    assert left == ["哈哈", "哈哈哈", "哈哈哈哈"] and dropped == {"repeat": 7}
+
+
+def test_a_name_is_no_word_of_ones_own(tmp_path: Path) -> None:
+    """Nor is a number in a name that is answered a contact detail."""
+    texts = ["@小明 6", "@小明 [doge]", "回复 @vx_abc12345 :说得有道理", "@小明 快看这个"]
+    written, report = prepare(crawl(tmp_path, [*said(texts[:2]), *said(texts[2:], 3, parent_comment_id="50009"),
+                                               comment(9, content="被回复的一条")]), "--clean", "True")  # fmt: skip
+    left = [answer(record) for record in written.values()]
+    assert left == ["@某人 [doge]", "说得有道理", "@某人 快看这个", "被回复的一条"]
+    assert report["dropped"]["too_short"] == 1
 
 
 def test_echo(tmp_path: Path) -> None:
@@ -272,7 +312,7 @@ def test_emoticons_are_counted_by_video(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "left"), [
     ([], ["up自己说的", "好看极了啊", "very nice indeed", "ABC方案好过DEF方案"]),
-    (["--min_likes", "2"], ["好看极了啊", "very nice indeed"]),
+    (["--min_likes", "2"], ["好看极了啊", "very nice indeed", "ABC方案好过DEF方案"]),
     (["--drop_uploader", "True"], ["好看极了啊", "very nice indeed", "ABC方案好过DEF方案"]),
     (["--language", "zh"], ["up自己说的", "好看极了啊", "ABC方案好过DEF方案"]),
     (["--total", "2", "--prefer_liked", "True"], ["好看极了啊", "very nice indeed"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from utils.data.contacts import MASK, NAMES, NUMBERS
+from utils.data.contacts import MASK, MASKED_NAME, MASKED_NUMBER, NAMES, NUMBERS, SOMEONE
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -30,6 +30,7 @@ REASONS = {
 }
 
 THREAD_REPLIES = 4  # Fewer say little about the comment that they answer.
+SAME_PART = 0.6  # Of a thread in two texts.
 SHORT_LETTERS = 2
 # A short text that stands in so many threads, and is so large a part of the crawl, recurs all over it.
 RECURRING_LETTERS = 8
@@ -38,16 +39,16 @@ RECURRING_PART = 0.0005
 ECHO_LETTERS = 4  # Shorter ones are words that both use.
 ECHO_PART = 0.8  # Of the longer text.
 
-NEAR_LETTERS = 10  # Shorter texts are like each other by chance.
+NEAR_LETTERS = 6  # Shorter texts are like each other by chance.
 RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in common (MinHash, Broder 1997).
 HASHES = 4
-NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters.
+NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters,
+NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
 BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
 KINDS = 8  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
 CHUNK_TEXTS = 100_000  # Hashed at once.
 FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)  # Odd, of xxHash.
 
-MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2{MASK}\3"
 FULL_WIDTH = "".join(map(chr, range(0xFF01, 0xFF5F)))
 HALF_WIDTH = "".join(map(chr, range(0x21, 0x7F)))
 
@@ -63,7 +64,7 @@ class Rules(NamedTuple):
         max_emoticons: So many comments of nothing but emoticons stay under a video; -1: all.
         min_chars: Fewest letters and digits, of comments that have any.
         max_chars: Most characters; -1: any number.
-        min_likes: Fewest likes.
+        min_likes: Fewest likes, of comments whose likes are known.
         drop_uploader: Whether the videos' authors' own comments go.
         language: "zh": half of the letters or more are Chinese; "any".
     """
@@ -113,11 +114,18 @@ CREATE MACRO without_emoticons(x) AS
 -- translate() is slow, and hardly a text needs it.
 CREATE MACRO half_width(x) AS CASE WHEN regexp_matches(x, '[Ａ-Ｚａ-ｚ]')
     THEN translate(x, {sql_text(FULL_WIDTH)}, {sql_text(HALF_WIDTH)}) ELSE x END;
+-- Without what stands for people and contact details.
+CREATE MACRO own_words(x) AS CASE WHEN contains(x, '{SOMEONE}') OR contains(x, '{MASK}')
+    THEN replace(replace(x, '{SOMEONE}', ''), '{MASK}', '') ELSE x END;
 -- What is left of a text without emoticons, digits, punctuation and spaces, of one case and width.
-CREATE MACRO fold(x) AS regexp_replace(lower(half_width(without_emoticons(x))), '[^\p{{L}}]+', '', 'g');
+CREATE MACRO fold(x) AS
+    regexp_replace(lower(half_width(without_emoticons(own_words(x)))), '[^\p{{L}}]+', '', 'g');
+CREATE MACRO digits_of(x) AS regexp_replace(without_emoticons(own_words(x)), '[^\p{{N}}]+', '', 'g');
+-- One letter or digit again and again: laughter. However often, it is the same text.
+CREATE MACRO is_laughter(x) AS length(x) >= 2 AND replace(x, left(x, 1), '') = '';
 -- Letters and digits: as many as there are letters, where those are enough.
 CREATE MACRO said_chars(x, letters, enough) AS CASE WHEN length(letters) >= greatest(enough, 1) THEN length(letters)
-    ELSE length(regexp_replace(without_emoticons(x), '[^\p{{L}}\p{{N}}]+', '', 'g')) END;
+    ELSE length(letters) + length(digits_of(x)) END;
 CREATE MACRO is_echo(x, y) AS length(x) >= {ECHO_LETTERS} AND length(y) >= {ECHO_LETTERS}
     AND least(length(x), length(y)) >= {ECHO_PART} * greatest(length(x), length(y))
     AND (contains(x, y) OR contains(y, x));
@@ -142,33 +150,41 @@ def reasons(rules: Rules) -> str:
         WHEN {rules.drop_uploader} AND c.author = v.author THEN 'uploader'
         WHEN {rules.language == "zh"} AND 2 * length(regexp_replace(c.letters, '[^\\p{{Han}}]+', '', 'g'))
             < length(c.letters) THEN 'language'
-        WHEN coalesce(c.likes, 0) < {rules.min_likes} THEN 'few_likes'
+        WHEN c.likes < {rules.min_likes} THEN 'few_likes'
         WHEN {said} BETWEEN 1 AND {rules.min_chars} - 1 THEN 'too_short'
         WHEN {rules.max_chars} >= 0 AND length(c.text) > {rules.max_chars} THEN 'too_long'"""
 
 
 def find_bait(con: "DuckDBPyConnection") -> None:
-    """Finds bait by its replies, most of which say nothing, or what is said all over the crawl; leaves `bait` (id).
+    """Finds bait by its replies; leaves `bait` (id).
 
-    All that is said below bait goes with it, and so do answers to what is said all over the crawl: the rest of such a
-    thread may not have been crawled.
+    Most of them say nothing: they have two letters or one digit at most, or what is said all over the crawl; or most of
+    them are two texts. Emoticons, mentions and laughter are not counted: these are below any good joke. All that is
+    said below bait goes with it, and so do answers to what is said all over the crawl: the rest of such a thread may
+    not have been crawled.
     """
     con.execute(f"""
         CREATE TABLE recurring AS SELECT letters FROM comments WHERE length(letters) BETWEEN 1 AND {RECURRING_LETTERS}
+            AND NOT is_laughter(letters)
             GROUP BY letters HAVING count(DISTINCT (video, parent)) >= {RECURRING_THREADS}
                 AND count(*) >= {RECURRING_PART} * (SELECT count(*) FROM comments);
-        CREATE TABLE empty AS SELECT id, parent, r.letters IS NOT NULL recurs FROM comments LEFT JOIN recurring r
-            USING (letters) WHERE length(comments.letters) <= {SHORT_LETTERS} OR r.letters IS NOT NULL;
+        CREATE TABLE replies AS
+            SELECT parent, said, count(*) n, bool_or(empty) empty FROM (
+                SELECT c.parent, CASE WHEN c.letters = '' THEN digits_of(c.text) ELSE c.letters END said,
+                    CASE WHEN c.letters = '' THEN length(said) = 1 ELSE length(c.letters) <= {SHORT_LETTERS} END
+                        OR r.letters IS NOT NULL empty
+                FROM comments c LEFT JOIN recurring r USING (letters) WHERE c.parent <> 0 AND c.parent <> c.id)
+            WHERE said <> '' AND NOT is_laughter(said) GROUP BY parent, said;
         CREATE TABLE bait AS
             WITH RECURSIVE below AS (
-                SELECT parent id FROM (SELECT parent, count(*) n FROM comments WHERE parent <> 0 GROUP BY parent)
-                    JOIN (SELECT parent, count(*) n_empty, bool_or(recurs) recurs FROM empty GROUP BY parent)
-                    USING (parent)
-                WHERE n >= {THREAD_REPLIES} AND (2 * n_empty > n OR (2 * n_empty = n AND recurs))
+                SELECT parent id FROM replies GROUP BY parent
+                    HAVING sum(n) >= {THREAD_REPLIES} AND (2 * coalesce(sum(n) FILTER (empty), 0) > sum(n)
+                        OR (count(*) < sum(n) / 2 AND list_sum(max(n, 2)) > {SAME_PART} * sum(n)))
                 UNION SELECT comments.id FROM comments JOIN below ON comments.parent = below.id)
-            SELECT id FROM below UNION SELECT comments.id FROM comments JOIN empty ON comments.parent = empty.id
-                WHERE empty.recurs;
-        DROP TABLE empty; DROP TABLE recurring;
+            SELECT id FROM below
+            UNION SELECT c.id FROM comments c JOIN comments p ON p.id = c.parent
+                WHERE p.letters IN (SELECT letters FROM recurring);
+        DROP TABLE replies; DROP TABLE recurring;
     """)
 
 
@@ -192,7 +208,8 @@ def cap(con: "DuckDBPyConnection", rules: Rules) -> None:
     # Without letters a text is its digits, whichever they are, or its emoticons.
     con.execute(f"""
         CREATE TABLE same AS SELECT id, likes,
-            hash(CASE WHEN letters <> '' THEN letters WHEN {said} > 0 THEN '0' ELSE text END) folded {left};
+            hash(CASE WHEN is_laughter(letters) THEN left(letters, 1) || left(letters, 1)
+                WHEN letters <> '' THEN letters WHEN {said} > 0 THEN '0' ELSE text END) folded {left};
         UPDATE verdicts SET reason = 'repeat' WHERE id IN (
             SELECT id FROM same SEMI JOIN (
                 SELECT folded FROM same GROUP BY folded HAVING count(*) > {rules.max_repeats}) often USING (folded)
@@ -200,7 +217,7 @@ def cap(con: "DuckDBPyConnection", rules: Rules) -> None:
         DROP TABLE same;
         CREATE TABLE texts AS
             SELECT row_number() OVER (ORDER BY likes DESC NULLS LAST, id) - 1 number, id, letters
-            {left} AND length(letters) >= {NEAR_LETTERS} ORDER BY number""")
+            {left} AND length(letters) >= {NEAR_LETTERS} AND NOT is_laughter(letters) ORDER BY number""")
     found = near_repeats(con, rules.max_repeats)
     near = "SELECT id FROM texts WHERE number IN (SELECT unnest($1))"
     con.execute(f"UPDATE verdicts SET reason = 'near_repeat' WHERE id IN ({near})", [found])
@@ -298,6 +315,7 @@ def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
     """
     order, found = np.argsort(hashes, kind="stable"), []
     pairs = sum(np.bitwise_count(words).astype(np.uint16) for words in bitmaps)
+    needed = np.where(np.arange(64 * len(bitmaps) + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
     for _ in range(KINDS):
         begins = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
         sizes = np.diff(begins, append=len(order))
@@ -306,7 +324,7 @@ def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
             break
         first = np.repeat(order[np.cumsum(sizes) - sizes], sizes)
         shared = sum(np.bitwise_count(words[order] & words[first]).astype(np.uint16) for words in bitmaps)
-        same = shared >= NEAR_PAIRS * (pairs[order] + pairs[first] - shared)
+        same = shared >= needed[np.minimum(pairs[order], pairs[first])] * (pairs[order] + pairs[first] - shared)
         # Which one of its kind a text is: how many were the same up to it, less those of the groups before.
         so_far = np.cumsum(same)
         before = np.repeat((so_far - same)[np.cumsum(sizes) - sizes], sizes)
@@ -319,4 +337,5 @@ def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
 def are_near(one: str, two: str) -> bool:
     """Whether enough pairs of neighbouring letters of two texts are the same."""
     mine, others = {*map("".join, pairwise(one))}, {*map("".join, pairwise(two))}
-    return len(mine & others) >= NEAR_PAIRS * len(mine | others)
+    needed = NEAR_PAIRS_SHORT if min(len(mine), len(others)) < SHORT_PAIRS else NEAR_PAIRS
+    return len(mine & others) >= needed * len(mine | others)

@@ -6,19 +6,22 @@ The patterns are for Python's and DuckDB's engines alike; DuckDB's has no look-a
 
 import re
 
-MASK = "（联系方式）"
+SOMEONE = "@某人"  # Stands for people who are mentioned,
+MASK = "（联系方式）"  # and for contact details.
 
-_DIGIT = "[0-9０-９〇零一二三四五六七八九壹贰叁肆伍陆柒捌玖幺]"
-_GAP = "[ \t\u3000_*·•~～,，、。—–－-]{0,3}"
-_LINK = "[号码是为叫加聊：:＝=>→\t \u3000+＋➕,，(（「【]{0,6}"
+_DIGIT = "[0-9０-９〇零一二三四五六七八九壹贰叁肆伍陆柒捌玖幺①-⑨❶-❾⓪]"
+_GAP = "[ \t\u3000\ufe0f\u20e3_*·•~～—–－-]{0,3}"
+_LINK_CHARACTERS = "[号码是为叫加聊搜索同呗个下我：:＝=>→\t \u3000+＋➕,，(（「【\ufe0f]"
+_LINK = _LINK_CHARACTERS + "{0,6}(?:id[：: ]{1,2})?"
 _BEFORE = "(^|[^0-9A-Za-z])"
 _WECHAT = (
-    "微信|薇信|威信|维信|微❤|薇❤|v[ ]?信|v❤|vx|wx|v[：:]|[加+＋➕][ ]?(?:v|微|威|维|w|卫星)|[薇徽]|wei[ ]?xin"
-    "|we[ ]?chat"
+    "微[ ❤♥\ufe0f]*信|[薇威维徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx|wx|v[：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)"
+    "|[+][ ]?v[x信]?[：:]|wei[ ]?xin|we[ ]?chat"
 )
 _QQ = "扣扣|企鹅|🐧|q[ ]?q|ｑｑ|qun|[扣裙群羣峮]|君羊"
 _PHONE = "电话|手机号?|联系方式|联系|致电|热线|tel"
 _USER = "(?:u|b站|玩家)?id|uid"
+_TOP_LEVEL = "(?:com|cn|net|org|edu|me|io|cc|co|top|xyz|vip)"
 
 
 def _digits(least: int) -> str:
@@ -29,21 +32,24 @@ def _digits(least: int) -> str:
 NAMES = (
     f"(?i){_BEFORE}(?:"
     f"(?:{_WECHAT}){_LINK}(?:[a-z_-]{{1,15}}[0-9_][a-z0-9_-]{{2,}}|[0-9]{{1,5}}[a-z][a-z0-9_-]{{3,}})"
-    f"|(?:{_WECHAT})[号是]?[：:][ ]?[a-z][a-z0-9_-]{{5,19}}"
-    f"|[加+＋➕][ ]?(?:v|vx|wx|微信?|薇信?|威信?){_LINK}[a-z][a-z0-9_-]{{5,19}}"
-    r"|[0-9A-Za-z._+-]+[ ]?[@＠][ ]?[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
-    r"|(?:https?://)?(?:space\.bilibili\.com|(?:b23\.tv|bili2233\.cn|t\.cn|dwz\.cn|url\.cn|suo\.im|is\.gd|bit\.ly|t\.me|"
-    r"wa\.me|discord\.gg|[em]\.tb\.cn|u\.jd\.com|3\.cn|v\.douyin\.com|xhslink\.com|[jq]m?\.qq\.com|wpa\.qq\.com|"
-    r"u\.wechat\.com|work\.weixin\.qq\.com)/)[0-9A-Za-z_./?=&%+#-]*"
-    ")"
+    f"|(?:{_WECHAT}){_LINK_CHARACTERS}{{0,3}}(?:id)?[号是搜：:][是：: ]{{0,2}}[a-z][a-z0-9_-]{{5,19}}"
+    f"|[加＋➕][我个 ]{{0,2}}(?:v|vx|wx|微信?|薇信?|威信?){_LINK_CHARACTERS}{{1,6}}[a-z][a-z0-9_-]{{5,19}}"
+    r"|[0-9A-Za-z._+-]+(?:[@＠]|[ ]?(?:艾特|\(at\))[ ]?)[0-9A-Za-z-]+(?:[.。．点][0-9A-Za-z-]+)*[.。．点]"
+    rf"{_TOP_LEVEL}"
+    r"|(?:https?://)?(?:space\.bilibili\.com|m\.bilibili\.com/space|(?:b23\.tv|bili(?:22|23|33|2233)\.cn|t\.cn|dwz\.cn|"
+    r"url\.cn|suo\.im|is\.gd|bit\.ly|tinyurl\.com|t\.me|wa\.me|discord\.gg|t\.zsxq\.com|[cem]\.tb\.cn|u\.jd\.com|"
+    r"3\.cn|v\.douyin\.com|xhslink\.com|(?:jq|qm|q|wpa)\.qq\.com|u\.wechat\.com|work\.weixin\.qq\.com)/)"
+    r"[0-9A-Za-z_./?=&%+#-]*)"
 )
-# Numbers: after a word, a mobile phone's, or nine to eleven digits that are no amount and in no address. Groups 1 and 2
-# are what stands before, 3 is what follows.
+# Numbers: after a word, nine to eleven digits before an invitation, or a telephone's. Groups 1, 2 and 5 are what stands
+# before, of one of these forms, and 3, 4 and 6 what follows.
 NUMBERS = (
-    f"(?i)(?:{_BEFORE}(?:(?:{_WECHAT}|{_QQ}){_LINK}{_digits(5)}|(?:{_PHONE}){_LINK}{_digits(7)}"
-    f"|(?:{_USER})[：: ]{{1,3}}{_digits(6)})"
-    "|(^|[^0-9A-Za-z/=_.-])(?:[1１][ -]?[3-9３-９](?:[ -]?[0-9０-９]){9}"
-    "|[1-9１-９](?:[0-9０-９]{8,10}|[0-9]{2,3}(?:[ -][0-9]{3,4}){2})))"
-    r"($|[^0-9０-９.%％元块刀分万亿年月日次人度]|[.](?:$|[^0-9]))"
+    f"(?i)(?:{_BEFORE}(?:(?:{_WECHAT}|{_QQ}){_LINK}{_digits(6)}|q[ ]?q{_LINK}{_digits(5)}"
+    f"|(?:{_PHONE}){_LINK}{_digits(10)}|(?:{_USER})[：: ]{{0,3}}{_digits(6)})"
+    "|(^|[^0-9A-Za-z/=_.-])(?:[1-9１-９][0-9０-９]{8,10}[ ，,。!！~]{0,2}([加进来聊群裙满私])))"
+    "($|[^0-9０-９.%％元块刀分万亿年月日次人度积保多只种名位米播]|[.](?:$|[^0-9]))"
+    f"|(^|[^0-9A-Za-z/=_.-])(?:(?:[+＋]?86[ -]?)?[1１一幺壹][ -]?[3-9３-９三四五六七八九](?:[ -]{{0,2}}{_DIGIT}){{9}}"
+    "|0[0-9]{2,3}-[0-9]{7,8}|[48]00[ -]?[0-9]{3}[ -]?[0-9]{4})($|[^0-9０-９])"
 )
+MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2\5{MASK}\3\4\6"
 CONTACT = re.compile(f"{NAMES}|{NUMBERS.removeprefix('(?i)')}")
