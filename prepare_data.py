@@ -69,17 +69,22 @@ OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba
 # The crawler's own form is "回复 @name :"; people who copy it leave out the space.
 REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
 # E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays. \p{Cf} are the
-# characters without a width that come along when a mention is copied; a name may begin with emoji or with marks.
-_MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
-_NAME = rf"(?:{_MARKS}{{0,6}}[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?|[\p{{So}}\p{{Sk}}\x{{FE0F}}]+)"
-_SPACED_NAME = r"[\p{Cf} ]{1,3}[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*"
+# characters without a width that come along when a mention is copied.
 MENTION = (
     r"[0-9A-Za-z._+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
-    rf"|(^|[^0-9A-Za-z])(?:[@＠](?:\p{{Cf}}*{_NAME}|{_SPACED_NAME})\p{{Cf}}*)+"
+    r"|(^|[^0-9A-Za-z])(?:[@＠]\p{Cf}*[\p{L}\p{M}\p{N}_·-]+\p{Cf}*)+"
     r"|(?:[@＠]\p{Cf}*(?:[\p{L}\p{M}_·-]|\p{N}{5})[\p{L}\p{M}\p{N}_·-]*)+"
+)
+# Names that begin with emoji, marks or a space: rare, and too slow to look for everywhere.
+_MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
+MARKED_NAME = rf"[@＠]\p{{Cf}}*(?:{_MARKS}| {{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])"
+MARKED_MENTION = (
+    rf"(^|[^0-9A-Za-z])[@＠](?:\p{{Cf}}*{_MARKS}+(?:[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?)?"
+    r"|\p{Cf}* {1,2}\p{Cf}*[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*)"
 )
 # Other ways to write the @, and the marks that a search puts around a name.
 MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&commat;": "@"}
+ASIDE = "\ue000"  # Of those that are nobody's.
 FOUND_NAME = r"([@＠])<em[^>]*>([^<]*)</em>"
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
@@ -496,8 +501,12 @@ def anonymized(column: str, anonymize: bool) -> str:
         for form, at in MENTION_FORMS.items():
             plain = f"replace({plain}, {sql_text(form)}, {sql_text(at)})"
         plain = f"regexp_replace({plain}, {sql_text(FOUND_NAME)}, {sql_text(chr(92) + '1' + chr(92) + '2')}, 'g')"
-        without_prefix = f"regexp_replace({plain}, {sql_text(REPLY_PREFIX)}, '')"
-        masked = f"regexp_replace({without_prefix}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
+        text = f"regexp_replace({plain}, {sql_text(REPLY_PREFIX)}, '')"
+        # What is found first is put aside, as the second pattern would go on where a name ends.
+        marked = f"regexp_replace({text}, {sql_text(MARKED_MENTION)}, {sql_text(chr(92) + '1' + ASIDE)}, 'g')"
+        text = f"CASE WHEN regexp_matches({column}, {sql_text(MARKED_NAME)}) THEN {marked} ELSE {text} END"
+        masked = f"regexp_replace({text}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
+        masked = f"replace({masked}, {sql_text(ASIDE)}, {sql_text(SOMEONE)})"
         # Most texts have no mention, and looking for a character is cheap.
         has_any = " OR ".join(f"contains({column}, {sql_text(form)})" for form in ("@", "＠", *MENTION_FORMS))
         column = f"CASE WHEN {has_any} THEN {masked} ELSE {column} END"
