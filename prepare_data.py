@@ -535,7 +535,7 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
     # A name before an answer is none of its contact details.
     prefixed = f"starts_with(content, '回复') AND regexp_matches(content, {sql_text(REPLY_PREFIX)})"
     without = f"regexp_replace(content, {sql_text(REPLY_PREFIX)}, '')"
-    own = f"(CASE WHEN {prefixed} THEN {without} ELSE content END)" if anonymize else "content"
+    own = f"CASE WHEN {prefixed} THEN {without} ELSE content END" if anonymize else "content"
     # Copies differ in the time of writing only; the row number decides between equal ones.
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
     title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
@@ -553,9 +553,10 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
                 CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody,
                 {"contact, likes, author, fold(text) letters" if rules else "likes"}
             FROM (SELECT * EXCLUDE shown, {anonymized("coalesce(shown, '')", anonymize)} text
-                FROM (SELECT *, {masked(own, "contact") if masks else "content"} shown
-                    FROM (SELECT *, {has_contact(own) if masks else "false"} contact FROM raw_comments
-                          WHERE rowid IN ({newest.format("raw_comments", "NOT torn")}))));
+                FROM (SELECT *, {masked("said", "contact") if masks else "said"} shown
+                    FROM (SELECT *, {has_contact("said") if masks else "false"} contact
+                        FROM (SELECT *, {own if masks else "content"} said FROM raw_comments
+                              WHERE rowid IN ({newest.format("raw_comments", "NOT torn")})))));
         CREATE TABLE videos AS
             SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
                 left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,

@@ -2,7 +2,7 @@
 says nothing. Rules in SQL over prepare_data.py's tables; no list of words tells what is bait.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -122,7 +122,7 @@ CREATE MACRO fold(x) AS
     regexp_replace(lower(half_width(without_emoticons(own_words(x)))), '[^\p{{L}}]+', '', 'g');
 CREATE MACRO digits_of(x) AS regexp_replace(without_emoticons(own_words(x)), '[^\p{{N}}]+', '', 'g');
 -- One letter or digit again and again: laughter. However often, it is the same text.
-CREATE MACRO is_laughter(x) AS length(x) >= 2 AND replace(x, left(x, 1), '') = '';
+CREATE MACRO is_laughter(x) AS length(x) >= 2 AND left(x, 1) = right(x, 1) AND replace(x, left(x, 1), '') = '';
 -- Letters and digits: as many as there are letters, where those are enough.
 CREATE MACRO said_chars(x, letters, enough) AS CASE WHEN length(letters) >= greatest(enough, 1) THEN length(letters)
     ELSE length(letters) + length(digits_of(x)) END;
@@ -253,14 +253,16 @@ def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
     count = con.execute("SELECT count(*) FROM texts").fetchone()[0]
     if count <= most:
         return np.zeros(0, dtype=np.int64)
-    parts = []
-    for start in range(0, count, CHUNK_TEXTS):
-        rows = con.execute(
-            "SELECT letters FROM texts WHERE number >= ? AND number < ? ORDER BY number", [start, start + CHUNK_TEXTS]
-        ).fetchnumpy()
-        parts.append(fingerprints(rows["letters"].tolist()))
-    prints = Prints(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
-    with ThreadPoolExecutor(2) as pool:  # Each needs some 100 bytes a text.
+    parts: list[Future[Prints]] = []
+    with ThreadPoolExecutor(2) as pool:  # Comparing takes some 100 bytes a text in each.
+        for start in range(0, count, CHUNK_TEXTS):
+            some = "SELECT letters FROM texts WHERE number >= $1 AND number < $2 ORDER BY number"
+            letters = con.execute(some, [start, start + CHUNK_TEXTS]).fetchnumpy()["letters"].tolist()
+            if len(parts) > 1:
+                parts[-2].result()  # No more than two wait in memory.
+            parts.append(pool.submit(fingerprints, letters))
+        done = [part.result() for part in parts]
+        prints = Prints(*(np.concatenate(part, axis=1) for part in zip(*done, strict=True)))
         pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps, most=most), prints.hashes)])
     pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
     wanted = np.unique(pairs)
