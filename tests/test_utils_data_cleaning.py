@@ -1,4 +1,4 @@
-"""utils/data/cleaning.py, contacts.py, and prepare_data.py with them.
+"""utils/data/cleaning.py, contacts.py, near_repeats.py, and prepare_data.py with them.
 
 python -m pytest tests/test_utils_data_cleaning.py
 """
@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from test_prepare_data import Record, answer, comment, prepare, prompt, quick_plot, video, write_json  # noqa: F401
 
-from utils.data.cleaning import MACROS, REASONS, alike, are_near, fingerprints, has_contact, masked
+from utils.data.cleaning import MACROS, REASONS, has_contact, masked
 from utils.data.contacts import MASK, NAMES, NUMBERS
+from utils.data.near_repeats import alike, are_near, fingerprints
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,7 @@
 says nothing. Rules in SQL over prepare_data.py's tables; no list of words tells what is bait.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from utils.data.contacts import MASK, MASKED_NAME, MASKED_NUMBER, NAMES, NUMBERS, SOMEONE
 
@@ -38,16 +33,7 @@ RECURRING_THREADS = 5
 RECURRING_PART = 0.0005
 ECHO_LETTERS = 4  # Shorter ones are words that both use.
 ECHO_PART = 0.8  # Of the longer text.
-
 NEAR_LETTERS = 6  # Shorter texts are like each other by chance.
-RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in common (MinHash, Broder 1997).
-HASHES = 4
-NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters,
-NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
-BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
-KINDS = 8  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
-CHUNK_TEXTS = 100_000  # Hashed at once.
-FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)  # Odd, of xxHash.
 
 FULL_WIDTH = "".join(map(chr, range(0xFF01, 0xFF5F)))
 HALF_WIDTH = "".join(map(chr, range(0x21, 0x7F)))
@@ -218,126 +204,9 @@ def cap(con: "DuckDBPyConnection", rules: Rules) -> None:
         CREATE TABLE texts AS
             SELECT row_number() OVER (ORDER BY likes DESC NULLS LAST, id) - 1 number, id, letters
             {left} AND length(letters) >= {NEAR_LETTERS} AND NOT is_laughter(letters) ORDER BY number""")
+    from utils.data.near_repeats import near_repeats  # NumPy takes its time.
+
     found = near_repeats(con, rules.max_repeats)
     near = "SELECT id FROM texts WHERE number IN (SELECT unnest($1))"
     con.execute(f"UPDATE verdicts SET reason = 'near_repeat' WHERE id IN ({near})", [found])
     con.execute("DROP TABLE texts")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Near repeats
-
-
-class Prints(NamedTuple):
-    """What is compared of T texts.
-
-    Attributes:
-        hashes: (`HASHES`, T) uint32, the smallest ones of each text's runs of letters, in several ways of hashing.
-        bitmaps: (`BITMAP_WORDS`, T) uint64, which pairs of neighbouring letters it has.
-    """
-
-    hashes: np.ndarray
-    bitmaps: np.ndarray
-
-
-def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
-    """Finds texts that are like `most` earlier ones or more, such as an advertisement with small changes.
-
-    Args:
-        con: With the table `texts` (number, letters), numbers from 0.
-        most: How many of those that are alike stay, the first ones.
-
-    Returns:
-        (N,) int64, the numbers of the others.
-    """
-    count = con.execute("SELECT count(*) FROM texts").fetchone()[0]
-    if count <= most:
-        return np.zeros(0, dtype=np.int64)
-    parts: list[Future[Prints]] = []
-    with ThreadPoolExecutor(2) as pool:  # Comparing takes some 100 bytes a text in each.
-        for start in range(0, count, CHUNK_TEXTS):
-            some = "SELECT letters FROM texts WHERE number >= $1 AND number < $2 ORDER BY number"
-            letters = con.execute(some, [start, start + CHUNK_TEXTS]).fetchnumpy()["letters"].tolist()
-            if len(parts) > 1:
-                parts[-2].result()  # No more than two wait in memory.
-            parts.append(pool.submit(fingerprints, letters))
-        done = [part.result() for part in parts]
-        prints = Prints(*(np.concatenate(part, axis=1) for part in zip(*done, strict=True)))
-        pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps, most=most), prints.hashes)])
-    pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
-    wanted = np.unique(pairs)
-    texts = dict(zip(wanted.tolist(), con.execute(
-        "SELECT letters FROM texts WHERE number IN (SELECT unnest($1)) ORDER BY number", [wanted]
-    ).fetchnumpy()["letters"].tolist(), strict=True))  # fmt: skip
-    near = [are_near(texts[text], texts[first]) for text, first in pairs.tolist()]
-    return pairs[near, 0]
-
-
-def fingerprints(texts: list[str]) -> Prints:
-    """Hashes runs and pairs of letters.
-
-    Args:
-        texts: T of them, none shorter than a run.
-    """
-    letters = np.frombuffer("".join(texts).encode("utf-32-le", errors="replace"), dtype=np.uint32)
-    ends = np.cumsum([*map(len, texts)])
-    starts = np.concatenate([[0], ends[:-1]])
-
-    def mixed_runs(length: int) -> np.ndarray:
-        runs = np.zeros(len(letters), dtype=np.uint32)
-        for place in range(length):
-            runs[: len(letters) - place] = runs[: len(letters) - place] * np.uint32(FACTORS[0]) + letters[place:]
-        return (runs ^ (runs >> np.uint32(15))) * np.uint32(FACTORS[1])
-
-    runs, hashes = mixed_runs(RUN_LETTERS), []
-    # Runs that begin in one text and end in the next are none.
-    beyond = (ends[:, None] - np.arange(1, RUN_LETTERS)).ravel()
-    for factor in FACTORS[-HASHES:]:
-        mixed = (runs ^ (runs >> np.uint32(13))) * np.uint32(factor)
-        mixed ^= mixed >> np.uint32(16)
-        mixed[beyond] = np.iinfo(np.uint32).max
-        hashes.append(np.minimum.reduceat(mixed, starts))
-    place = mixed_runs(2) >> np.uint32(32 - 8)
-    bit, word = np.uint64(1) << (place & np.uint32(63)).astype(np.uint64), place >> np.uint32(6)
-    bit[ends - 1] = 0
-    bitmaps = [np.bitwise_or.reduceat(np.where(word == number, bit, 0), starts) for number in range(BITMAP_WORDS)]
-    return Prints(np.stack(hashes), np.stack(bitmaps))
-
-
-def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
-    """Finds texts that have a hash, and most pairs of letters by their bitmaps, in common with `most` earlier ones.
-
-    Args:
-        hashes: (T,).
-        bitmaps: (`BITMAP_WORDS`, T).
-        most: How many are enough.
-
-    Returns:
-        (N, 2) int64: such a text, and the first one of its kind.
-    """
-    order, found = np.argsort(hashes, kind="stable"), []
-    pairs = sum(np.bitwise_count(words).astype(np.uint16) for words in bitmaps)
-    needed = np.where(np.arange(64 * len(bitmaps) + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
-    for _ in range(KINDS):
-        begins = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
-        sizes = np.diff(begins, append=len(order))
-        order, sizes = order[np.repeat(sizes > most, sizes)], sizes[sizes > most]
-        if not len(order):
-            break
-        first = np.repeat(order[np.cumsum(sizes) - sizes], sizes)
-        shared = sum(np.bitwise_count(words[order] & words[first]).astype(np.uint16) for words in bitmaps)
-        same = shared >= needed[np.minimum(pairs[order], pairs[first])] * (pairs[order] + pairs[first] - shared)
-        # Which one of its kind a text is: how many were the same up to it, less those of the groups before.
-        so_far = np.cumsum(same)
-        before = np.repeat((so_far - same)[np.cumsum(sizes) - sizes], sizes)
-        more = same & (so_far - before > most)
-        found.append(np.stack([order[more], first[more]], axis=1))
-        order = order[~same]
-    return np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
-
-
-def are_near(one: str, two: str) -> bool:
-    """Whether enough pairs of neighbouring letters of two texts are the same."""
-    mine, others = {*map("".join, pairwise(one))}, {*map("".join, pairwise(two))}
-    needed = NEAR_PAIRS_SHORT if min(len(mine), len(others)) < SHORT_PAIRS else NEAR_PAIRS
-    return len(mine & others) >= needed * len(mine | others)
