@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from datetime import datetime, time
 from hashlib import md5
 from pathlib import Path
@@ -307,7 +308,7 @@ def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
     assert report["lengths"] == lengths
 
 
-@pytest.mark.parametrize(("text", "expected"), [
+MENTIONED = [
     ("回复 @小明 :好的", "好的"),
     ("回复 @a b·c★ :好的", "好的"),
     ("回复@小明：好的", "好的"),
@@ -343,7 +344,26 @@ def test_prompts_equal_comment_prompt(tmp_path: Path) -> None:
     ("\u200b回复 @小明 :好", "好"),
     (" \ufeff 回复 @小明 :\u200b回复 @张三 :好", "好"),
     ("hi@12345678 来", "hi@某人 来"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def con() -> Iterator[Any]:
+    import duckdb
+
+    with duckdb.connect() as con:
+        con.execute(prepare_data.SCHEMA.replace("{whitespace}", prepare_data.sql_text(prepare_data.WHITESPACE)))
+        yield con
+
+
+@pytest.mark.parametrize(("text", "expected"), MENTIONED)
+def test_mentions(con: Any, text: str, expected: str | None) -> None:
+    """None: nothing but mentions is left."""
+    (found,) = con.execute(f"SELECT {prepare_data.anonymized('x', True)} FROM (SELECT ?::VARCHAR x)", [text]).fetchone()
+    assert found == expected or (expected is None and not found.replace(prepare_data.SOMEONE, "").strip())
+
+
+@pytest.mark.parametrize(("text", "expected"), [MENTIONED[0], MENTIONED[7], *(one for one in MENTIONED if not one[1])])
 def test_anonymize(tmp_path: Path, text: str, expected: str | None) -> None:
     write_json(tmp_path / "crawl/contents.json", [video(0, title=f"标题 {text}", desc=f"简介 @{text}")])
     write_json(tmp_path / "crawl/comments.json", [comment(1), comment(2, to=1, content=text), comment(3, to=2)])
