@@ -513,24 +513,16 @@ def anonymized(column: str, anonymize: bool) -> str:
     return f"strip({column})"
 
 
-def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share: float, dropped: Path | None) -> Record:
-    """Removes duplicates, finds videos and parents, cleans, and gives every kept comment its place in the output.
-
-    Leaves the table `kept` (place, test, id, video, ...) and `videos`. Texts are stored as JSON strings, ready to be
-    written. The place of a comment counts from 1 over all, video by video in an order drawn from the seed.
+def make_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share: float, rules: Rules | None) -> None:
+    """Removes duplicates, and writes texts as they are to be read: the tables `comments` and `videos`.
 
     Args:
         con: With the tables of SCHEMA.
         args: The command's.
         test_share: Part of the videos that is held out.
-        dropped: Where what is dropped is written to, if anywhere.
-
-    Returns:
-        Counts: `read`, the keys of DROPS that SQL can see, and `ids_made` (kept comments whose own id was lost); and
-        `examples`: reason -> texts.
+        rules: Of the cleaning, if there is any.
     """
-    anonymize, total, seed = args.anonymize, args.total, args.seed
-    rules = Rules(**{name: getattr(args, name) for name in Rules._fields}) if args.clean else None
+    anonymize, seed = args.anonymize, args.seed
     masks = rules is not None and rules.contacts != "keep"
     # A name before an answer is none of its contact details.
     prefixed = f"starts_with(content, '回复') AND regexp_matches(content, {sql_text(REPLY_PREFIX)})"
@@ -544,7 +536,6 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
     tells_nothing = f"{description} IN ('', '-') OR regexp_full_match({description}, {sql_text(MENTIONS)})"
     head = f"""'视频标题：' || {title} ||
         CASE WHEN {tells_nothing} THEN '' ELSE '\n视频简介：' || {description} END"""
-    parent = "'\n父评论：' || p.text"
     said = f"replace(text, {sql_text(SOMEONE)}, '')" if anonymize else "text"
     said = f"replace({said}, {sql_text(MASK)}, '')" if rules and rules.contacts == "mask" else said
     con.execute(f"""
@@ -567,6 +558,27 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
                       WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})))
             ORDER BY position;
     """)
+
+
+def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share: float, dropped: Path | None) -> Record:
+    """Removes duplicates, finds videos and parents, cleans, and gives every kept comment its place in the output.
+
+    Leaves the table `kept` (place, test, id, video, ...) and `videos`. Texts are stored as JSON strings, ready to be
+    written. The place of a comment counts from 1 over all, video by video in an order drawn from the seed.
+
+    Args:
+        con: With the tables of SCHEMA.
+        args: The command's.
+        test_share: Part of the videos that is held out.
+        dropped: Where what is dropped is written to, if anywhere.
+
+    Returns:
+        Counts: `read`, the keys of DROPS that SQL can see, and `ids_made` (kept comments whose own id was lost); and
+        `examples`: reason -> texts.
+    """
+    total, parent = args.total, "'\n父评论：' || p.text"
+    rules = Rules(**{name: getattr(args, name) for name in Rules._fields}) if args.clean else None
+    make_tables(con, args, test_share, rules)
     if rules and rules.drop_bait:
         find_bait(con)
     else:
