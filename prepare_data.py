@@ -552,7 +552,7 @@ def make_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
             SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
                 left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,
                 row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position, title, author
-            FROM (SELECT id, {head} head, fold(coalesce(title, '')) title, author
+            FROM (SELECT id, {head} head, fold({title}) title, author
                 FROM (SELECT id, author, {masked("title") if masks else "title"} title,
                         {masked("description") if masks else "description"} description FROM raw_videos
                       WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})))

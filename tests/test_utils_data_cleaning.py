@@ -293,6 +293,8 @@ def test_echo(tmp_path: Path) -> None:
     assert dropped == {"echo": 2}
     assert left == ["这个方案真的可行吗", "不同意标题里说的", "方案可行，我试过", "真的可行吗这个方案"]
     assert kept(tmp_path / "crawl", "--drop_echo", "False")[1] == {}
+    crawl(tmp_path, comments, title='标题就是<em class="keyword">这么长</em>的一个标题！')
+    assert kept(tmp_path / "crawl")[1] == {"echo": 2}, "the marks of a search are no part of a title"
 
 
 def test_lengths_and_emoticons(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_training_answers_are_gone_through_once() -> None:
         "电话１３８００００００００",
         "群号123456789",
         "我的邮箱nobody@mail.example.org",
+        "UID:12345678901234",
     ],
 )
 def test_contact_details(text: str) -> None:
@@ -139,7 +140,6 @@ def test_contact_details(text: str) -> None:
         "BV1wx411c7mD讲得更细",
         "搜bv1Qq411c7mD和BV1vX411c7mD",
         "av170001在此",
-
         "时间戳1700000000000",
         "23333333333333",
         "QQ音乐有这首歌",
