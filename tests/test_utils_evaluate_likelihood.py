@@ -51,6 +51,7 @@ def test_as_likely_as_in_a_plain_loop(model_dir: Path, kind: str, monkeypatch: p
     model, _ = load_for_inference(model_dir / "tiny" / kind)
     asked = readings(20, torch.Generator().manual_seed(1))
     reader = Reader(model, 64)
+    assert reader._caches == (kind != "gemma2")
     found = dict(reader.read(asked))
     assert [*found] == [str(number) for number in range(20)]
     plain, _ = load_for_inference(model_dir / "tiny" / kind)
@@ -71,6 +72,34 @@ def test_what_is_shared_is_computed_once(model_dir: Path, monkeypatch: pytest.Mo
     answers = {number: [100 + number, 5, 6, 7] for number in range(16)}
     list(reader.read([Reading("q", [*range(20, 60)], answers)]))
     assert seen == [40 + 16 * 4]
+
+
+def test_what_all_questions_begin_with_is_computed_once(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 common tokens go through the model once; the packs have what follows them."""
+    monkeypatch.setattr(likelihood, "QUESTIONS_AT_ONCE", 2)
+    model, _ = load_for_inference(model_dir / "tiny/llama")
+    reader = Reader(model, 64)
+    seen: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, **rest: seen.append(input_ids.numel()) or
+                        forward(input_ids=input_ids, **rest))  # fmt: skip
+    trunk = [*range(20, 50)]
+    list(reader.read([Reading(str(number), [*trunk, 100 + number], {"one": [5, 6]}) for number in range(4)]))
+    # A pack: two questions' last tokens with two of an answer each.
+    assert seen == [30, 2 * 3, 2 * 3]
+
+
+def test_a_model_that_takes_no_cache_reads_alike(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = readings(6, torch.Generator().manual_seed(1))
+    model, _ = load_for_inference(model_dir / "tiny/llama")
+    with_cache = dict(Reader(model, 64).read(asked))
+    forward = model.forward
+    # Code that does not know what it is given here, and takes no notice of it.
+    monkeypatch.setattr(model, "forward", lambda past_key_values=None, **rest: forward(**rest))
+    reader = Reader(model, 64)
+    assert not reader._caches
+    for id, found in reader.read(asked):
+        assert found == pytest.approx(with_cache[id], rel=1e-5)
 
 
 def test_the_end_of_a_reply_is_not_counted(tokenizer: Any) -> None:

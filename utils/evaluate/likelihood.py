@@ -1,14 +1,20 @@
 """How likely a model finds answers to a question: what a question and its answers have in common is computed once.
 
-Shapes: T supervised tokens of a pack, S samples in it.
+What all questions begin with (the system prompt, examples) is computed once for all packs, which find its keys and
+values in a cache.
+
+Shapes: T supervised tokens of a pack, S samples in it; P tokens that all questions begin with; H heads of keys, D
+numbers a head.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from utils.data.chat import Chat
 from utils.data.held_out import Comment
@@ -21,7 +27,10 @@ from utils.weights.loading import DTYPES, attention_windows
 
 OTHERS = 7  # Other contexts of each kind that an answer is read under.
 ROOM_TOKENS = 1024  # Of a pack, for what follows the longest question: each has a row of logits over the vocabulary.
-QUESTIONS_AT_ONCE = 16
+QUESTIONS_AT_ONCE = 64
+
+# Of each layer: keys and values (1, H, P, D).
+Cached = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Reading(NamedTuple):
@@ -55,6 +64,7 @@ class Reader:
         if why_not:
             print(why_not.replace("samples", "answers").strip())
         self._cost = pack_cost(model, model.device.type)
+        self._caches = self._masks is not None and self._reads_alike()
 
     @torch.no_grad()
     def read(self, readings: Sequence[Reading]) -> Iterator[tuple[str, dict[Any, float]]]:
@@ -63,17 +73,44 @@ class Reader:
         Yields:
             A question's id and, for each of its answers, ln p(answer | question): nats.
         """
+        prompts = [one.prompt for one in readings]
+        # A prompt's last token is read with its answers: it says what the first token of an answer is.
+        count = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1) if self._caches and len(prompts) > 1 else 0
+        cached = self._cached(prompts[0][:count]) if count else []
         for start in range(0, len(readings), QUESTIONS_AT_ONCE):
             part = readings[start : start + QUESTIONS_AT_ONCE]
             pairs = [(number, name, ids) for number, one in enumerate(part) for name, ids in one.answers.items() if ids]
             found: list[dict[Any, float]] = [dict.fromkeys(one.answers, 0.0) for one in part]
-            texts = [(part[number].prompt, ids) for number, _, ids in pairs]
-            for place, nats in self._likelihoods(texts) if texts else ():
+            texts = [(part[number].prompt[count:], ids) for number, _, ids in pairs]
+            for place, nats in self._likelihoods(texts, cached) if texts else ():
                 number, name, _ = pairs[place]
                 found[number][name] = nats
             yield from zip([one.id for one in part], found, strict=True)
 
-    def _likelihoods(self, texts: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
+    def _cached(self, tokens: list[int]) -> Cached:
+        """Computes the keys and values of what all questions begin with."""
+        # Without the model's config it keeps all keys: the masks hide those beyond a window.
+        cache = DynamicCache()
+        ids = torch.tensor([tokens], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return [(keys, values) for keys, values, _ in cache]
+
+    @torch.no_grad()
+    def _reads_alike(self) -> bool:
+        """Tries whether answers are as likely with a cache as without: not every model's code takes one as given."""
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        prompt, *answers = np.random.default_rng(0).integers(0, vocab_size, (3, 12)).tolist()
+        whole = [nats for _, nats in sorted(self._likelihoods([(prompt, ids) for ids in answers], []))]
+        try:
+            cached = self._cached(prompt[:8])
+            rest = [nats for _, nats in sorted(self._likelihoods([(prompt[8:], ids) for ids in answers], cached))]
+        except torch.OutOfMemoryError:
+            raise  # Says nothing of caches.
+        except Exception:  # Whatever a model makes of a cache that it does not know.
+            return False
+        return np.allclose(rest, whole, rtol=1e-5 if self.model.dtype == torch.float32 else 2e-2)
+
+    def _likelihoods(self, texts: list[tuple[list[int], list[int]]], cached: Cached) -> Iterator[tuple[int, float]]:
         lengths = np.array([[len(prompt), len(answer)] for prompt, answer in texts])
         end = lengths.sum(1).cumsum()
         supervised = np.repeat(np.tile([False, True], len(texts)), lengths.ravel())
@@ -89,10 +126,14 @@ class Reader:
         pack_tokens = int(lengths[:, 0].max()) + ROOM_TOKENS if self._masks else 0
         layout = Layout(pack_tokens, 1, self._masks is not None, self._cost)
         plan = plan_packs(samples, [np.arange(len(texts))], layout)
+        count = cached[0][0].shape[2] if cached else 0
         for number in plan.packs(0):
             numbers, shared = plan.order[plan.draws(number)], plan.shared[plan.draws(number)]
             pack = lay_out([samples[place] for place in numbers], shared.tolist()).to(self.model.device)
-            logits = self.model(**model_inputs(pack, self._masks)).logits[0]
+            inputs = model_inputs(pack, self._masks, count)
+            if cached:
+                inputs["past_key_values"] = DynamicCache(cached)  # A new one: the model adds the pack's.
+            logits = self.model(**inputs).logits[0]
             nats = sample_sums(token_logprobs(logits, pack.target_ids).double(), pack.sample_targets)
             yield from zip(numbers.tolist(), nats.tolist(), strict=True)
 

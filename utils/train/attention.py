@@ -1,6 +1,6 @@
 """Attention over packs: the ancestor rule as a mask, computed in blocks, and the models that can take it.
 
-Shapes: L tokens in a pack, T supervised targets of it; B queries, H heads, D numbers a head.
+Shapes: L tokens in a pack, P cached ones before them, T supervised targets; B queries, H heads, D numbers a head.
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ def cut_mask(mask: torch.Tensor) -> torch.Tensor:
     """Splits a mask into blocks of queries, each with the keys it needs.
 
     Args:
-        mask: (1, 1, L, L) bool.
+        mask: (1, 1, L, P + L) bool.
 
     Returns:
         The same tensor; with an attribute `blocks`, if there are several: for each block of queries their slice, the
@@ -83,45 +83,48 @@ def cut_mask(mask: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def attention_mask(pack: Pack, window: int | None = None) -> torch.Tensor:
+def attention_mask(pack: Pack, window: int | None = None, cached: int = 0) -> torch.Tensor:
     """The ancestor rule as a mask.
 
     Args:
         pack: Of L tokens.
         window: Of a model with sliding-window attention: a token sees itself and the window - 1 tokens before it.
+        cached: P, tokens that all samples begin with, whose keys are in a cache and not in the pack.
 
     Returns:
-        (1, 1, L, L) bool; [0, 0, i, j] is True where token i may attend to token j. L x L bytes.
+        (1, 1, L, P + L) bool; [0, 0, i, P + j] is True where token i may attend to token j. L x (P + L) bytes.
     """
     place = torch.arange(len(pack.subtree_end), device=pack.subtree_end.device)
     query, key = place[:, None], place[None, :]
-    mask = (key <= query) & (query < pack.subtree_end[None, :])
+    mask = torch.nn.functional.pad((key <= query) & (query < pack.subtree_end[None, :]), (cached, 0), value=True)
     if window is not None:
-        mask &= pack.position_ids[:, None] - pack.position_ids[None, :] < window
+        positions = torch.cat([torch.arange(-cached, 0, device=place.device), pack.position_ids])
+        mask &= pack.position_ids[:, None] - positions[None, :] < window
     return mask[None, None]
 
 
-def model_inputs(pack: Pack, windows: dict[str, int | None] | None) -> dict[str, torch.Tensor]:
+def model_inputs(pack: Pack, windows: dict[str, int | None] | None, cached: int = 0) -> dict[str, torch.Tensor]:
     """What a model's forward takes for a pack; only supervised places go through the output head.
 
     Args:
         pack: Of L tokens.
         windows: From `utils.weights.loading.attention_windows`: the kind of layer -> its window. None for a model that
             takes no mask; the pack then has to be a single chain.
+        cached: P, tokens before the pack's whose keys are in the cache that the model gets beside these.
 
     Returns:
-        `input_ids` (1, L), `position_ids` (1, L), `attention_mask` (1, 1, L, L) or a dict of them by kind of layer,
-        `logits_to_keep` (T,).
+        `input_ids` (1, L), `position_ids` (1, L), `attention_mask` (1, 1, L, P + L) or a dict of them by kind of
+        layer, `logits_to_keep` (T,).
     """
     inputs = {
         "input_ids": pack.input_ids[None],
-        "position_ids": pack.position_ids[None],
+        "position_ids": pack.position_ids[None] + cached,
         "logits_to_keep": pack.target_index,
         "use_cache": False,
     }
     if windows is None:
         return inputs
-    masks = {kind: attention_mask(pack, window) for kind, window in windows.items()}
+    masks = {kind: attention_mask(pack, window, cached) for kind, window in windows.items()}
     if pack.input_ids.device.type == "cpu":
         masks = {kind: cut_mask(mask) for kind, mask in masks.items()}
     return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
