@@ -264,13 +264,18 @@ def train_args(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[...,
 def launch(script: str, arguments: list[str], ranks: int, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in `ranks` processes under torchrun, as one node."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | environment
     return subprocess.run(
-        [*command, str(ROOT / script), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+        [*command, str(ROOT / script), *arguments],
+        env=outside_ranks() | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def outside_ranks() -> dict[str, str]:
+    """The environment without what says that this process is a rank, which it is once a test has trained in it."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

@@ -24,4 +24,5 @@ if [ "${CI:-}" = true ]; then
     install chromedriver chromium chromium-driver fonts-wqy-zenhei
 fi
 ruff check .
-python -m pytest "${selection[@]}" "${arguments[@]}"
+# Two test files at a time: most tests use one core.
+python -m pytest --numprocesses 2 --dist loadfile "${selection[@]}" "${arguments[@]}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kindred, load_script, stored
+from conftest import ROOT, kindred, load_script, outside_ranks, stored
 from hypothesis import given, settings
 
 sys.path.insert(0, str(ROOT / "benchmarks/gpu"))
@@ -40,7 +40,7 @@ GPU = ROOT / "benchmarks/gpu"
 def test_dry_run(tmp_path: Path) -> None:
     """Every part, on the CPU: the same gradients and losses every way, models that convert, runs that resume."""
     out = tmp_path / "results.jsonl"
-    environment = os.environ | {"PYTHON": sys.executable}
+    environment = outside_ranks() | {"PYTHON": sys.executable}
     command = ["bash", str(GPU / "run.sh"), "--dry", "--out", str(out)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr + out.with_suffix(".log").read_text()
