@@ -2,7 +2,8 @@
 
     python prepare_data.py --total 2000
 
-Reads whatever MediaCrawler wrote below --data_dir: json, jsonl, csv, xlsx and sqlite, videos and comments in any mix.
+Reads whatever MediaCrawler wrote below --data_dir: json, jsonl, csv, xlsx and sqlite, videos and comments in any mix;
+other tables of comments, whose columns are guessed or named (--columns); and answers of Bilibili's API.
 Writes into --output_dir
     data_train.json, data_test.json    [{"id", "video_id", "conversations": [{"from", "value"}, ...]}], a record a line
     report.json, report.png            what was read, kept and dropped, and how long the texts are
@@ -12,57 +13,70 @@ video's id, the seed and the share alone, so that a later run with more data mov
 """
 
 import argparse
-import csv
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
+from itertools import chain, islice, repeat
 from pathlib import Path
 from threading import Thread
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from utils.cli import ArgumentParser, boolean
+from utils.cli import ArgumentParser, boolean, parse_columns
 from utils.data.cleaning import MACROS, REASONS, Rules, cap, find_bait, has_contact, masked, reasons, sql_text
 from utils.data.contacts import MASK, SOMEONE
+from utils.data.crawl_columns import (
+    NAMES,
+    Kept,
+    Record,
+    column,
+    converted,
+    escaped,
+    is_danmaku,
+    listed,
+    recognised,
+    title_id,
+)
+from utils.data.crawl_files import (
+    DANMAKU,
+    DROPPED,
+    LONGEST_RECORD_CHARS,
+    OUR_FILES,
+    SUFFIXES,
+    Table,
+    find_files,
+    kind_of,
+    scan_json,
+    tables_or_problem,
+)
+from utils.data.crawl_replies import converted_replies, kind_of_answers
 from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
 from utils.files import atomic_writes, from_root, shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-Record = dict[str, Any]
-# A file's table: its name, its columns, and its records, with None in the place of a torn one.
-Table = tuple[str, set[str], Iterator[Record | None]]
-
 COLUMNS = {
     "comments": ["comment_id", "parent_comment_id", "video_id", "content", "create_time", "last_modify_ts",
                  "like_count", "user_id", "creator_hash"],
     "videos": ["video_id", "video_url", "title", "desc", "last_modify_ts", "user_id", "creator_hash"],
+    "parents": ["comment_id", "content"],
 }
-REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
-SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
-# DuckDB takes no JSON object above 16 MB, and no comment or description has a thousandth of this.
-LONGEST_RECORD_CHARS = 1 << 20
 # DuckDB takes some 10 ms a file, so small ones are read here and loaded together.
 SMALL_BYTES = 1 << 18
 SPILLED_BYTES = 1 << 26
-# Of a workbook; tables of texts unpack to ten or twenty times their size.
-SMALL_WORKBOOK_BYTES = 1 << 26
-MOST_UNPACKED = 100
-OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
-DROPPED = "dropped.jsonl"
-# How the crawler's records begin, and how many cells its rows have had in the versions since 2024.
-BEGINNINGS = {
-    "comments": (["comment_id", "parent_comment_id", "create_time", "video_id", "content"], {10, 12, 13}),
-    "videos": (["video_id", "video_type", "title", "desc", "create_time"], {15, 16, 19, 20}),
-}
+# Of tables that are not the crawler's: so many records show which columns there are.
+SAMPLED_RECORDS = 100
+# An answer of the API with its pages is parsed at once up to this length.
+LONGEST_ANSWER_CHARS = 1 << 24
 UPLOADERS = re.compile(r"creators|contacts?(_|$)|dynamics?(_|$)|up_info", re.IGNORECASE)
 OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba|zhihu)(?=[/_])", re.IGNORECASE)
 
@@ -95,7 +109,7 @@ DROPS = {
     "torn": "torn row",
     "duplicate": "duplicate of another record",
     "empty": "no text (or nothing but mentions)",
-    "video_id_lost": "video id lost (rounded by Excel)",
+    "video_id_lost": "no video id (lost, or rounded by Excel)",
     "video_missing": "video not among the files",
     "parent_unknown": "reply that does not say to whom (id lost, or crawled before May 2024)",
     "parent_missing": "reply whose parent is not among the files or has no text",
@@ -105,214 +119,10 @@ DROPS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading files: every container becomes tables of records
-
-
-def find_files(data_dir: Path, unlisted: Callable[[OSError], object] | None = None) -> list[Path]:
-    """Lists the files that may hold crawled data, in linked folders too, without hidden ones and our own results.
-
-    Args:
-        data_dir: Where to look.
-        unlisted: Told of each folder that cannot be listed.
-    """
-    found, seen = [], set()
-    for folder, folders, names in os.walk(data_dir, onerror=unlisted, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # Excel leaves a "~$name.xlsx" beside an open file.
-        found += [
-            Path(folder, name)
-            for name in sorted(names)
-            if name.lower().endswith(SUFFIXES) and not name.startswith((".", "~$")) and name not in OUR_FILES
-        ]
-    return found
-
-
-def read_tables(path: Path) -> Iterator[Table]:
-    """Opens a file of any kind. Records are read while the tables are iterated."""
-    suffix = path.suffix.lower()
-    if suffix in (".json", ".jsonl"):
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            columns = next((set(record) for record in scan_json(file) if record), set())
-            file.seek(0)
-            yield path.stem, columns, scan_json(file)
-    elif suffix == ".csv":
-        with path.open(encoding=csv_encoding(path), errors="replace", newline="") as file:
-            yield path.stem, *scan_csv(file)
-    elif suffix == ".xlsx":
-        yield from xlsx_tables(path)
-    else:
-        yield from sqlite_tables(path)
-
-
-def tables_or_problem(path: Path) -> Iterator[Table | str]:
-    """Opens a file like read_tables, and ends with a sentence if it cannot be read."""
-    if not path.is_file():  # A pipe or a device would be read for ever.
-        yield "no regular file"
-        return
-    try:
-        yield from read_tables(path)
-    except Exception as error:  # a broken file may raise anything; the other files are still good
-        yield f"{type(error).__name__}: {error}"
-
-
-def scan_json(file: IO[str], chunk_chars: int = LONGEST_RECORD_CHARS) -> Iterator[Record | None]:
-    """Reads the objects of a JSON array or of JSON lines one by one, going on after what cannot be parsed.
-
-    A killed crawl leaves a truncated array, and two that write at once leave pieces of records.
-
-    Args:
-        file: The text.
-        chunk_chars: How much is read at a time, more than any record has.
-
-    Yields:
-        The objects; one None for each stretch of broken text.
-    """
-    decode = json.JSONDecoder(strict=False).raw_decode
-    text, at, broken = "", 0, False
-    while True:
-        if len(text) - at < chunk_chars:
-            text, at = text[at:] + file.read(chunk_chars), 0
-        start = text.find("{", at)
-        if start < 0:
-            at = len(text)
-            if not (text := file.read(chunk_chars)):
-                return
-            at = 0
-            continue
-        try:
-            record, at = decode(text, start)
-            yield record
-            broken = False
-        except (ValueError, RecursionError):
-            at = start + 1
-            if not broken:
-                yield None
-            broken = True
-
-
-def csv_encoding(path: Path) -> str:
-    """Tells UTF-8 with a few torn characters from the GBK that a Chinese Excel writes."""
-    with path.open("rb") as file:
-        text = file.read(1 << 20).decode("utf-8", errors="replace")
-    return "gb18030" if text.count("\ufffd") > len(text) / 100 else "utf-8-sig"
-
-
-def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
-    """Reads a CSV file that several processes may have written to at once.
-
-    A record that lost its end swallows the lines after it up to the next quotation mark. So of a record with a wrong
-    number of cells, or with text behind a closing quotation mark, only the first line is given up, and reading goes on
-    with the second.
-
-    Args:
-        file: The text, opened with newline="".
-        max_lines: No comment has more lines.
-
-    Returns:
-        The columns, and the records, with a None for each stretch of torn lines and for each line in it that begins
-        with an id, as a row does.
-    """
-    # Spreadsheets and interrupted writes may leave one huge cell, which is no reason to give up the file.
-    csv.field_size_limit(1 << 30)
-    columns = next(csv.reader(file), [])
-
-    def records() -> Iterator[Record | None]:
-        waiting: list[str] = []  # lines to be read again, the next one last
-        taken: list[str] = []  # the lines of this record
-
-        def lines() -> Iterator[str]:
-            while len(taken) < max_lines and (line := waiting.pop() if waiting else file.readline()):
-                taken.append(line)
-                yield line
-
-        torn, kind = False, kind_of(set(columns))
-        while True:
-            try:
-                cells = next(csv.reader(lines(), strict=True), None)
-            except csv.Error:
-                cells = ["torn"]
-            if cells is None:
-                return
-            same = len(cells) == len(columns)
-            if record := dict(zip(columns, cells, strict=True)) if same else of_another_version(cells, kind):
-                yield record
-                torn = False
-            elif cells:  # an empty line is no record
-                waiting += reversed(taken[1:])
-                if not torn or re.match(r'"?\d+"?,', taken[0]):
-                    yield None
-                torn = True
-            taken.clear()
-
-    return set(columns), records()
-
-
-def of_another_version(cells: list[str], kind: str) -> Record | None:
-    """Reads a row that another version of the crawler wrote below the header of the first.
-
-    Returns:
-        The columns that all versions begin with; None for a row that is none of theirs.
-    """
-    names, lengths = BEGINNINGS[kind]
-    record = dict(zip(names, cells, strict=False))
-    numbers = (record[name] for name in names if name.endswith(("_id", "_time")))
-    return record if len(cells) in lengths and all(map(str.isdigit, numbers)) else None
-
-
-def xlsx_tables(path: Path) -> Iterator[Table]:
-    """Reads the sheets of a workbook, with the column names in the first row."""
-    import openpyxl
-
-    def value(column: str, cell: Any) -> Any:
-        # A number as id is marked as such: it may have been rounded on its way (see the macro as_id).
-        return float(cell) if column.endswith("_id") and isinstance(cell, int) else cell
-
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(part.file_size for part in archive.infolist())
-    if unpacked > max(SMALL_WORKBOOK_BYTES, MOST_UNPACKED * path.stat().st_size):
-        size = path.stat().st_size
-        raise ValueError(f"it unpacks to {unpacked / 1e6:,.0f} MB from {size / 1e6:,.2f}, as no texts do")
-    book = openpyxl.load_workbook(path, read_only=True)  # a formula as it was typed: =_= is a comment
-    try:
-        for sheet in book.worksheets:
-            sheet.reset_dimensions()  # some programs write a wrong size
-            rows = sheet.iter_rows(values_only=True)
-            columns = [str(cell) for cell in next(rows, ())]
-            filled = (row for row in rows if any(cell is not None for cell in row))
-            records = ({name: value(name, cell) for name, cell in zip(columns, row, strict=False)} for row in filled)
-            yield sheet.title, set(columns), records
-    finally:
-        book.close()
-
-
-def sqlite_tables(path: Path) -> Iterator[Table]:
-    """Reads the tables of an SQLite database without ever writing to it."""
-    import sqlite3
-
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    database.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
-    try:
-        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall():
-            rows = database.execute('SELECT * FROM "{}"'.format(name.replace('"', '""')))
-            columns = [column[0] for column in rows.description]
-            yield name, set(columns), (dict(zip(columns, row, strict=True)) for row in rows)
-    finally:
-        database.close()
-
-
-def kind_of(columns: set[str]) -> str | None:
-    """Tells comments from videos by their columns: the crawler has renamed its files, but never these."""
-    return next((kind for kind, required in REQUIRED.items() if required <= columns), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Loading: all tables into two tables of DuckDB
 
-# In the tables of comments a parent of 0 says that there is none, and NULL that there is one whose id is not known.
+# In the tables of comments a parent of 0 says that there is none, and NULL that there is one whose id is not known. A
+# video of -1 marks what is no record of its own, but the text of a comment that another one answers.
 SCHEMA = r"""
 -- The crawler writes seconds. A row that is shifted has some other text here.
 CREATE MACRO is_time(x) AS
@@ -353,6 +163,9 @@ INSERT = {
             coalesce(as_id(video_id), try_cast(regexp_extract(video_url, 'av([0-9]{1,18})', 1) AS BIGINT)),
             title, "desc", coalesce(try_cast(last_modify_ts AS DOUBLE), 0), author_of(user_id, creator_hash)
         FROM {source}""",
+    # Of copies the later one counts, so that this one does only if the comment is not among the files.
+    "parents": r"""
+        INSERT INTO raw_comments SELECT as_id(comment_id), 0, -1, content, -1, false, NULL, NULL FROM {source}""",
 }  # fmt: skip
 
 
@@ -377,33 +190,41 @@ def insert_json(con: "DuckDBPyConnection", path: Path, kind: str, lines: bool) -
     return con.execute(INSERT[kind].replace("{source}", source)).fetchone()[0]
 
 
-def spill(records: Iterator[Record | None], columns: list[str], path: Path) -> tuple[int, int, str]:
-    """Writes records as JSON lines for DuckDB, behind those that are in the file already.
+def spill(records: Iterable[Kept | tuple[str, None] | None], work: Path) -> tuple[Counter[str], int, str]:
+    """Writes records as JSON lines for DuckDB, behind those that are in the files already, one for each kind.
+
+    Args:
+        records: With their kinds; None for a torn one.
+        work: Where the files lie.
 
     Returns:
-        The number of records, the number of torn ones, and why reading ended early ("" if it did not).
+        The number of records of each kind, the number of torn ones, and why reading ended early ("" if it did not).
     """
 
     def text(value: Any) -> str:  # a date in a sheet, or bytes in a database
         return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
-    count = torn = 0
-    with path.open("a", encoding="utf-8", errors="replace") as file:
+    counts, torn, files = Counter[str](), 0, {}
+    with ExitStack() as stack:
         try:
-            for record in records:
-                if record is None:
+            for pair in records:
+                if pair is None or pair[1] is None:
                     torn += 1
                     continue
-                values = {key: record[key] for key in columns if record.get(key) is not None}
+                kind, record = pair
+                values = {key: record[key] for key in COLUMNS[kind] if record.get(key) is not None}
                 line = json.dumps(values, ensure_ascii=False, default=text)
                 if len(line) > LONGEST_RECORD_CHARS:
                     torn += 1
                     continue
-                file.write(line + "\n")
-                count += 1
+                if kind not in files:
+                    file = (work / f"{kind}.jsonl").open("a", encoding="utf-8", errors="replace")
+                    files[kind] = stack.enter_context(file)
+                files[kind].write(line + "\n")
+                counts[kind] += 1
         except Exception as error:  # a broken file may raise anything; what came before is still good
-            return count, torn, f"{type(error).__name__}: {error}"
-    return count, torn, ""
+            return counts, torn, f"{type(error).__name__}: {error}"
+    return counts, torn, ""
 
 
 def skipped(path: str | Path, reason: str) -> Record:
@@ -411,28 +232,29 @@ def skipped(path: str | Path, reason: str) -> Record:
     return {"file": shown(path), "kind": None, "records": 0, "torn": 0, "note": f"skipped: {reason}"}
 
 
-def load_table(con: "DuckDBPyConnection", data_dir: Path, path: Path, table: Table, work: Path) -> Record | None:
-    """Loads one table if it holds comments or videos.
+def is_book(path: Path) -> bool:
+    """Tells files of several tables."""
+    return path.suffix.lower() in (".xlsx", ".db", ".sqlite", ".sqlite3")
+
+
+def load_crawled_table(
+    con: "DuckDBPyConnection", path: Path, place: Path, kind: str, records: Iterator[Record | None], work: Path,
+) -> Record:
+    """Loads a table of the crawler's: a large JSON file with DuckDB, others record by record.
+
+    Args:
+        con: With the tables of SCHEMA.
+        path: The file.
+        place: What it is called in the report.
+        kind: Of the records.
+        records: The table's.
+        work: For temporary files.
 
     Returns:
-        The table's line for the report; None for tables that are none of ours.
+        The table's line for the report.
     """
     import duckdb
 
-    name, columns, records = table
-    kind = kind_of(columns)
-    place = path.with_name(path.name if name == path.stem else f"{path.name} [{name}]")
-    platform = OTHER_PLATFORMS.search(f"{path.relative_to(data_dir).as_posix()}/{path.stem}/")
-    if path.suffix.lower() in (".xlsx", ".db", ".sqlite", ".sqlite3") and (
-        not kind or OTHER_PLATFORMS.search(f"/{name}/")
-    ):
-        return None  # most tables of a database are other platforms' or empty
-    if not kind:
-        got = ", ".join(sorted(columns)[:6]) or "no records"
-        reason = f"expected the columns of comments or of videos, got {got}"
-        return None if platform or UPLOADERS.search(name) else skipped(place, reason)
-    if platform:
-        return skipped(place, f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it")
     line = {"file": shown(place), "kind": kind, "records": 0, "torn": 0, "note": ""}
     is_json = path.suffix.lower() in (".json", ".jsonl")
     if is_json and path.stat().st_size > SMALL_BYTES and not NO_NAME.search(str(path)):
@@ -443,14 +265,73 @@ def load_table(con: "DuckDBPyConnection", data_dir: Path, path: Path, table: Tab
             return {**line, "records": insert_json(con, path, kind, lines)}
         except duckdb.InvalidInputException:
             line["note"] = "damaged: read record by record"
-    spilled = work / f"{kind}.jsonl"
-    line["records"], line["torn"], problem = spill(records, COLUMNS[kind], spilled)
-    if spilled.stat().st_size > SPILLED_BYTES:
-        insert_spilled(con, kind, work)
+    counts, line["torn"], problem = spill(zip(repeat(kind), records), work)
+    line["records"] = counts[kind]
     if is_json and line["torn"]:
         line["note"] = "damaged: read record by record"
     line["note"] = f"read up to an error: {problem}" if problem else line["note"]
     return line
+
+
+def load_other_table(
+    path: Path, place: Path, table: Table, work: Path, named: Mapping[str, str], has_title: bool,
+    found: dict[str, list[str]],
+) -> list[Record] | str:
+    """Loads answers of the API, or a table of comments or videos whose columns are named or guessed.
+
+    Args:
+        path: The file.
+        place: What it is called in the report.
+        table: One of its tables.
+        work: For temporary files.
+        named: What --columns says.
+        has_title: Whether there is a --title.
+        found: Gets the table's columns.
+
+    Returns:
+        The lines for the report; or why the table is none of these.
+    """
+    _, columns, records = table
+    first = list(islice(records, SAMPLED_RECORDS))
+    sample = [record for record in first if record]
+    there = list(dict.fromkeys(chain.from_iterable(sample))) or sorted(columns)
+    found[shown(place)] = there
+    if path.suffix.lower() in (".json", ".jsonl") and (kind := kind_of_answers(sample)):
+        return load_answers(path, place, work) if kind == "api" else [skipped(place, DANMAKU)]
+    if is_danmaku(there):
+        return [skipped(place, DANMAKU)]
+    if not sample:
+        got = listed(there) or "no records"
+        return [] if is_book(path) else f"expected the columns of comments or of videos, got {got}"
+    meant = recognised(sample, there, named, has_title)
+    if isinstance(meant, str):
+        return [skipped(place, DANMAKU)] if meant == "danmaku" else meant
+    rows = converted(chain(first, records), meant, shown(place), path.suffix.lower() == ".xlsx")
+    counts, torn, problem = spill(rows, work)
+    note = "columns: " + ", ".join(f"{name}={escaped(theirs.strip())}" for name, theirs in meant.items())
+    if any(column([theirs], named.get(name, "")) is None for name, theirs in meant.items()):
+        note = f"{note.replace('columns', 'columns guessed', 1)} (to change it: --columns 'NAME=COLUMN,...')"
+    return report_lines(place, counts, torn, f"read up to an error: {problem}; {note}" if problem else note)
+
+
+def load_answers(path: Path, place: Path, work: Path) -> list[Record]:
+    """Loads a file of answers of Bilibili's API; the lines for the report."""
+    left_out = Counter[Any]()
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        counts, torn, problem = spill(converted_replies(scan_json(file, LONGEST_ANSWER_CHARS), left_out), work)
+    notes = [f"read up to an error: {problem}"] * bool(problem) + ["answers of Bilibili's API"]
+    if left_out:
+        kinds = ", ".join(map(str, sorted(left_out, key=str)))
+        notes.append(f"{left_out.total():,} below dynamics, articles and the like left out (type {kinds})")
+    return report_lines(place, counts, torn, "; ".join(notes))
+
+
+def report_lines(place: Path, counts: Counter[str], torn: int, note: str) -> list[Record]:
+    """Writes the report's lines for a table that gave records of several kinds."""
+    kinds = [kind for kind in ("comments", "videos") if counts[kind]] or ["comments"]
+    lines = [{"file": shown(place), "kind": kind, "records": counts[kind], "torn": 0, "note": ""} for kind in kinds]
+    lines[0] |= {"torn": torn, "note": note}
+    return lines
 
 
 def insert_spilled(con: "DuckDBPyConnection", kind: str, work: Path) -> None:
@@ -461,14 +342,33 @@ def insert_spilled(con: "DuckDBPyConnection", kind: str, work: Path) -> None:
         spilled.unlink()
 
 
-def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Callable[[str], None]) -> list[Record]:
+def load_files(
+    con: "DuckDBPyConnection",
+    data_dir: Path,
+    work: Path,
+    say: Callable[[str], None],
+    named: Mapping[str, str],
+    has_title: bool,
+) -> list[Record]:
     """Loads all files below a folder and says what each one gave.
 
+    Args:
+        con: Of an empty database.
+        data_dir: The folder.
+        work: For temporary files.
+        say: Told of each file or table.
+        named: What --columns says: our name -> the column of tables that are not the crawler's.
+        has_title: Whether --title says what comments without a video are about.
+
     Returns:
-        A line for every file or table: {file, kind, records, torn, note}.
+        A line for every file or table, and kind that it holds: {file, kind, records, torn, note}.
+
+    Raises:
+        SystemExit: if no table has a column that --columns names.
     """
     con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)) + MACROS)
-    report = []
+    report: list[Record] = []
+    found: dict[str, list[str]] = {}  # Columns by table.
 
     def tell(line: Record) -> None:
         torn = f", {line['torn']:,} torn" if line["torn"] else ""
@@ -479,15 +379,64 @@ def load_files(con: "DuckDBPyConnection", data_dir: Path, work: Path, say: Calla
     def unlisted(error: OSError) -> None:
         tell(skipped(error.filename, f"cannot be listed ({error.strerror})"))
 
+    def load(path: Path, place: Path, table: Table) -> list[Record] | str:
+        name, columns, records = table
+        kind = kind_of(columns)
+        platform = OTHER_PLATFORMS.search(f"{path.relative_to(data_dir).as_posix()}/{path.stem}/")
+        if is_book(path) and OTHER_PLATFORMS.search(f"/{name}/"):
+            return []
+        if not kind and (platform or UPLOADERS.search(name)):
+            return []
+        if platform:
+            reason = f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it"
+            return [skipped(place, reason)]
+        found[shown(place)] = sorted(columns)
+        renamed = {ours: column(columns, theirs) for ours, theirs in named.items()}
+        # No comments of the crawler's have the video's title beside them.
+        joined = kind == "comments" and "title" in columns
+        if not kind or joined or any(there and there != ours for ours, there in renamed.items()):
+            return load_other_table(path, place, table, work, named, has_title, found)
+        return [load_crawled_table(con, path, place, kind, records, work)]
+
     for path in find_files(data_dir, unlisted):
+        unknown, known = [], False
         for table in tables_or_problem(path):
             if isinstance(table, str):
-                tell(skipped(path, f"not readable ({table})"))
-            elif line := load_table(con, data_dir, path, table, work):
+                tell(skipped(path, table))
+                continue
+            place = path.with_name(path.name if table[0] == path.stem else f"{path.name} [{table[0]}]")
+            lines = load(path, place, table)
+            for kind in COLUMNS:
+                if (spilled := work / f"{kind}.jsonl").exists() and spilled.stat().st_size > SPILLED_BYTES:
+                    insert_spilled(con, kind, work)
+            if isinstance(lines, str):
+                unknown.append(skipped(place, lines))
+                continue
+            for line in lines:
                 tell(line)
+                known |= line["kind"] is not None
+        # Most tables of the crawler's databases are other platforms' or its own.
+        for line in [] if is_book(path) and known else unknown:
+            tell(line)
     for kind in COLUMNS:
         insert_spilled(con, kind, work)
+    tables = found.values()
+    missing = [theirs for theirs in named.values() if theirs and not any(column(there, theirs) for there in tables)]
+    if missing:
+        lines = [f"  {place}: {listed(there)}" for place, there in found.items()] or ["  none"]
+        got = " or ".join(map(repr, missing))
+        raise SystemExit("\n".join([f"--columns: no table has a column {got}. The columns found:", *lines]))
     return report
+
+
+def title_the_rest(con: "DuckDBPyConnection", title: str, description: str) -> None:
+    """Gives comments a video with this title whose own video is not among those that were read."""
+    con.execute(f"UPDATE raw_comments SET video = {title_id(title)} WHERE video IS NULL AND NOT torn")
+    con.execute(
+        """INSERT INTO raw_videos SELECT DISTINCT video, $1, $2, -1, NULL FROM raw_comments
+           WHERE NOT torn AND video <> -1 AND video NOT IN (SELECT id FROM raw_videos WHERE id IS NOT NULL)""",
+        [title, description],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,7 +542,8 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
                 WHEN c.parent <> 0 AND coalesce(p.text, '') = '' THEN 'parent_missing'
                 {reasons(rules) if rules else ""} END reason
             FROM comments c LEFT JOIN videos v ON v.id = c.video LEFT JOIN bait ON bait.id = c.id
-                LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0;
+                LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0
+            WHERE c.video IS DISTINCT FROM -1;
         DROP TABLE bait;
     """)
     if rules:
@@ -612,8 +562,9 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
         con.execute(f"""
             COPY (SELECT reason, id::VARCHAR id, text FROM verdicts JOIN comments USING (id) WHERE reason IS NOT NULL
                   ORDER BY position, id) TO {sql_text(str(dropped))} (FORMAT json)""")
-    counts["read"], counts["torn"] = con.execute("SELECT count(*), count(*) FILTER (torn) FROM raw_comments").fetchone()
-    counts["duplicate"] = counts["read"] - counts["torn"] - rows_in(con, "comments")
+    records = "SELECT count(*), count(*) FILTER (torn) FROM raw_comments WHERE video IS DISTINCT FROM -1"
+    counts["read"], counts["torn"] = con.execute(records).fetchone()
+    counts["duplicate"] = counts["read"] - counts["torn"] - rows_in(con, "comments WHERE video IS DISTINCT FROM -1")
     con.execute(f"""
         DROP TABLE raw_comments; DROP TABLE raw_videos; DROP TABLE verdicts;
         CREATE TABLE kept AS
@@ -763,7 +714,7 @@ def describe_kept(report: Record) -> str:
         rows.append(f"  {split['comments']:>11,}  {name}: comments under {counted(split['videos'], 'videos')}")
     rows.append(f"Of the kept ones {report['replies']:,} are replies and {report['emoticons_only']:,} emoticons only.")
     if report["ids_made"]:
-        rows.append(f"{report['ids_made']:,} kept comments had lost their own id and got one made from their text.")
+        rows.append(f"{report['ids_made']:,} kept comments had no id, or lost it, and got one made from their text.")
     for name, counts in report["lengths"].items():
         half, most, longest = quantile(counts, 0.5), quantile(counts, 0.9), max(counts)
         rows.append(f"Length of a {name}: half up to {half} characters, 90 % up to {most}, longest {longest}.")
@@ -799,7 +750,7 @@ def test_share(text: str, total: int | None) -> float | None:
 
 
 def argument_problems(args: argparse.Namespace) -> list[str]:
-    """Finds what is wrong with the arguments of the cleaning."""
+    """Finds what is wrong with the arguments of the cleaning and with the title."""
     return [
         f"--{name}: got {getattr(args, name)}, expected {expected}."
         for name, fits, expected in (
@@ -808,6 +759,8 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
             ("min_chars", args.min_chars >= 0, "a number of characters"),
             ("max_chars", args.max_chars == -1 or args.max_chars >= 1, "a number of characters, or -1 for any"),
             ("min_likes", args.min_likes >= 0, "a number of likes"),
+            ("title", args.title is None or args.title.strip(), "the video's title"),
+            ("desc", args.desc is None or args.title, "it together with --title"),
             ("prefer_liked", not args.prefer_liked or args.total is not None, "it together with --total"),
         )
         if not fits
@@ -816,13 +769,21 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
 
 def nothing_usable(data_dir: Path, files: list[Record]) -> str:
     """Explains that there is nothing to train on, and what to do."""
-    comments, videos = (sum(line["records"] for line in files if line["kind"] == kind) for kind in COLUMNS)
+    comments, videos = (
+        sum(line["records"] for line in files if line["kind"] == kind) for kind in ("comments", "videos")
+    )
+    title = "" if videos else (
+        "No file says what the videos are called. If all comments are about one video, say it: "
+        "python prepare_data.py --title 'the title'\n"
+    )
     return (
         f"Nothing usable below {shown(data_dir)}: {comments:,} comment and {videos:,} video records in {len(files)} "
         "files or tables, and no comment is left of them.\n"
         f"Looked for {', '.join('*' + suffix for suffix in SUFFIXES)} with the columns comment_id, video_id, content, "
-        "parent_comment_id (comments) and video_id, title, desc (videos).\n"
-        "Copy MediaCrawler's data folder there, or try the example data: python prepare_data.py --data_dir examples"
+        "parent_comment_id (comments) and video_id, title, desc (videos), for answers of Bilibili's API, and for other "
+        "tables of comments (--columns 'content=COLUMN,title=COLUMN' says which column is what).\n"
+        f"{title}Copy MediaCrawler's data folder there, or try the example data: "
+        "python prepare_data.py --data_dir examples"
     )
 
 
@@ -834,6 +795,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data_dir", default="data", help="folder with crawled files, searched with all folders below it")
     add("--output_dir", default="data", help="folder for the results")
+    add("--columns", type=partial(parse_columns, known=[*NAMES], may_lack=True), metavar="NAME=COLUMN,...",
+        help="which column is what in tables that are not MediaCrawler's, such as 'content=评论内容,title=标题'. The "
+        f"names: {', '.join(NAMES)} (parent: the text of the answered comment). Others are guessed; NAME= with nothing "
+        "behind it: none")
+    add("--title", help="what comments are about whose video is not among the files")
+    add("--desc", help="with --title: the video's description")
     add("--total", type=int, help="at most so many comments, training and test together, taken video by video "
         "in an order drawn from the seed, so that a video's comments stay together (not given: all)")
     add("--test_size", default="0.1", help="share of the videos held out for the test, or a number N of comments, "
@@ -884,7 +851,9 @@ def prepare(
         SystemExit: if there is nothing to train on.
     """
     data_dir = from_root(args.data_dir)
-    files = load_files(con, data_dir, work, print)
+    files = load_files(con, data_dir, work, print, args.columns or {}, args.title is not None)
+    if args.title is not None:
+        title_the_rest(con, args.title.strip(), args.desc or "")
     counts = join_tables(con, args, share or 0.0, paths.get(DROPPED))
     torn = sum(line["torn"] for line in files if line["kind"] == "comments")
     counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from prepare_data import find_files, kind_of, read_tables  # noqa: E402
+from utils.data.crawl_files import find_files, kind_of, read_tables  # noqa: E402
 
 FIRST_ID = 10**14
 PIECE_CHARS = (2, 6)

@@ -29,8 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_data import find_files, kind_of, tables_or_problem
-from utils.cli import ArgumentParser, boolean
+from utils.cli import ArgumentParser, add_columns_argument, boolean
+from utils.data.crawl_files import find_files, kind_of, tables_or_problem
 from utils.data.records import DataError, Message, find_split, read_records, to_messages
 from utils.files import atomic_writes, from_root, shown, write_problem
 
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data_dir", default="data", help="folder with data_train.json and data_test.json of prepare_data.py")
+    add_columns_argument(parser)
     add("--crawl_dir", help="folder of the crawled files with their likes (not given: --data_dir)")
     add("--output_dir", default="deepspeed_dpo/data", help="folder for the results")
     add("--replies", nargs="+", default=[], help="files of train.py's test mode: real comments preferred to replies")
@@ -78,7 +79,7 @@ def read_likes(crawl_dir: Path) -> tuple[dict[str, int], int, list[str]]:
     for path in find_files(crawl_dir, unlisted):
         for table in tables_or_problem(path):
             if isinstance(table, str):
-                unread.append(f"{shown(path)}: not readable ({table})")
+                unread.append(f"{shown(path)}: {table}")
                 continue
             if kind_of(table[1]) != "comments":
                 continue
@@ -240,14 +241,14 @@ def read_replies(files: list[str]) -> dict[str, str]:
     return replies
 
 
-def read_comments(path: Path) -> list[Comment]:
-    """Reads a file of prepare_data.py.
+def read_comments(path: Path, columns: dict[str, str] | None) -> list[Comment]:
+    """Reads a file of prepare_data.py, or one whose fields --columns names.
 
     Raises:
         SystemExit: if it holds something else.
     """
     comments = []
-    for record in read_records(path):
+    for record in read_records(path, columns):
         if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
             raise SystemExit(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
         comments.append(Comment(record))
@@ -273,7 +274,7 @@ def prepare(args: argparse.Namespace, files: dict[str, Path]) -> tuple[dict[str,
     report: dict[str, Any] = {"arguments": vars(args), "with_likes": len(likes), "without_likes": without}
     report["unread"] = unread
     for split, path in files.items():
-        comments = read_comments(path)
+        comments = read_comments(path, args.columns)
         groups = by_prompt(comments)
         sources = {
             "likes": list(pairs_by_likes(groups, likes, args.min_likes, args.margin, args.length_ratio)),

@@ -70,6 +70,18 @@ def test_the_more_liked_comment_is_preferred(prepare: ModuleType, folder: Callab
     assert (chosen, rejected) == ("甲甲甲甲", "乙乙乙乙")
 
 
+def test_comments_whose_fields_are_named(prepare: ModuleType, folder: Callable[..., Path]) -> None:
+    """The same pairs as of prepare_data.py's."""
+    train = [record(1, "甲甲甲甲"), record(2, "乙乙乙乙")]
+    expected = run(prepare, place := folder(train, {1: 12, 2: 3}))
+    names = ("rolle", "frage", "antwort")
+    values = [[turn["value"] for turn in one["conversations"]] for one in train]
+    named = [{"id": one["id"], "video_id": one["video_id"], **dict(zip(names, texts, strict=True))}
+             for one, texts in zip(train, values, strict=True)]  # fmt: skip
+    (place / "data_train.json").write_text(json.dumps(named), encoding="utf-8")
+    assert run(prepare, place, "--columns", "user=frage,assistant=antwort,system=rolle") == expected != []
+
+
 @pytest.mark.parametrize(
     ("train", "likes"),
     [

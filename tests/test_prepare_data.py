@@ -431,15 +431,6 @@ def test_files_of_any_size_are_read_alike(tmp_path: Path, monkeypatch: pytest.Mo
     assert damaged["torn"] == 1 and damaged["note"] == "damaged: read record by record"
 
 
-def test_scan_json_reads_in_pieces() -> None:
-    """Whatever the size of a piece, the objects are those that json reads."""
-    records = [comment(i, content="{" * (i % 3) + '文字\\"') for i in range(20)]
-    for options in ({}, {"indent": 4}):
-        text = json.dumps(records, ensure_ascii=False, **options)
-        for chunk_chars in (1000, 1777, 1 << 20):
-            assert list(prepare_data.scan_json(io.StringIO(text), chunk_chars)) == records
-
-
 def test_torn_csv(tmp_path: Path) -> None:
     """Two processes wrote at once: a record without its start, one without its end, and an invalid byte."""
     write_json(tmp_path / "crawl/contents.json", [video(0)])
@@ -917,6 +908,69 @@ def test_an_endless_view_is_no_table(tmp_path: Path) -> None:
         SELECT n comment_id, 1000 video_id, 'x' content FROM numbers""")
     database.close()
     assert prepare(folder)[0] == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comments that are not the crawler's
+
+
+def test_title_for_comments_without_a_video(tmp_path: Path) -> None:
+    """Their own video's ids stay, so that nothing moves when its file comes; what has a video keeps its title."""
+    folder = tmp_path / "crawl"
+    write_json(folder / "comments.json", [comment(1), comment(2, to=1), comment(3, of=1)])
+    with pytest.raises(SystemExit, match="python prepare_data.py --title 'the title'"):
+        prepare(folder)
+    written, _ = prepare(folder, "--title", " 一个标题 ", "--desc", "简介")
+    assert {prompt(written[id]) for id in ("50001", "50003")} == {comment_prompt("一个标题", "简介")}
+    assert prompt(written["50002"]) == comment_prompt("一个标题", "简介", "评论1")
+    assert written["50003"]["video_id"] == "1001"
+    (folder / "texts.csv").write_text("评论内容\n只有一列的评论\n", encoding="utf-8")
+    write_json(folder / "contents.json", [video(0)])
+    written, report = prepare(folder, "--title", "一个标题")
+    about = {answer(record): prompt(record) for record in written.values()}
+    assert about["评论1"] == comment_prompt("标题0", "简介0")
+    assert about["评论3"] == about["只有一列的评论"] == comment_prompt("一个标题", "") and not dropped(report)
+    written, report = prepare(folder)
+    assert set(written) == {"50001", "50002"} and dropped(report) == {"video_missing": 1}
+    (note,) = [line["note"] for line in report["files"] if "texts.csv" in line["file"]]
+    assert "no column says of which video" in note and "--title" in note
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--title", " "], "--title: got  , expected the video's title."),
+    (["--desc", "x"], "--desc: got x, expected it together with --title."),
+])  # fmt: skip
+def test_title_errors(tmp_path: Path, options: list[str], message: str) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    with pytest.raises(SystemExit) as error:
+        prepare(tmp_path / "crawl", *options)
+    assert message in str(error.value)
+
+
+def test_danmaku_is_refused_and_the_rest_read(tmp_path: Path) -> None:
+    folder = tmp_path / "crawl"
+    WRITERS["json"](folder)
+    bullets = [{"id": 1, "progress": 4, "mode": 1, "fontsize": 25, "midHash": "a", "content": "前方高能", "ctime": 1}]
+    write_json(folder / "d1.json", bullets)
+    write_json(folder / "d2.json", [{"code": 0, "data": {"elems": bullets}}])
+    write_csv(folder / "d3.csv", bullets)
+    write_csv(folder / "d4.csv", [{"视频标题": "标题", "弹幕": "前方高能"}])
+    write_csv(folder / "d5.csv", [{"标题": "标题", "弹幕内容": "前方高能"}])
+    (folder / "d6.xml").write_text('<?xml version="1.0"?><i><chatid>1</chatid><d p="1,1,25,1,1,0,a,1">高能</d></i>')
+    (folder / "d7.ass").write_text("[Script Info]")
+    (folder / "settings.xml").write_text("<a/>")
+    write_csv(folder / "videos.csv", [{"视频ID": "7", "标题": "一", "弹幕": 12, "评论": 3}])  # How many there are.
+    written, report = prepare(folder, "--title", "标题")
+    assert written.keys() >= EXPECTED.keys() and not any("高能" in answer(record) for record in written.values())
+    notes = {Path(line["file"]).name: line["note"] for line in report["files"]}
+    assert all("skipped: danmaku" in notes[name] for name in notes if name[0] == "d") and len(notes) == 10
+    assert "skipped" not in notes["videos.csv"]
+
+
+def test_dropped_comments_are_not_read_again(tmp_path: Path) -> None:
+    WRITERS["json"](tmp_path / "crawl")
+    (tmp_path / "crawl/dropped.jsonl").write_text('{"reason": "empty", "id": "1", "text": "x"}\n')
+    assert set(prepare(tmp_path / "crawl", "--title", "t")[0]) == {*EXPECTED, "50006"}  # Whose video is missing.
 
 
 @pytest.mark.parametrize("name", ["z.json", "z.db", "z.csv", "z.jsonl", "z.xlsx", "z.sqlite3"])

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 from conftest import ROOT, load_script
 
-from utils.cli import CALLED_ELSEWHERE, ArgumentParser, boolean, dashes_to_underscores, progress_bar
+from utils.cli import (
+    CALLED_ELSEWHERE,
+    ArgumentParser,
+    add_columns_argument,
+    boolean,
+    dashes_to_underscores,
+    parse_columns,
+    progress_bar,
+)
 
 SCRIPTS = ["deepspeed_ft/train.py", "deepspeed_dpo/train.py", "deepspeed_distill/train.py", "chat.py", "serve.py"]
 SCRIPTS += ["prepare_data.py", "convert_model.py", "merge_qlora.py"]
@@ -65,6 +73,42 @@ def test_booleans(text: str, value: bool) -> None:
     assert boolean(text) is value
     with pytest.raises(argparse.ArgumentTypeError, match="expected True, False, 1 or 0"):
         boolean("yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("user=question,assistant=answer", {"user": "question", "assistant": "answer"}),
+        (" user = 问 题 , system=a=b ", {"user": "问 题", "system": "a=b"}),
+        (r"user=one\,two,assistant=three", {"user": "one,two", "assistant": "three"}),
+    ],
+)
+def test_columns(text: str, columns: dict[str, str]) -> None:
+    assert parse_columns(text, ["user", "assistant", "system"]) == columns
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    ("", ""), ("user", "user"), ("user=", "user="), ("=a", "=a"), ("usr=a", "usr=a"), ("user=a,user=b", "user=b"),
+    ("user=a,", ""), ('{"q": "query"}', '{"q": "query"}'),
+])  # fmt: skip
+def test_what_are_no_columns(text: str, wrong: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FIELD, .* user, assistant\\.") as error:
+        parse_columns(text, ["user", "assistant"])
+    assert f"got {wrong!r}," in str(error.value)
+
+
+def test_a_column_that_is_not_there() -> None:
+    assert parse_columns("user=,assistant=a", ["user", "assistant"], may_lack=True) == {"user": "", "assistant": "a"}
+
+
+def test_columns_of_records(capsys: Any) -> None:
+    parser = ArgumentParser(prog="x")
+    add_columns_argument(parser, ("user", "chosen", "rejected"))
+    assert parser.parse_args([]).columns is None, "as in runs of versions without it"
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--columns", "user=a,system=b"])
+    told = "got 'user=a,system=b' without chosen and rejected, expected user=FIELD,chosen=FIELD,rejected=FIELD"
+    assert told in capsys.readouterr().err
 
 
 def test_dashes_stand_for_underscores_in_names_alone() -> None:

@@ -107,6 +107,51 @@ def shard_size(text: str) -> str:
     return text
 
 
+def parse_columns(text: str, known: Sequence[str], may_lack: bool = False) -> dict[str, str]:
+    """Parses which fields of somebody's files are meant, such as user=question,assistant=answer.
+
+    Args:
+        text: From the command line. A comma within a field's name is written \\,.
+        known: The names that may stand on the left.
+        may_lack: Whether nothing on the right means that there is no such field.
+
+    Returns:
+        What a field is called here -> what it is called there, "" for none.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is something else.
+    """
+    found: dict[str, str] = {}
+    for pair in re.split(r"(?<!\\),", text):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not equals or ours not in known or ours in found or not (theirs or may_lack):
+            raise argparse.ArgumentTypeError(
+                f"got {pair.strip()!r}, expected NAME=FIELD, each NAME once, with commas between; as NAME "
+                f"{', '.join(known)}. A comma within a field's name is written \\,"
+            )
+        found[ours] = theirs.replace("\\,", ",")
+    return found
+
+
+def add_columns_argument(parser: Any, roles: Sequence[str] = ("user", "assistant")) -> None:
+    """Adds --columns, for records whose fields are not known by their names.
+
+    Args:
+        parser: The script's, or a group of its arguments.
+        roles: Whose fields have to be named; the system prompt's may be.
+    """
+    example = ",".join(f"{role}=FIELD" for role in roles)
+
+    def columns(text: str) -> dict[str, str]:
+        found = parse_columns(text, [*roles, "system"])
+        if missing := [role for role in roles if role not in found]:
+            raise argparse.ArgumentTypeError(f"got {text!r} without {' and '.join(missing)}, expected {example}")
+        return found
+
+    what = f"names of the records' fields, where they are not understood by themselves: {example}[,system=FIELD]"
+    parser.add_argument("--columns", type=columns, metavar="ROLE=FIELD,...", help=what)
+
+
 # To be set before torch is imported: it takes memory in large pages then, and gives it back at once.
 LARGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 

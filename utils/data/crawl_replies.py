@@ -1,0 +1,98 @@
+"""Answers of Bilibili's API as people save them: pages of comments and the facts of a video, whole or in pieces."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from utils.data.crawl_columns import Kept, Record, is_danmaku
+
+VIDEO = 1  # A reply's type: what it stands below. Others are dynamics, articles, ...
+
+
+def objects(value: Any) -> Iterator[tuple[str, Record]]:
+    """Finds the API's objects in what was parsed, however deep: ("reply" | "view" | "danmaku", the object).
+
+    A reply's own replies come behind it. Which page or wrapper they lie in does not matter.
+    """
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += reversed(value)
+        elif isinstance(value, dict):
+            if "rpid" in value and isinstance(value.get("content"), dict):
+                yield "reply", value
+                waiting.append(value.get("replies"))
+            elif "aid" in value and "bvid" in value and isinstance(value.get("title"), str):
+                yield "view", value
+            elif "content" in value and is_danmaku(value):
+                yield "danmaku", value
+            else:
+                waiting += reversed(list(value.values()))
+
+
+def kind_of_answers(sample: Iterable[Record]) -> str | None:
+    """Tells a file of the API's answers by its first records: "api", "danmaku", or None."""
+    records = list(sample)
+    kinds = {kind for record in records for kind, _ in objects(record)}
+    if kinds & {"reply", "view"}:
+        return "api"
+    if kinds:
+        return "danmaku"
+    # Errors, and pages without replies.
+    return "api" if any({"code", "message", "ttl"} <= record.keys() for record in records) else None
+
+
+def converted_replies(records: Iterable[Record | None], left_out: Counter[int]) -> Iterator[Kept | None]:
+    """Turns the API's answers into our records.
+
+    Args:
+        records: As scan_json yields them: None for a piece that cannot be parsed.
+        left_out: Counts the replies that stand below no video, by type.
+
+    Yields:
+        Comments and videos; None for a torn piece. A wrapper that is too long to be parsed at once is none: the replies
+        in it follow one by one.
+    """
+    torn = False
+    for record in records:
+        if record is None:
+            if torn:
+                yield None
+            torn = True
+            continue
+        for kind, found in objects(record):
+            torn = False
+            if kind == "view":
+                yield "videos", view(found)
+            elif kind == "reply" and found.get("type", VIDEO) != VIDEO:
+                left_out[found["type"]] += 1
+            elif kind == "reply":
+                yield "comments", reply(found)
+    if torn:
+        yield None
+
+
+def view(found: Record) -> Record:
+    """A video's record."""
+    owner = found.get("owner")
+    return {
+        "video_id": str(found["aid"]),
+        "title": found["title"],
+        "desc": found.get("desc") or found.get("description") or "",
+        "user_id": str(owner.get("mid", "")) if isinstance(owner, dict) else str(found.get("mid", "")),
+    }
+
+
+def reply(found: Record) -> Record:
+    """A comment's record."""
+    member = found.get("member")
+    return {
+        "comment_id": str(found["rpid"]),
+        "parent_comment_id": str(found.get("parent") or 0),
+        "video_id": str(found.get("oid") or ""),
+        "content": found["content"].get("message"),
+        "create_time": str(found.get("ctime") or ""),
+        "like_count": str(found.get("like") or 0),
+        "user_id": str(found.get("mid") or (member.get("mid", "") if isinstance(member, dict) else "")),
+    }
