@@ -27,7 +27,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from utils.cli import ArgumentParser, boolean, dashes_to_underscores
+from utils.cli import ArgumentParser, add_columns_argument, boolean, dashes_to_underscores
 from utils.data.held_out import parts_of, read_held_out
 from utils.data.records import SYSTEM_PROMPT, DataError, Message, comment_prompt, to_messages
 from utils.files import atomic_write, from_root, shown
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument("--desc", type=readable, default="", help="the video's description")
     asked.add_argument("--parent", type=readable, default="", help="the comment to answer")
     asked.add_argument("--from_test", metavar="FILE", help="answer held-out comments beside the real ones, and end")
+    add_columns_argument(asked)
     asked.add_argument("--count", type=int, help="of --from_test: how many, spread over the videos (default: all)")
     talk = parser.add_argument_group("conversations")
     talk.add_argument("--history", metavar="FILE", help="JSON file that a conversation goes on from and is kept in")
@@ -117,6 +118,8 @@ def check_arguments(args: argparse.Namespace) -> bool:
         raise SystemExit("--desc and --parent belong to a video: give its --title as well.")
     if args.count is not None and args.from_test is None:
         raise SystemExit("--count belongs to --from_test FILE.")
+    if args.columns and args.from_test is None:
+        raise SystemExit("--columns belongs to --from_test FILE.")
     if args.history and (not args.is_multi_turn or asked not in ([], ["prompt"])):
         raise SystemExit("--history belongs to a conversation: leave --is_multi_turn 0, or what asks for else, out.")
     for name in asked:
@@ -402,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="replace")  # Terminals that know fewer letters than models.
     history = from_root(args.history) if args.history else None
     messages = read_history(history) if history else []
-    tests = read_held_out(from_root(args.from_test), args.count) if args.from_test else []
+    tests = read_held_out(from_root(args.from_test), args.count, args.columns) if args.from_test else []
 
     import torch
     from transformers.utils import logging

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.cli import ArgumentParser, boolean, progress_bar
+from utils.cli import ArgumentParser, add_columns_argument, boolean, progress_bar
 from utils.files import atomic_writes, exclusive_lock, explained, from_root, reason_of, sha256, shown, write_problem
 
 START = "python evaluate.py"
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base", metavar="DIR", help="the model before tuning (default: what the tuned one was trained on)")
     add("--data", default="data/data_test.json", metavar="FILE", help="held-out records")
     add("--train_data", metavar="FILE", help="training records (default: those beside --data)")
+    add_columns_argument(parser)
     add("--name", help="of the results' folder (default: the first model's)")
     add("--output_dir", default="eval", help="folder of all evaluations")
     add("--overwrite", nargs="?", type=boolean, const=True, default=False, help="start anew where one has been")
@@ -247,10 +248,10 @@ def make_task(args: argparse.Namespace, folder: Any, train: Path | None) -> Any:
     from utils.evaluate.replies import SamplingSettings
     from utils.evaluate.work import Task
 
-    groups = read_comments(from_root(args.data), None if args.limit == -1 else args.limit)
+    groups = read_comments(from_root(args.data), None if args.limit == -1 else args.limit, args.columns)
     count = sum(map(len, groups)) if args.matched == -1 else args.matched
     style, held_out = style_prompt(args), {comment.video_id for group in groups for comment in group}
-    examples = draw_examples(train, args.shots, args.seed, held_out) if args.shots else []
+    examples = draw_examples(train, args.shots, args.seed, held_out, args.columns) if args.shots else []
     return Task(
         comments=[comment for group in groups for comment in group],
         matched=[comment for group in spread(groups, count) for comment in group],
@@ -269,6 +270,7 @@ def settings_of(args: argparse.Namespace, base: str, train: Path | None) -> dict
     return {name: getattr(args, name) for name in names} | {
         "data": sha256(from_root(args.data)),
         "train_data": train and sha256(train),
+        "columns": args.columns,
         "style prompt": hashlib.sha256(from_root(args.prompt_file).read_bytes()).hexdigest(),
         "base": base,
     }
@@ -293,7 +295,7 @@ def find_train(args: argparse.Namespace) -> Path | None:
     return train
 
 
-def training_answers(train: Path | None) -> list[str] | None:
+def training_answers(train: Path | None, columns: dict[str, str] | None) -> list[str] | None:
     """All answers of the training data; None without any."""
     from utils.data.records import UnusableRecord, read_records, to_messages
 
@@ -301,7 +303,7 @@ def training_answers(train: Path | None) -> list[str] | None:
         return None
     answers = []
     with explained(f"{shown(train)} cannot be used as training data"):
-        for record in read_records(train):
+        for record in read_records(train, columns):
             with suppress(UnusableRecord):
                 answers += [turn["content"] for turn in to_messages(record) if turn["role"] == "assistant"]
     return answers
@@ -351,14 +353,14 @@ def compare(args: argparse.Namespace) -> None:
 
     folders = [from_root(path) for path in args.compare]
     place = from_root(args.output_dir) / (args.name or "-".join(folder.name for folder in folders))
-    comments, evidence, train = joined(folders)
+    comments, evidence, train, columns = joined(folders)
     if (place / "settings.json").is_file():
         raise SystemExit(f"--name: {shown(place)} is an evaluation itself. Give the comparison another name.")
     if problem := write_problem(place):
         raise SystemExit(f"--output_dir: {problem}")
     with exclusive_lock(place):
         place.mkdir(parents=True, exist_ok=True)
-        finish(place, comments, evidence, training_answers(train), {}, {})
+        finish(place, comments, evidence, training_answers(train, columns), {}, {})
 
 
 def ask_judge(args: argparse.Namespace, task: Any, contenders: list[Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
@@ -436,7 +438,7 @@ def evaluate(args: argparse.Namespace, place: Path, contenders: list[Any], train
     base = next(one for one in contenders if one.kind == BASE)
     folder = EvaluationFolder(place)
     with exclusive_lock(place):
-        task, training = make_task(args, folder, train), training_answers(train)
+        task, training = make_task(args, folder, train), training_answers(train, args.columns)
         folder.open(settings_of(args, base.model, train), contenders, train, args.overwrite)
         print(f"{len(task.comments):,} comments under {len({one.video_id for one in task.comments}):,} videos; "
               f"{', '.join(one.name for one in contenders)} answer. In {shown(place)}.")  # fmt: skip

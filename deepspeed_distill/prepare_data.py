@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser
+from utils.cli import ArgumentParser, add_columns_argument
 from utils.data.answers import ANSWER_FIELDS, answers_path
 from utils.data.collector import Collector, Question, append, read_answers, report, writing_answers
 from utils.data.records import DataError, UnusableRecord, find_split, read_records, to_messages
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--d_type", choices=["train", "test"], default="train", help="which comments the teacher answers")
     add("--model_name", required=True, help="name of the teacher in --teacher_config")
     add("--data_dir", default="data", help="folder with data_train.json and data_test.json of prepare_data.py")
+    add_columns_argument(parser)
     add("--output_dir", default="deepspeed_distill/data", help="folder for the answers")
     add("--teacher_config", default="deepspeed_distill/teacher_config.yaml", help="file of the teachers")
     add("--instruction", default=INSTRUCTION, help="the teacher's system prompt")
@@ -61,8 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
 # What is asked, and what is written
 
 
-def read_questions(path: Path, teacher: Teacher, instruction: str) -> list[Question]:
+def read_questions(
+    path: Path, teacher: Teacher, instruction: str, columns: dict[str, str] | None = None
+) -> list[Question]:
     """Reads prepared comments as questions to a teacher.
+
+    Args:
+        path: The comments.
+        teacher: Who will answer.
+        instruction: Its system prompt.
+        columns: Of --columns, see `utils.data.records.read_records`.
 
     Returns:
         The questions; first one of every video, then the second ones, and so on: what a teacher will not talk about
@@ -73,7 +82,7 @@ def read_questions(path: Path, teacher: Teacher, instruction: str) -> list[Quest
     """
     questions, in_video, unusable = [], Counter(), Counter()
     setting = json.dumps([teacher.model, teacher.options, instruction], ensure_ascii=False, sort_keys=True)
-    for number, record in enumerate(read_records(path)):
+    for number, record in enumerate(read_records(path, columns)):
         if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
             raise DataError(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
         try:
@@ -187,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
         folder = shown(from_root(args.data_dir))
         raise SystemExit(f"No data_{args.d_type}.json in {folder}. Make it with: python prepare_data.py --total 2000")
     try:
-        questions = read_questions(data, teacher, args.instruction)
+        questions = read_questions(data, teacher, args.instruction, args.columns)
         collect(args, teacher, questions)
     except DataError as error:
         raise SystemExit(str(error)) from error

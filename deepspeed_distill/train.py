@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, boolean, fail
+from utils.cli import ArgumentParser, add_columns_argument, boolean, fail
 from utils.data.answers import answers_path, join_answers
 from utils.data.records import DataError, find_splits
 from utils.data.samples import Samples, load_splits
@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data_dir", default="data", help="folder with data_train.json and data_test.json")
+    add_columns_argument(parser)
     parser.add_argument(
         "--student_model_name", dest="model_name", default="Qwen/Qwen2.5-0.5B", help="the student, in --model_dir"
     )
@@ -205,10 +206,16 @@ def training_files(args: argparse.Namespace) -> list[Path | None]:
     answers = [answers_file(args, split) for split in ("train", "test")]
     cache = from_root(args.output_dir) / "cache"
     pairs = zip(data, answers, strict=True)
+    join = partial(join_answers, cache=cache, columns=args.columns)
     try:
-        return [join_answers(one, other, cache) if one and other.is_file() else None for one, other in pairs]
+        return [join(one, other) if one and other.is_file() else None for one, other in pairs]
     except DataError as error:
         fail(str(error))
+
+
+def columns_of_files(args: argparse.Namespace) -> dict[str, str] | None:
+    """--columns for `training_files`: those with a teacher's answers have the fields that they were written with."""
+    return None if answers_name(args) else args.columns
 
 
 def load_teacher(args: argparse.Namespace, precision: str, device: str) -> Any:
@@ -373,7 +380,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.train.attention import model_inputs
     from utils.train.tensors import means_over_ranks
 
-    run.load_data(training_files(args))
+    run.load_data(training_files(args), columns=columns_of_files(args))
     vocab_size, needed = check_teacher(run)
     panels = PANELS if args.kd != "sft" else {"loss": PANELS["loss"]}
     run.open(Path(__file__).with_name("ds_config.json"), panels, needed)
@@ -408,7 +415,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     record = check_tag(folder, args.ckpt_id)
     chat = load_chat(args, model_path, record["chat_template"])
     files = training_files(args)
-    _, samples, _ = load_splits(args, *files, chat, show=False)
+    _, samples, _ = load_splits(args, *files, chat, show=False, columns=columns_of_files(args))
     if not samples:
         fail(f"--test_mode: nothing is held out at {shown(from_root(args.data_dir))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

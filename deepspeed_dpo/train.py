@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, boolean, fail
+from utils.cli import ArgumentParser, add_columns_argument, boolean, fail
 from utils.data.pairs import pair
 from utils.data.records import find_split
 from utils.data.samples import load_splits
@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data_path", default="deepspeed_dpo/data", help="file of preference pairs, or their folder")
+    add_columns_argument(parser, ("user", "chosen", "rejected"))
     parser.add_argument("--model_name", default="Qwen/Qwen2.5-0.5B", help="model in --model_dir")
     parser.add_argument(
         "--adapter", default="", help="folder of a LoRA adapter to go on with; its rank, targets and dropout stay"
@@ -292,7 +293,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     run = Run(args, model_path, LORA_LR, FULL_LR)
     from utils.train.reference import token_logps
 
-    run.load_data(pair_files(args), pair, PAIR)
+    run.load_data(pair_files(args), pair, PAIR, args.columns)
     resolve(args)
     run.data_facts["files"] |= adopt_adapter(args)
     run.open(Path(__file__).with_name("ds_config.json"), PANELS)
@@ -329,7 +330,7 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     record = check_tag(folder, args.ckpt_id)
     settings = record["settings"]
     chat = load_chat(args, model_path, record["chat_template"])
-    _, samples, _ = load_splits(args, *pair_files(args), chat, show=False, parse=pair)
+    _, samples, _ = load_splits(args, *pair_files(args), chat, show=False, parse=pair, columns=args.columns)
     if not samples:
         fail(f"--test_mode: no pairs are held out at {shown(from_root(args.data_path))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

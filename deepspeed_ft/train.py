@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, boolean
+from utils.cli import ArgumentParser, add_columns_argument, boolean
 from utils.data.records import find_splits
 from utils.data.samples import load_splits
 from utils.files import explained, from_root, shown, write_lines
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data_dir", default="data", help="folder with data_train.json and data_test.json")
+    add_columns_argument(parser)
     parser.add_argument("--model_name", default="Qwen/Qwen2.5-0.5B", help="model in --model_dir")
     parser.add_argument("--test_bnb_enabled", type=boolean, default=False, help="True: test on a 4-bit base")
     parser.add_argument(
@@ -102,7 +103,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     from utils.train.attention import model_inputs
     from utils.train.tensors import all_reduced
 
-    run.load_data(find_splits(from_root(args.data_dir)))
+    run.load_data(find_splits(from_root(args.data_dir)), columns=args.columns)
     run.open(Path(__file__).with_name("ds_config.json"), PANELS)
     run.load_model()
     run.make_engine()
@@ -135,7 +136,8 @@ def test(args: argparse.Namespace, model_path: Path) -> None:
     else:
         template, precision = read_template(args), choose_precision(args.precision)
     chat = load_chat(args, model_path, template)
-    train_set, test_set, _ = load_splits(args, *find_splits(from_root(args.data_dir)), chat, show=False)
+    files = find_splits(from_root(args.data_dir))
+    train_set, test_set, _ = load_splits(args, *files, chat, show=False, columns=args.columns)
     samples = train_set if args.test_split == "train" else test_set
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if tuned and not args.test_bnb_enabled:

@@ -387,6 +387,14 @@ def test_some_held_out_comments_in_another_role(
     assert capsys.readouterr().out.count("小助手: ") == 2
 
 
+def test_held_out_comments_whose_fields_are_named(
+    finished: Path, tokenizer: Any, tmp_path: Path, asked: list[Any]
+) -> None:
+    (tmp_path / "test.csv").write_text("frage,antwort\n好看吗,好看\n", encoding="utf-8")
+    run(finished, "--from_test", str(tmp_path / "test.csv"), "--columns", "user=frage,assistant=antwort")
+    assert [call["ids"] for call in asked] == [template_ids(tokenizer, talk("好看吗", system=""))]
+
+
 def test_a_held_out_comment_that_is_too_long(
     finished: Path, tmp_path: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -901,6 +909,7 @@ def test_a_piped_conversation_with_bytes_that_are_no_utf8(finished: Path) -> Non
         (["--prompt", "问", "--repetition-penalty=nan"], "--repetition_penalty"),
         (["--stop_words", "用户", ""], "--stop_words"),
         (["--count", "3"], "--from_test"),
+        (["--columns", "user=问,assistant=答"], "--from_test"),
         (["--from_test", "missing.json"], r"no file at missing\.json.*prepare_data\.py"),
         (["--from_test", "chat.py"], "expected a .json"),
         (["--from_test", "chat.py", "--count", "0"], "--count"),

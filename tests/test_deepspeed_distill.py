@@ -32,6 +32,8 @@ from conftest import (
 )
 from torch.nn.functional import kl_div
 
+from utils.data.chat import make_chat
+from utils.data.samples import load_splits
 from utils.train.packing import draw_windows
 
 Build = Callable[..., list[str]]
@@ -247,6 +249,25 @@ def test_learning_answers_is_fine_tuning_on_them(
         write_rows(tmp_path / f"{split}.jsonl", rows)
     run(ft, train_args(output_dir=tmp_path / "two", data_dir=tmp_path))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("kd", ["sft", "logits"])
+def test_fields_of_other_names(
+    distill: ModuleType, distill_args: Build, tokenizer: Any, data_dir: Path, tmp_path: Path, kd: str
+) -> None:
+    """The same samples as of prepare_data.py's records, of collected answers too."""
+    names, found = ("rolle", "frage", "antwort"), []
+    for split in ("train", "test"):
+        records = json.loads((data_dir / f"data_{split}.json").read_text())
+        texts = [[turn["value"] for turn in record.pop("conversations")] for record in records]
+        rows = [record | dict(zip(names, said, strict=True)) for record, said in zip(records, texts, strict=True)]
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    for flags in ({}, {"data_dir": tmp_path, "columns": "user=frage,assistant=antwort,system=rolle"}):
+        args = distill.build_parser().parse_args(distill_args(kd=kd, **flags))
+        files, columns = distill.training_files(args), distill.columns_of_files(args)
+        sets = load_splits(args, *files, make_chat(tokenizer), show=False, columns=columns)[:2]
+        found.append([(samples.ids, samples.tokens.tolist()) for samples in sets])
+    assert found[0] == found[1] and all(ids for ids, _ in found[0])
 
 
 def plain_pytorch(model_dir: Path, steps: int) -> dict[str, Any]:

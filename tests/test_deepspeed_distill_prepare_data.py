@@ -82,6 +82,21 @@ def rows(folder: Path, split: str = "train", kind: str = "") -> list[dict[str, A
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_questions_of_other_fields(prepare: ModuleType, tmp_path: Path) -> None:
+    """By their usual names, or as --columns names them: the same is asked as of prepare_data.py's records."""
+    teacher = prepare.Teacher(base_url="", model="big")
+    ids = {"id": "7", "video_id": "1"}
+    asked = []
+    for columns, names in ((None, ("question", "answer")), ({"user": "问", "assistant": "答"}, ("问", "答"))):
+        path = tmp_path / f"{names[0]}.json"
+        path.write_text(json.dumps([ids | dict(zip(names, ("好看吗", "好看"), strict=True))]), encoding="utf-8")
+        asked += prepare.read_questions(path, teacher, "装", columns)
+    talk = [{"role": "user", "content": "好看吗"}, {"role": "assistant", "content": "好看"}]
+    (tmp_path / "messages.json").write_text(json.dumps([ids | {"messages": talk}]))
+    (expected,) = prepare.read_questions(tmp_path / "messages.json", teacher, "装")
+    assert asked == [expected] * 2
+
+
 def test_answers_and_what_was_asked(prepare: ModuleType, build: Build, tmp_path: Path, capsys: Any) -> None:
     """The teacher gets the instruction, the student keeps the comment's own system prompt. 8 x (100 x 2 + 10 x 10)."""
     with TeacherServer() as server:

@@ -648,6 +648,22 @@ def test_an_unknown_record_format_is_named(ft: ModuleType, train_args: Build, tm
     assert "record 0 (id seven)" in str(stop.value.code) and "question" in str(stop.value.code)
 
 
+def test_a_run_with_other_columns_is_another_run(
+    ft: ModuleType, train_args: Build, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [f"{n},问{n},答{n},设定" for n in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["id,frage,antwort,rolle", *rows]), encoding="utf-8")
+    columns = "user=frage,assistant=antwort"
+    flags = {"data_dir": tmp_path, "columns": columns, "max_new_tokens": 1, "eval_samples": 1}
+    run(ft, train_args(**flags, max_steps=1))
+    assert "Fields taken as user and assistant: frage, antwort.\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run(ft, train_args(**flags | {"columns": f"{columns},system=rolle"}, max_steps=2, resume=True))
+    assert "columns {'user': 'frage', 'assistant': 'antwort'} (now {" in str(stop.value.code)
+    with pytest.raises(SystemExit, match=r"train\.csv, record 0: no field 'x' of --columns.*'antwort', 'frage'"):
+        run(ft, train_args(**flags | {"columns": "user=frage,assistant=x"}, overwrite=True))
+
+
 def test_another_run_is_not_overwritten(ft: ModuleType, train_args: Build, tmp_path: Path) -> None:
     run(ft, train_args(max_steps=1))
     with pytest.raises(SystemExit) as stop:

@@ -136,6 +136,31 @@ def test_trained_weights_are_what_is_measured(
     assert total == pytest.approx(expected, rel=1e-6)
 
 
+def test_data_with_fields_of_other_names(script: ModuleType, build: Arguments, tmp_path: Path) -> None:
+    """Held-out comments, few-shot examples and training answers are those of the same data in messages."""
+    found = []
+    for names in (None, ("question", "answer"), ("问", "答")):
+        folder = tmp_path / f"{names}"
+        folder.mkdir()
+        for split, first in (("train", 0), ("test", 12)):
+            rows = []
+            for record in make_records(2, first):
+                turns = to_messages(record)[1:]
+                texts = [turn["content"] for turn in turns]
+                said = {"messages": turns} if names is None else dict(zip(names, texts, strict=True))
+                rows.append({"id": record["id"], "video_id": record["video_id"]} | said)
+            (folder / f"data_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        columns = {"columns": "user=问,assistant=答"} if names == ("问", "答") else {}
+        args = script.build_parser().parse_args(build(data=folder / "data_test.jsonl", **columns))
+        train, prompt = script.find_train(args), [{"role": "user", "content": "?"}]
+        task = script.make_task(args, None, train)
+        prompts = [make(prompt) for make in task.prompts.values()]
+        found.append((task.comments, prompts, script.training_answers(train, args.columns)))
+        assert script.settings_of(args, "", train)["columns"] == args.columns
+    assert found[0] == found[1] == found[2] and len(found[0][0]) == len(found[0][2]) == 8
+    assert any(len(messages) == 5 for messages in found[0][1]), "two examples before the question"
+
+
 def test_a_killed_evaluation_goes_on(
     script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

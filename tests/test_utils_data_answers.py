@@ -32,6 +32,22 @@ def test_answers_are_joined_to_their_comments(tmp_path: Path) -> None:
     assert join_answers(tmp_path / "data_train.json", tmp_path / "answers.jsonl", tmp_path / "cache") == path
 
 
+def test_answers_to_comments_whose_fields_are_named(tmp_path: Path) -> None:
+    """The same as of comments in a format that is known; with other columns they are joined anew."""
+    records, (data, answers) = make_records(1), (tmp_path / "train.jsonl", tmp_path / "answers.jsonl")
+    write_rows(answers, answers_of(records))
+    (tmp_path / "data_train.json").write_text(json.dumps(records), encoding="utf-8")
+    named = [{"id": record["id"], "video_id": record["video_id"]} for record in records]
+    for row, record in zip(named, records, strict=True):
+        row |= zip(("rolle", "frage", "antwort"), (turn["value"] for turn in record["conversations"]), strict=True)
+    write_rows(data, [row | {"andere": "别的"} for row in named])
+    columns = {"user": "frage", "assistant": "antwort", "system": "rolle"}
+    path = join_answers(data, answers, tmp_path / "cache", columns)
+    assert path.read_text() == join_answers(tmp_path / "data_train.json", answers, tmp_path / "cache").read_text()
+    other = join_answers(data, answers, tmp_path / "cache", columns | {"assistant": "andere"})
+    assert other != path and {json.loads(line)["real"] for line in other.read_text().splitlines()} == {"别的"}
+
+
 def test_damaged_answers_are_named_and_left_out(tmp_path: Path, capsys: Any) -> None:
     records = make_records(1)
     (tmp_path / "data_train.json").write_text(json.dumps(records), encoding="utf-8")

@@ -57,7 +57,21 @@ def test_few_of_many_videos_are_from_everywhere(tmp_path: Path) -> None:
 def test_records_without_an_answer_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unusable = {"messages": [{"role": "user", "content": "问"}]}
     assert taken(tmp_path / "data_test.json", [unusable, record("A", 0), unusable]) == ["A0"]
-    assert capsys.readouterr().err == "(2 records without questions and answers by turns were left out)\n"
+    told = "(2 records were left out: turns that are not user and assistant by turns)\n"
+    assert capsys.readouterr().err == told
+
+
+def test_fields_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rows = tmp_path / "test.jsonl", [("甲", "一"), ("乙", "二"), ("甲", "三")]
+    expected = [[[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in group]
+                for group in ([("甲", "一"), ("甲", "三")], [("乙", "二")])]  # fmt: skip
+    for names, columns in ((("Question", "Answer"), None), (("q", "a"), {"user": "q", "assistant": "a"})):
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+        assert read_held_out(path, columns=columns) == expected
+        told = "test.jsonl: fields taken as user and assistant: Question, Answer)\n"
+        assert capsys.readouterr().err.endswith(told) == (columns is None)
+    with pytest.raises(SystemExit, match=r"test\.jsonl cannot be used: .*no field 'frage' of --columns"):
+        read_held_out(path, columns={"user": "frage", "assistant": "a"})
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,13 @@ YES, NO = {"role": "assistant", "content": "好看"}, {"role": "assistant", "con
         ({"messages": [SYSTEM, USER], "chosen": YES, "rejected": NO}, [SYSTEM, USER]),
         ({"prompt": "好看吗", "chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
         ({"prompt": "好看吗", "instruction": None, "messages": None, "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"question": "好看吗", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"system": "你是B站用户", "Query": "好看吗", "Chosen": [YES], "Rejected": [NO]}, [SYSTEM, USER]),
+        ({"prompt": None, "question": [SYSTEM, USER], "chosen": "好看", "rejected": "不好看"}, [SYSTEM, USER]),
+        ({"user": "好看吗", "chosen": "好看", "rejected": "不好看", "system": ""}, [USER]),
     ],
-    ids="texts system human messages mixed dialogues hh llamafactory alpaca openai ultrafeedback nulls".split(),
+    ids="texts system human messages mixed dialogues hh llamafactory alpaca openai ultrafeedback nulls "
+    "question case lists named".split(),
 )
 def test_formats(record: Mapping[str, Any], prompt: list[dict[str, str]]) -> None:
     assert to_pair(record) == (prompt, "好看", "不好看")
@@ -89,7 +94,7 @@ def test_unusable_records(record: Mapping[str, Any], reason: str) -> None:
         ["问"],
         {"prompt": 3, "chosen": "答", "rejected": "否"},
         {"conversations": 5, "chosen": "答", "rejected": "否"},
-        {"question": "问", "chosen": "答", "rejected": "否"},
+        {"title": "问", "chosen": "答", "rejected": "否"},
         {"text": "x"},
     ],
 )
@@ -125,9 +130,33 @@ def test_a_file_of_pairs(tokenizer: Any, tmp_path: Path) -> None:
     records[1]["rejected"] = "答"
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
-    samples, counts, _ = load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair)
+    samples, counts, _, taken = load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair)
+    assert taken == {}
     assert samples.ids == ["r0", "r0", "r2", "r2"]
     assert counts == {"used": 2, "dropped: two equal answers": 1}
     path.write_text(json.dumps({"text": "x"}))
     with pytest.raises(DataError, match=r"pairs.jsonl, record 0 \(id 0\): got the fields \['text'\]"):
         load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair)
+
+
+def test_several_prompts_are_named() -> None:
+    with pytest.raises(DataError, match="question or query may be the prompt.*--columns 'user=question,chosen=chosen"):
+        to_pair({"query": "问", "question": "问", "chosen": "答", "rejected": "否"})
+
+
+@pytest.mark.parametrize("names", [("question", "chosen", "rejected"), ("问题", "好", "坏")], ids="/".join)
+def test_pairs_with_fields_of_other_names(tokenizer: Any, tmp_path: Path, names: tuple[str, str, str]) -> None:
+    roles = ("user", "chosen", "rejected")
+    columns = None if names[0] == "question" else dict(zip(roles, names, strict=True))
+    texts = [(f"问{n}", "答" * (n + 1), "否") for n in range(3)]
+    files = [tmp_path / "named.jsonl", tmp_path / "usual.jsonl"]
+    for path, fields in zip(files, (names, ("prompt", *roles[1:])), strict=True):
+        path.write_text("\n".join(json.dumps(dict(zip(fields, row, strict=True))) for row in texts))
+    named, usual = (
+        load_samples(path, make_chat(tokenizer), 100, tmp_path / "cache", parse=pair, columns=way)
+        for path, way in zip(files, (columns, None), strict=True)
+    )
+    assert [[*sample.input_ids] for sample in named.samples] == [[*sample.input_ids] for sample in usual.samples]
+    assert named.counts == usual.counts and len(named.samples) == 6
+    if columns is None:
+        assert named.taken == {"user, chosen and rejected: question, chosen, rejected": []}

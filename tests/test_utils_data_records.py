@@ -12,7 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data.records import DataError, UnusableRecord, comment_prompt, find_split, read_records, to_messages
+from utils.data.records import (
+    PAIRS,
+    DataError,
+    UnusableRecord,
+    comment_prompt,
+    fields_notes,
+    find_split,
+    read_records,
+    to_messages,
+)
 
 Messages = list[dict[str, str]]
 
@@ -76,7 +85,10 @@ def test_formats(record: Any, messages: Messages) -> None:
     [
         ("text", "str"),
         (7, "int"),
-        ({"prompt": "问", "completion": "答"}, "completion"),
+        ({"text": "问答"}, "text.*--columns 'user=FIELD,assistant=FIELD'"),
+        ({"question": "问"}, "question"),
+        ({"answer": "答", "label": 1}, "answer"),
+        ({"prompt": [{"speaker": "user", "content": "问"}], "completion": "答"}, "role"),
         ({"instruction": "问"}, "instruction"),
         ({"messages": [{"speaker": "user", "content": "问"}]}, "role"),
         ({"messages": "[{'role': 'user'}]"}, "role"),
@@ -130,6 +142,80 @@ def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
         to_messages(record)
 
 
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        *(({q: "问", a: "答"}, ONE) for q, a in PAIRS),
+        ({"Question": " 问", "ANSWER ": "答\n"}, ONE),
+        ({"prompt": "问", "response": "答"}, ONE),  # One question and one answer of two usual pairs.
+        ({"id": 1, "video_id": 2, "query": "问", "response": "答", "answer": "别的", "user": "某人"}, ONE),
+        ({"prompt": [{"role": "user", "content": "问"}], "completion": [{"role": "assistant", "content": "答"}]}, ONE),
+        ({"prompt": TWO[:3], "completion": "答二"}, TWO),
+        ({"prompt": WITH_SYSTEM[:2], "completion": WITH_SYSTEM[2:]}, WITH_SYSTEM),
+        ({"System_Prompt": "设定", "question": "问", "response": "答"}, WITH_SYSTEM),
+        (
+            {"system": "设定", "query": "问二", "response": "答二", "history": [["问一", "答一"]]},
+            say("问一", "答一", "问二", "答二", system="设定"),
+        ),
+        ({"question": "问", "answer": "答", "history": "既往史"}, ONE),  # No turns.
+        ({"instruction": "问", "input": "补充", "response": "答"}, say("问\n补充", "答")),
+        ({"Instruction": "问", "Input": "", "Output": "答"}, ONE),
+        ({"instruction": "问", "input": "补充", "target": "答"}, say("问\n补充", "答")),
+        ({"instruction": "问", "output": "答", "question": "别的", "answer": "别的"}, ONE),  # As ever.
+        ({"messages": ONE, "question": "别的", "answer": "别的"}, ONE),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_usual_names_of_questions_and_answers(record: dict[str, Any], messages: Messages) -> None:
+    assert to_messages(record) == messages
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ("question answer prompt completion", "question/answer, prompt/completion.*'user=question,assistant=answer'"),
+        ("input output target", "input/target, input/output"),
+        ("Question question answer", "Question/answer, question/answer"),
+        ("prompt answer response target", "prompt/answer, prompt/response, prompt/target"),
+        ("instruction question answer response", "question/answer, instruction/response"),
+    ],
+)
+def test_several_pairs_are_named(fields: str, named: str) -> None:
+    with pytest.raises(DataError, match=f"got the fields .*: {named}") as caught:
+        to_messages(dict.fromkeys(fields.split(), "文"))
+    assert not isinstance(caught.value, UnusableRecord) and "--columns" in str(caught.value)
+
+
+def test_what_was_taken_is_noted_once() -> None:
+    taken: dict[str, list[str]] = {}
+    for number in range(3):
+        more = {"topic": "x"} if number else {"context": "背景", "source": None, "history": "既往史"}
+        to_messages({"id": number, "Question": "问", "Answer": "答"} | more, taken)
+    to_messages({"instruction": "问", "input": "补充", "response": "答"}, taken)
+    to_messages({"messages": ONE}, taken)
+    assert fields_notes(taken) == [
+        "fields taken as user and assistant: Question, Answer; not used: context, history",
+        "fields taken as user and assistant: instruction, response, instruction followed by input",
+    ]
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "function_call", "observation", "tool_call", "tool_response"])
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")], ids=str)
+def test_tool_calls_are_named(role: str, names: tuple[str, str, str]) -> None:
+    field, who, what = names
+    turns = [("user", "问"), ("assistant", None), (role, "{}"), ("assistant", "答")]
+    told = rf"a turn of '{role}' \(tool calls are not trained on\), known are system"
+    with pytest.raises(UnusableRecord, match=told):
+        to_messages({field: [{who: one, what: text} for one, text in turns]})
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=str)
+def test_a_call_in_the_place_of_an_answer(content: dict[str, Any]) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]} | content
+    with pytest.raises(UnusableRecord, match="tool calls are not trained on"):
+        to_messages({"messages": [{"role": "user", "content": "问", "tool_calls": None}, call]})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -150,7 +236,7 @@ def write(path: Path, records: list[Any], bom: str = "") -> Path:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         path.write_bytes((bom + "\r\n".join(lines) + "\r\n\r\n").encode())
     elif path.suffix == ".csv":
-        rows = [["instruction", "input", "output"], *([*record.values()] for record in records)]
+        rows = [[*records[0]], *([*record.values()] for record in records)]
         path.write_text(bom + "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in rows), encoding="utf-8")
     else:
         from datasets import Dataset
@@ -205,6 +291,43 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name):
         list(read_records(tmp_path / name))
+
+
+NAMED = [{"id": id, "frage": "问", "antwort": "答", "rolle": system} for id, system in (("a", "设定"), ("b", ""))]
+COLUMNS = {"user": "frage", "assistant": "antwort", "system": "rolle"}
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+def test_named_fields(tmp_path: Path, ending: str) -> None:
+    records = list(read_records(write(tmp_path / f"train.{ending}", NAMED), COLUMNS))
+    assert [record["id"] for record in records] == ["a", "b"]
+    assert [to_messages(record) for record in records] == [WITH_SYSTEM, ONE]
+
+
+def test_names_count_before_what_is_usual(tmp_path: Path) -> None:
+    record = {"question": "别的", "answer": "别的", "Prompt": "问", "completion": "答", "messages": [], "system": "x"}
+    path = write(tmp_path / "train.jsonl", [record])
+    (found,) = read_records(path, {"user": "prompt", "assistant": "completion"})
+    assert to_messages(found) == ONE
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"user": "frage", "assistant": "x"}, r"record 0: no field 'x' of --columns, there are \['antwort', 'frage'"),
+        (COLUMNS | {"system": "x"}, r"no field 'x' of --columns, in the last record are \['antwort', 'frage'"),
+    ],
+)
+def test_wrong_names(tmp_path: Path, columns: dict[str, str], named: str) -> None:
+    with pytest.raises(DataError, match=rf"train\.jsonl.*{named}"):
+        list(read_records(write(tmp_path / "train.jsonl", NAMED), columns))
+
+
+def test_not_every_record_has_a_system_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [{"frage": "问", "antwort": "答"}, *NAMED[:1]])
+    assert [to_messages(record) for record in read_records(path, COLUMNS)] == [ONE, WITH_SYSTEM]
+    with pytest.raises(DataError, match="record 0: got a list"):
+        list(read_records(write(tmp_path / "train.json", [[1]]), COLUMNS))
 
 
 def test_find_split(tmp_path: Path) -> None:

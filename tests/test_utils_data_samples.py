@@ -3,6 +3,7 @@
 python -m pytest tests/test_utils_data_samples.py
 """
 
+import argparse
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from utils.data import samples as room
-from utils.data.chat import Chat, Dialogue, make_chat
-from utils.data.records import DataError
-from utils.data.samples import load_samples
+from utils.data.chat import Chat, Dialogue, make_chat, show_sample
+from utils.data.records import PAIRS, DataError
+from utils.data.samples import Samples, load_samples, load_splits
 
 
 def say(question: str, answer: str, system: str = "") -> list[dict[str, str]]:
@@ -156,3 +158,93 @@ def test_the_record_is_named(tmp_path: Path, chat: Chat) -> None:
 def test_something_is_wanted(tmp_path: Path, chat: Chat, records: list[Any]) -> None:
     with pytest.raises(DataError, match="no record can be used"):
         load_samples(write(tmp_path / "train.json", records), chat, 100, tmp_path / "cache")
+
+
+def test_why_nothing_can_be_used(tmp_path: Path, chat: Chat) -> None:
+    call = [{"from": "human", "value": "问"}, {"from": "function_call", "value": "{}"}, {"from": "gpt", "value": "答"}]
+    records = [*[{"conversations": call}] * 3, {"messages": say("问", "")}]
+    told = r"\(3 dropped: a turn of 'function_call' \(tool calls are not trained on\), known .*, 1 dropped: an empty "
+    with pytest.raises(DataError, match=told):
+        load_samples(write(tmp_path / "train.json", records), chat, 100, tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields of other names
+
+TEXTS = [("问一，“好”", "答\n一"), ("问二", "答,二"), ("问一，“好”", "答三")]
+
+
+def write_as(path: Path, rows: list[dict[str, str]]) -> Path:
+    """In the format that the ending names, by others' hands."""
+    table = Dataset.from_list(rows)
+    if path.suffix == ".csv":
+        table.to_csv(path)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, lines=path.suffix == ".jsonl", force_ascii=False)
+    return path
+
+
+def assert_same_samples(one: Samples, two: Samples) -> None:
+    for name in ("tokens", "supervised", "begin", "end", "group", "targets", "ids"):
+        assert np.array_equal(getattr(one, name), getattr(two, name)), name
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("names", [*PAIRS, ("Frage", "Antwort")], ids="/".join)
+def test_the_same_samples_as_of_messages(tmp_path: Path, chat: Chat, names: tuple[str, str], ending: str) -> None:
+    """Question and answer, and where no usual name tells them what the user names."""
+    path = write_as(tmp_path / f"train.{ending}", [dict(zip(names, texts, strict=True)) for texts in TEXTS])
+    columns = None if names in PAIRS else dict(zip(("user", "assistant"), names, strict=True))
+    found = load_samples(path, chat, 100, tmp_path / "cache", columns=columns)
+    expected = load_samples(
+        write(tmp_path / "messages.json", [{"messages": say(*texts)} for texts in TEXTS]), chat, 100, tmp_path / "cache"
+    )
+    assert_same_samples(found.samples, expected.samples)
+    assert found.counts == expected.counts == {"used": 3} and expected.taken == {}
+    if names in PAIRS and names != ("instruction", "output"):  # Alpaca's.
+        assert found.taken == {f"user and assistant: {', '.join(names)}": []}
+
+
+def test_lists_of_messages_as_prompts(tmp_path: Path, chat: Chat) -> None:
+    talks = [say("问一", "答一", system="设定") + say(*texts) for texts in TEXTS]
+    halves = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
+    whole, half = (
+        load_samples(write(tmp_path / f"{name}.json", records), chat, 100, tmp_path / "cache").samples
+        for name, records in (("whole", [{"messages": talk} for talk in talks]), ("half", halves))
+    )
+    assert_same_samples(half, whole)
+
+
+def test_other_columns_are_another_rendering(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"id": "a", "question": "问", "answer": "答", "briefing": "设定"}
+    path, cache = write(tmp_path / "train.json", [record]), tmp_path / "cache"
+    usual = {"user": "question", "assistant": "answer"}
+    ways = (None, usual, usual | {"system": "briefing"}, {"user": "answer", "assistant": "question"})
+    texts = [show_sample(load_samples(path, chat, 100, cache, columns=way).samples[0], chat.tokenizer) for way in ways]
+    assert texts[0] == texts[1] and "设定" in texts[2] and texts[3].index("答") < texts[3].index("问")
+    assert sum(place.is_dir() for place in cache.iterdir()) == 4
+    monkeypatch.setattr(room, "read_records", lambda *_: pytest.fail("read again"))
+    again = load_samples(path, chat, 100, cache, columns=dict(reversed(usual.items()))).samples[0]
+    assert show_sample(again, chat.tokenizer) == texts[1], "their order makes no difference"
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (None, "Fields taken as user and assistant: question, answer; not used: topic.\n"),
+        ({"user": "topic", "assistant": "answer"}, "Fields taken as user and assistant: topic, answer.\n"),
+    ],
+    ids=["usual", "named"],
+)
+def test_what_was_taken_is_said(
+    tmp_path: Path, chat: Chat, columns: dict[str, str] | None, told: str, capsys: Any
+) -> None:
+    """At every start, also from what was rendered before; for other ranks and the test not at all."""
+    records = [{"question": f"问{n}", "answer": "答", "topic": "题"} for n in range(50)]
+    files = [write(tmp_path / f"{name}.json", records) for name in ("train", "test")]
+    args = argparse.Namespace(output_dir=str(tmp_path), max_tokens=100)
+    for show in (True, True, False):
+        load_splits(args, *files, chat, show, columns=columns)
+        assert capsys.readouterr().out.count(told) == show

@@ -15,7 +15,7 @@ from utils.evaluate.contenders import BASE, TUNED, Contender
 from utils.evaluate.folder import REAL, EvaluationFolder, joined
 from utils.evaluate.measures import Evidence
 
-SETTINGS = {"limit": 500, "temperature": 0.8, "base": "model/a"}
+SETTINGS = {"limit": 500, "temperature": 0.8, "base": "model/a", "columns": {"user": "问", "assistant": "答"}}
 
 
 def comment(id: str, answer: str = "真的") -> Comment:
@@ -168,8 +168,8 @@ def test_joined(tmp_path: Path, contender: Contender) -> None:
     """Comments that are the same in both: 2 is another one in the second, 0 and 3 stand in one only."""
     one = evaluated(tmp_path / "monday", contender, [comment("0"), comment("1"), comment("2")], tmp_path / "train.json")
     two = evaluated(tmp_path / "tuesday", contender, [comment("3"), comment("2", "别的"), comment("1")])
-    comments, evidence, train = joined([one, two])
-    assert comments == [comment("1")] and train == tmp_path / "train.json"
+    comments, evidence, train, columns = joined([one, two])
+    assert comments == [comment("1")] and (train, columns) == (tmp_path / "train.json", SETTINGS["columns"])
     assert [(each.name, each.kind) for each in evidence] == [("monday: mine", TUNED), ("tuesday: mine", TUNED)]
     assert [each.replies["1"] for each in evidence] == [["monday的1"], ["tuesday的1"]]
     assert [each.real["1"] for each in evidence] == [{"1": -2.0}] * 2

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.cli import fail
@@ -20,21 +21,28 @@ def answers_path(folder: Path, split: str, teacher: str) -> Path:
     return folder / f"data_{split}_teacher_{name}.jsonl"
 
 
-def join_answers(data: Path, answers: Path, cache: Path) -> Path:
+def join_answers(data: Path, answers: Path, cache: Path, columns: Mapping[str, str] | None = None) -> Path:
     """Writes a split's comments with a teacher's newest answers in the place of the real ones.
 
     Answers to comments that are not in the split (any more), or whose prompt has changed, are left out. The comments'
     own system prompt stays; the teacher had another one.
 
+    Args:
+        data: The split.
+        answers: From `answers_path`.
+        cache: Folder of what was joined before.
+        columns: Of --columns, for the split.
+
     Raises:
         SystemExit: if nothing is left.
     """
-    path = cache / f"learnt-{hashlib.sha256((sha256(data) + sha256(answers)).encode()).hexdigest()[:16]}.jsonl"
+    made_from = sha256(data) + sha256(answers) + (json.dumps(columns, sort_keys=True) if columns else "")
+    path = cache / f"learnt-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.jsonl"
     with create_once(path) as temporary:
         if temporary:
             newest = {row["id"]: row for row in read_lines(answers, ANSWER_FIELDS)}
             lines, settings = [], Counter()
-            for record in read_records(data):
+            for record in read_records(data, columns):
                 row = newest.get(str(record.get("id"))) if isinstance(record, dict) else None
                 if row is None:
                     continue

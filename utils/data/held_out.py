@@ -2,10 +2,11 @@
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
+from utils.data.records import DataError, Message, UnusableRecord, fields_notes, read_records, to_messages
 from utils.files import shown
 
 
@@ -23,12 +24,15 @@ class Comment(NamedTuple):
     messages: list[Message]
 
 
-def read_comments(path: Path, count: int | None = None) -> list[list[Comment]]:
+def read_comments(
+    path: Path, count: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[list[Comment]]:
     """Reads held-out conversations.
 
     Args:
         path: As prepare_data.py writes them, or in any other format of records.
         count: How many to take, spread over the videos: the first comment of each, then the second ones, and so on.
+        columns: Of --columns, see `utils.data.records.read_records`.
 
     Returns:
         Those of a video together, videos in the file's order; no two have the same id.
@@ -37,13 +41,13 @@ def read_comments(path: Path, count: int | None = None) -> list[list[Comment]]:
         SystemExit: if there are none.
     """
     videos: dict[str, list[Comment]] = {}
-    unusable, ids = 0, set()
+    unusable, ids, taken = Counter(), set(), {}
     try:
-        for number, record in enumerate(read_records(path)):
+        for number, record in enumerate(read_records(path, columns)):
             try:
-                messages = to_messages(record)
-            except UnusableRecord:
-                unusable += 1
+                messages = to_messages(record, taken)
+            except UnusableRecord as reason:
+                unusable[str(reason)] += 1
                 continue
             known = record if isinstance(record, dict) else {}
             id, video = str(known.get("id", number)), str(known.get("video_id") or parts_of(messages)[0])
@@ -52,8 +56,10 @@ def read_comments(path: Path, count: int | None = None) -> list[list[Comment]]:
             videos.setdefault(video, []).append(Comment(id, video, messages))
     except DataError as error:
         raise SystemExit(f"{shown(path)} cannot be used: {error}") from error
-    if unusable:
-        print(f"({unusable} records without questions and answers by turns were left out)", file=sys.stderr)
+    for note in [] if columns else fields_notes(taken):
+        print(f"({shown(path)}: {note})", file=sys.stderr)
+    for reason, times in unusable.items():
+        print(f"({times} records were left out: {reason})", file=sys.stderr)
     if not videos:
         held = "Hold out more: python prepare_data.py --test_size 0.3"
         raise SystemExit(f"{shown(path)} is empty, or holds nothing that can be used. {held}")
@@ -69,9 +75,11 @@ def spread(groups: list[list[Comment]], count: int) -> list[list[Comment]]:
     return [group[: taken[video]] for video, group in enumerate(groups)]
 
 
-def read_held_out(path: Path, count: int | None = None) -> list[list[list[Message]]]:
+def read_held_out(
+    path: Path, count: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[list[list[Message]]]:
     """The conversations of `read_comments` alone."""
-    return [[comment.messages for comment in group] for group in read_comments(path, count)]
+    return [[comment.messages for comment in group] for group in read_comments(path, count, columns)]
 
 
 def parts_of(messages: list[Message]) -> tuple[str, str]:

@@ -12,9 +12,10 @@ import json
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +27,21 @@ from utils.cli import fail, progress_bar
 from utils.data import chat as chat_module
 from utils.data import records
 from utils.data.chat import Chat, Dialogue, Sample, show_sample
-from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
+from utils.data.records import (
+    DataError,
+    Message,
+    UnusableRecord,
+    fields_notes,
+    listed_fields,
+    read_records,
+    to_messages,
+)
 from utils.files import create_once, from_root, sha256, shown
 
-# Turns a record and its id into a dialogue. Raises UnusableRecord if there is nothing to learn, DataError if the format
-# is unknown.
-Parse = Callable[[Any, str], Dialogue]
+# Turns a record and its id into a dialogue, and notes which fields it took where their usual names alone told them
+# (`utils.data.records.note_fields`). Raises UnusableRecord if there is nothing to learn, DataError if the format is
+# unknown.
+Parse = Callable[[Any, str, dict[str, list[str]]], Dialogue]
 BATCH_RECORDS = 1000  # So many are tokenized together.
 
 
@@ -75,11 +85,12 @@ class Loaded(NamedTuple):
     samples: Samples  # In the file's order.
     counts: Counter[str]  # Records used, and dropped for which reason.
     system_prompt: str  # The commonest system text; "" where there is none.
+    taken: dict[str, list[str]]  # Which fields were found by their usual names, and which others there are.
 
 
-def conversation(record: Any, id: str) -> Dialogue:
+def conversation(record: Any, id: str, taken: dict[str, list[str]] | None = None) -> Dialogue:
     """Reads a record whose answers are all learnt, as every `Parse` does."""
-    return Dialogue(id, to_messages(record))
+    return Dialogue(id, to_messages(record, taken))
 
 
 def system_text(messages: list[Message]) -> str:
@@ -88,7 +99,13 @@ def system_text(messages: list[Message]) -> str:
 
 
 def load_samples(
-    path: Path, chat: Chat, max_tokens: int, cache: Path, progress: str = "", parse: Parse = conversation
+    path: Path,
+    chat: Chat,
+    max_tokens: int,
+    cache: Path,
+    progress: str = "",
+    parse: Parse = conversation,
+    columns: Mapping[str, str] | None = None,
 ) -> Loaded:
     """Renders a file of records for training, or finds what was rendered before from the same file in the same way.
 
@@ -99,18 +116,19 @@ def load_samples(
         cache: Folder of what was rendered before. Of all ranks that call this together one does the work.
         progress: Name of a progress bar, if there shall be one.
         parse: How a record is read.
+        columns: Of --columns, see `utils.data.records.read_records`.
 
     Raises:
         DataError: if a record's format is unknown (it is named), or no record is left.
     """
     code = [sha256(Path(inspect.getfile(part))) for part in (records, chat_module, conversation, parse)]
-    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, *code]
-    folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, columns, *code]
+    folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]}"
     with create_once(folder) as temporary:
         if temporary:
             gc.freeze()  # The collector need not go through the libraries' objects again and again.
             try:
-                _write_samples(path, chat, max_tokens, temporary, progress, parse)
+                _write_samples(path, chat, max_tokens, temporary, progress, parse, columns)
             finally:
                 gc.unfreeze()
     index, facts = np.load(folder / "index.npz"), json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -126,7 +144,7 @@ def load_samples(
         targets=index["targets"],
         ids=facts["ids"],
     )
-    return Loaded(samples, Counter(facts["counts"]), facts["system_prompt"])
+    return Loaded(samples, Counter(facts["counts"]), facts["system_prompt"], facts["taken"])
 
 
 def load_splits(
@@ -136,6 +154,7 @@ def load_splits(
     chat: Chat,
     show: bool,
     parse: Parse = conversation,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Samples, Samples, dict[str, Any]]:
     """Loads the training and the held-out samples of a run.
 
@@ -149,6 +168,7 @@ def load_splits(
         chat: From `utils.data.chat.make_chat`.
         show: Whether to print what was read, and the first sample.
         parse: How a record is read.
+        columns: Of --columns, for both files.
 
     Returns:
         Training samples, held-out samples, and what run.json says of the data.
@@ -158,13 +178,13 @@ def load_splits(
     """
     cache = from_root(args.output_dir) / "cache"
     try:
-        train, counts, system_prompt = load_samples(
-            train_file, chat, args.max_tokens, cache, "reading" if show else "", parse
+        train, counts, system_prompt, taken = load_samples(
+            train_file, chat, args.max_tokens, cache, "reading" if show else "", parse, columns
         )
         if test_file and not any(True for _ in read_records(test_file)):
             test = train.select([])
         elif test_file:
-            test = load_samples(test_file, chat, args.max_tokens, cache, parse=parse).samples
+            test = load_samples(test_file, chat, args.max_tokens, cache, parse=parse, columns=columns).samples
         else:
             held_out = train.group % 20 == 0
             test = train.select(held_out.nonzero()[0])
@@ -175,6 +195,8 @@ def load_splits(
         lengths = sorted(train.lengths)
         read = ", ".join(f"{number} {what}" for what, number in counts.items())
         print(f"{shown(train_file)}: {read}; held out: {len(set(test.ids))}.")
+        for note in fields_notes({listed_fields(columns): []} if columns else taken):
+            print(f"{note[0].upper()}{note[1:]}.")
         print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
         print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
     return (
@@ -198,15 +220,24 @@ def _tokenizer_hash(tokenizer: Any) -> str:
         return " ".join(sha256(path) for path in files)
 
 
-def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progress: str, parse: Parse) -> None:
+def _write_samples(
+    path: Path,
+    chat: Chat,
+    max_tokens: int,
+    folder: Path,
+    progress: str,
+    parse: Parse,
+    columns: Mapping[str, str] | None,
+) -> None:
     folder.mkdir()
     ids: list[str] = []
     lengths, groups, targets = array("q"), array("q"), array("q")
     counts: Counter[str] = Counter()
     systems: Counter[str] = Counter()
+    taken: dict[str, list[str]] = {}
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "supervised.bin").open("wb") as supervised:
-        bar = progress_bar(read_records(path), progress, "record", bool(progress))
-        for dialogue, video, chat_of_batch in _dialogues(bar, path, chat, parse, counts):
+        bar = progress_bar(read_records(path, columns), progress, "record", bool(progress))
+        for dialogue, video, chat_of_batch in _dialogues(bar, path, chat, partial(parse, taken=taken), counts):
             try:
                 rendered = chat_of_batch.samples(dialogue, max_tokens)
             except UnusableRecord as reason:
@@ -225,15 +256,16 @@ def _write_samples(path: Path, chat: Chat, max_tokens: int, folder: Path, progre
                 groups.append(zlib.crc32(prompt if video is None else str(video).encode()))
                 targets.append(int(sample.supervised[1:].sum()))  # Nothing predicts the first token.
     if not ids:
-        raise DataError(f"{shown(path)}: no record can be used ({dict(counts) or 'the file is empty'}).")
+        why = ", ".join(f"{number} {what}" for what, number in counts.items()) or "the file is empty"
+        raise DataError(f"{shown(path)}: no record can be used ({why}).")
     arrays = {"lengths": lengths, "group": groups, "targets": targets}
     np.savez(folder / "index.npz", **{name: np.array(values, dtype=np.int64) for name, values in arrays.items()})
-    facts = {"ids": ids, "counts": counts, "system_prompt": systems.most_common(1)[0][0]}
+    facts = {"ids": ids, "counts": counts, "system_prompt": systems.most_common(1)[0][0], "taken": taken}
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
 
 def _dialogues(
-    records: Iterable[Any], path: Path, chat: Chat, parse: Parse, counts: Counter[str]
+    records: Iterable[Any], path: Path, chat: Chat, parse: Callable[[Any, str], Dialogue], counts: Counter[str]
 ) -> Iterator[tuple[Dialogue, Any, Chat]]:
     """Reads and tokenizes records in batches; one is tokenized while the next is read and rendered as text.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,9 @@ def _base_of(record: dict[str, Any]) -> str | None:
         return None
 
 
-def draw_examples(train: Path, count: int, seed: int, held_out: Container[str] = ()) -> list[Message]:
+def draw_examples(
+    train: Path, count: int, seed: int, held_out: Container[str] = (), columns: Mapping[str, str] | None = None
+) -> list[Message]:
     """Draws real answers for the few-shot prompt, each from another training video where there are enough.
 
     Args:
@@ -109,6 +111,7 @@ def draw_examples(train: Path, count: int, seed: int, held_out: Container[str] =
         count: How many.
         seed: Of the draw.
         held_out: Videos of which none is taken: their comments are to be answered.
+        columns: Of --columns, see `utils.data.records.read_records`.
 
     Returns:
         `count` user and assistant turns each, without system prompts.
@@ -116,7 +119,7 @@ def draw_examples(train: Path, count: int, seed: int, held_out: Container[str] =
     Raises:
         SystemExit: if there are no other videos.
     """
-    groups = [group for group in read_comments(train) if group[0].video_id not in held_out]
+    groups = [group for group in read_comments(train, columns=columns) if group[0].video_id not in held_out]
     if not groups:
         raise SystemExit(
             f"{shown(train)} holds no other videos than the held-out data: nothing to take the few-shot examples from. "

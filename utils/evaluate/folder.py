@@ -31,7 +31,7 @@ REPLY_FIELDS = {
     "cut": list,
 }
 # Settings without which two evaluations do not measure the same.
-COMPARED = ("data", "limit", "matched", "seed", "base", "train_data", "style prompt", "shots", "replies",
+COMPARED = ("data", "limit", "matched", "seed", "base", "train_data", "columns", "style prompt", "shots", "replies",
             "max_new_tokens", "temperature", "top_p")  # fmt: skip
 LIKELIHOOD_FIELDS = {"contender": str, "of": str, "id": str, "nats": dict}
 
@@ -139,11 +139,12 @@ class EvaluationFolder:
         return known
 
 
-def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path | None]:
+def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path | None, dict[str, str] | None]:
     """Several evaluations as one: everybody who answered in one of them, named after it.
 
     Returns:
-        The comments that are the same in all; what is known of each contender; the first one's training records.
+        The comments that are the same in all; what is known of each contender; the first one's training records and
+        the names of their fields.
 
     Raises:
         SystemExit: if one is no evaluation, two have the same name, or they have no comments in common.
@@ -173,7 +174,7 @@ def joined(folders: Sequence[Path]) -> tuple[list[Comment], list[Evidence], Path
     train = read_json(folders[0] / "settings.json").get("train_data")
     if not comments:
         raise SystemExit(f"--compare: {', '.join(map(shown, folders))} have no held-out comments in common.")
-    return [*comments.values()], evidence, Path(train) if train else None
+    return [*comments.values()], evidence, Path(train) if train else None, made_with[0].get("columns")
 
 
 def read_report(path: Path) -> dict[str, Any]:

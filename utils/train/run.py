@@ -85,15 +85,23 @@ class Run:
             args.gradient_checkpointing = get_accelerator().device_name() != "cpu"
         self._signals, self._replies_wait = StopSignals(says=self.rank == 0), False
 
-    def load_data(self, files: Sequence[Path | None], parse: Parse = conversation, unit: int = 1) -> None:
+    def load_data(
+        self,
+        files: Sequence[Path | None],
+        parse: Parse = conversation,
+        unit: int = 1,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         """Loads the training and the held-out samples.
 
         Args:
             files: Of the training records and of the held-out ones, None where a part of the former is held out.
             parse: How a record is read.
             unit: So many samples in a row belong together, as the two answers of a preference pair.
+            columns: Of --columns, if the files are the user's.
         """
-        self.train_set, test_set, self.data_facts = load_splits(self.args, *files, self.chat, self.rank == 0, parse)
+        loaded = load_splits(self.args, *files, self.chat, self.rank == 0, parse, columns)
+        self.train_set, test_set, self.data_facts = loaded
         self._unit, asked = unit, self.args.eval_samples
         self.eval_set = test_set if asked < 0 else test_set.select(range(len(test_set))[: asked * unit])
 
