@@ -1,4 +1,4 @@
-"""A page in the browser: replies to comments, a conversation, how a training run is getting on, and a guessing game.
+"""A page in the browser: the prepared data, replies to comments, a conversation, training runs, and a guessing game.
 
     streamlit run web_demo.py -- --model output_hf/BiliComments
     streamlit run web_demo.py -- --model output_hf/BiliComments --base model/Qwen/Qwen2.5-3B      # side by side
@@ -33,8 +33,10 @@ from random import Random
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
+from utils.data import prepared
+from utils.data.crawl_files import LABELS
 from utils.data.held_out import parts_of
-from utils.data.records import SYSTEM_PROMPT, comment_prompt
+from utils.data.records import SYSTEM_PROMPT, DataError, comment_prompt
 from utils.files import from_root, read_lines, shown
 from utils.train.tracking import curve, smoothed
 
@@ -44,6 +46,7 @@ FOLLOW_SEC = 3  # Between two looks at a run's files.
 MOST_POINTS = 1500  # Of a curve.
 MOST_REPLIES = 8
 FEW_GUESSES = 30  # Fewer say nothing about a model.
+FEW_SAMPLES = 3
 # Of the guessing game: what matters stands out, and a long description does not push the replies off the screen.
 STYLE = """<style>
 .st-key-video_title [data-testid=stText] { font-size: 1.15rem; font-weight: 600; }
@@ -173,6 +176,73 @@ TEXTS = {
         "share": "猜对的比例",
         "interval": "95% 区间",
         "guesses": "次数",
+        "data": "数据",
+        "data_lead": "prepare_data.py 读到了什么、丢掉了什么、留给模型的是什么。",
+        "data_folder": "数据目录",
+        "no_data": "还没有准备好的数据。下面的命令用自带的示例准备一份，运行后刷新这一页：",
+        "no_report": "这个目录里没有 prepare_data.py 写下的 report.json：",
+        "bad_data": "这里的文件读不了。可以重新准备数据：",
+        "view": "看什么",
+        "overview": "概览",
+        "by_chance": "随机样本",
+        "search": "搜索",
+        "check": "清洗得对吗？",
+        "was_read": "读到的评论",
+        "for_training": "留作训练",
+        "for_test": "留作测试",
+        "was_dropped": "丢掉的",
+        "of_videos": "{count} 个视频",
+        "what": "去向",
+        "number": "条数",
+        "part": "占读到的",
+        "drop_examples": "每种原因的例子",
+        "comment_length": "评论长度（字）",
+        "prompt_length": "提示长度（字）",
+        "lengths": "一半不超过 {half} 字，九成不超过 {most} 字，最长 {longest} 字。最后一根柱子含更长的。",
+        "others": "换一批",
+        "desc_of": "视频简介",
+        "in_answers": "留下的评论",
+        "in_prompts": "留下的提示",
+        "in_dropped": "丢掉的评论",
+        "search_where": "在哪里找",
+        "search_text": "要找的文字（回车开始，不分大小写）",
+        "searching": "正在从头到尾读一遍文件，一百万条要几秒到十几秒…",
+        "hits": "共 {total} 条，下面是前 {shown} 条。",
+        "no_hits": "没有找到。",
+        "no_dropped": "丢掉的评论没有存下来。下面的命令会把它们写进 dropped.jsonl：",
+        "nothing_cleaned": "清洗没有丢掉任何评论，没有可以检查的。",
+        "check_lead": (
+            "这条评论值得模型学着说吗？一半是留下的，一半是清洗丢掉的，全部判断完才揭晓。"
+            "只看文字本身：哪怕它还不错，如果你不希望模型反复这么说，就选不值得。"
+        ),
+        "good": "值得学",
+        "junk": "不值得",
+        "back": "改上一条",
+        "judged": "第 {number} 条，共 {count} 条",
+        "unlabelled": "这一次没能写进 labels.jsonl，请检查目录是否可写，然后再选一次。",
+        "precision": "丢得准不准（精确率）",
+        "precision_help": "丢掉的里面，有多少确实不值得学。",
+        "recall": "丢得全不全（召回率）",
+        "recall_help": "所有不值得学的里面，有多少被丢掉了。",
+        "left": "剩下的杂质",
+        "left_help": "留下的里面，还有多少不值得学。",
+        "share_of": "95% 区间 {low:.0%} – {high:.0%}",
+        "unknown": "说不准",
+        "low_precision": (
+            "**丢得不准**，就是好评论被误删了：看下表里哪种原因误删得多，按最后一列放宽，再运行一次 prepare_data.py。"
+        ),
+        "low_recall": (
+            "**丢得不全**，就是杂质漏掉了：看看漏掉的是什么。太短就调大 `--min_chars`，老一套就调小 `--max_repeats`，"
+            "没人点赞就用 `--min_likes 3`，UP 主自己的就用 `--drop_uploader True`，别的语言就用 `--language zh`。"
+        ),
+        "wide": "区间还很宽？再判断一轮会窄一些。数据变了或参数变了，要重新判断。",
+        "reason": "原因",
+        "was_junk": "其中不值得学的",
+        "loosen": "怎么放宽",
+        "stayed": "漏掉的：留下来但你觉得不值得学的",
+        "lost_good": "误删的：丢掉了但你觉得值得学的",
+        "none": "（没有）",
+        "again": "再判断一轮",
     },
     "en": {
         "comments": "Comments",
@@ -302,7 +372,107 @@ TEXTS = {
         "share": "Guessed right",
         "interval": "95% interval",
         "guesses": "Guesses",
+        "data": "Data",
+        "data_lead": "What prepare_data.py read and dropped, and what is left for the model.",
+        "data_folder": "Folder of the data",
+        "no_data": (
+            "There is no prepared data yet. This command prepares the examples that come along; reload the page after "
+            "it:"
+        ),
+        "no_report": "There is no report.json of prepare_data.py in this folder:",
+        "bad_data": "The files here cannot be read. Prepare the data again:",
+        "view": "What to see",
+        "overview": "Overview",
+        "by_chance": "Samples by chance",
+        "search": "Search",
+        "check": "Is the cleaning right?",
+        "was_read": "Comments read",
+        "for_training": "Kept for training",
+        "for_test": "Kept for the test",
+        "was_dropped": "Dropped",
+        "of_videos": "videos: {count}",
+        "what": "What became of them",
+        "number": "Comments",
+        "part": "Share of those read",
+        "drop_examples": "Examples of each reason",
+        "comment_length": "Length of comments (characters)",
+        "prompt_length": "Length of prompts (characters)",
+        "lengths": (
+            "Half have {half} characters at most, 90% have {most}, the longest has {longest}. "
+            "The last bar holds the longer ones too."
+        ),
+        "others": "Others",
+        "desc_of": "Video description",
+        "in_answers": "Kept comments",
+        "in_prompts": "Kept prompts",
+        "in_dropped": "Dropped comments",
+        "search_where": "Where to look",
+        "search_text": "Text to look for (Enter starts; upper and lower case are the same)",
+        "searching": "Reading the files from beginning to end, 2 to 15 seconds for a million comments …",
+        "hits": "{total} in all; these are the first {shown}.",
+        "no_hits": "Nothing was found.",
+        "no_dropped": "What was dropped was not stored. This command writes it to dropped.jsonl:",
+        "nothing_cleaned": "The cleaning dropped nothing, so there is nothing to check.",
+        "check_lead": (
+            "Should a model learn to say this? Half of these comments were kept, half were dropped by the cleaning; "
+            "which is which is told at the end. Judge the text alone: if you would not want a model to say it again "
+            "and again, it is junk, however nice."
+        ),
+        "good": "Good",
+        "junk": "Junk",
+        "back": "Change the last one",
+        "judged": "{number} of {count}",
+        "unlabelled": (
+            "This one could not be written to labels.jsonl. See whether the folder can be written to, and choose again."
+        ),
+        "precision": "Precision",
+        "precision_help": "Of what was dropped, how much is junk.",
+        "recall": "Recall",
+        "recall_help": "Of all junk, how much was dropped.",
+        "left": "Junk that is left",
+        "left_help": "Of what was kept, how much is junk.",
+        "share_of": "95% interval {low:.0%} – {high:.0%}",
+        "unknown": "unknown",
+        "low_precision": (
+            "**A low precision** means that good comments were dropped. See in the table which reason does it, loosen "
+            "that as its last column says, and run prepare_data.py again."
+        ),
+        "low_recall": (
+            "**A low recall** means that junk stayed. See what it is: short texts call for a higher `--min_chars`, the "
+            "same thing again and again for a lower `--max_repeats`, what nobody likes for `--min_likes 3`, the "
+            "uploader's own comments for `--drop_uploader True`, other languages for `--language zh`."
+        ),
+        "wide": "Are the intervals wide? Judging another round narrows them. Other data or arguments begin anew.",
+        "reason": "Reason",
+        "was_junk": "Junk among them",
+        "loosen": "To loosen it",
+        "stayed": "Stayed, and you call it junk",
+        "lost_good": "Dropped, and you call it good",
+        "none": "(none)",
+        "again": "Judge another round",
     },
+}
+# In English prepare_data.py has them.
+ZH_DROPS = {
+    "torn": "残缺的行",
+    "duplicate": "和另一条记录重复",
+    "empty": "没有文字（或只有 @）",
+    "video_id_lost": "视频 id 丢失（被 Excel 舍入）",
+    "video_missing": "视频不在文件里",
+    "parent_unknown": "不知道回复的是谁（id 丢失，或爬取于 2024 年 5 月以前）",
+    "parent_missing": "被回复的评论不在文件里，或没有文字",
+    "contact": "联系方式或短链接（--contacts）",
+    "bait": "“回复就发你”一类，和它的回复（--drop_bait）",
+    "echo": "重复被回复的评论或标题（--drop_echo）",
+    "uploader": "UP 主自己写的（--drop_uploader）",
+    "language": "其他语言（--language）",
+    "few_likes": "点赞太少（--min_likes）",
+    "too_short": "太短（--min_chars）",
+    "too_long": "太长（--max_chars）",
+    "emoticons": "只有表情，同一视频下已经够多（--max_emoticons）",
+    "repeat": "同样的话已经够多（--max_repeats）",
+    "near_repeat": "几乎同样的话已经够多（--max_repeats）",
+    "beyond_total": "超出 --total",
 }
 
 
@@ -323,9 +493,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=START,
         usage=f"{START} --model DIR [--adapter DIR | --base DIR]\n       {START} --api URL [--api_key_env NAME]",
-        description="A page in the browser: replies to comments, a conversation, and how training runs get on.",
+        description="A page in the browser: replies to comments, a conversation, training runs, and the prepared data.",
         epilog="Streamlit's own arguments, such as --server.address 127.0.0.1 --server.port 6006, go before the --. "
-        "Without --model and --api there are training runs to look at, and replies to guess at.",
+        "Without --model and --api there are data and training runs to look at, and replies to guess at.",
     )
     parser.add_argument("--model", help="folder of a model, such as output_hf/BiliComments; it is served from here")
     parser.add_argument("--adapter", help="folder of an adapter on --model, which is the base then")
@@ -699,6 +869,25 @@ def showable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def comment_parts(messages: list[dict[str, str]]) -> tuple[str, str, str]:
+    """Title, description and comment to answer: the lines of `comment_prompt` without their names.
+
+    The page has the names in the reader's language. Of conversations of other kinds all is in the first one.
+    """
+    video, parent = map(showable, parts_of(messages))
+    title, _, desc = video.removeprefix("视频标题：").partition("\n视频简介：")
+    return title, desc, parent.removeprefix("父评论：")
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Changes whenever a file does."""
+    try:
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+    except OSError:
+        return 0, 0
+
+
 def draw_answer(t: dict[str, str], answer: dict[str, Any], places: list[tuple[Any, Any]], ended: bool) -> None:
     """Writes replies as they are by now."""
     for text, end, (place, note) in zip(answer["texts"], answer["ends"], places, strict=True):
@@ -877,6 +1066,308 @@ def show_turn(t: dict[str, str], turn: dict[str, Any], ended: bool = True) -> li
         st.text(turn["question"])
     with st.chat_message("assistant"):
         return show_answer(t, turn["answer"], ended, border=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def of_files(name: str, folder: Path, *arguments: str) -> Any:
+    """Calls a function of `utils.data.prepared` on a folder; what it gave is kept until one of its files changes."""
+    import streamlit as st
+
+    stamps = tuple(stamp_of(folder / name) for name in prepared.FILES)
+    return st.cache_resource(_call, max_entries=64, show_spinner=False)(name, stamps, folder, *arguments)
+
+
+def _call(name: str, stamps: tuple[tuple[int, int], ...], folder: Path, *arguments: str) -> Any:
+    return getattr(prepared, name)(folder, *arguments)
+
+
+def prepared_folders() -> list[Path]:
+    """Folders that prepare_data.py wrote into, its default first, then the newest."""
+    root = from_root("")
+    found = [path for pattern in ("*/report.json", "*/*/report.json") for path in root.glob(pattern)]
+    found.sort(key=lambda path: (path.parent != root / "data", -path.stat().st_mtime))
+    return [path.parent for path in found if of_files("is_prepared", path.parent)]
+
+
+def prepare_again(data: prepared.Prepared) -> str:
+    """The command that prepares the same data again and writes down what it drops."""
+    from prepare_data import build_parser as parser_of_data
+
+    usual, places = parser_of_data(), {"output_dir": shown(data.folder), "write_dropped": True}
+    given = data.arguments | places
+    texts = [
+        f" --{name} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if name in places or (value is not None and value != usual.get_default(name))
+    ]
+    return "python prepare_data.py" + "".join(texts)
+
+
+def drop_names(t: dict[str, str]) -> dict[str, str]:
+    """Reason -> its words."""
+    from prepare_data import DROPS
+
+    return ZH_DROPS if t is TEXTS["zh"] else DROPS
+
+
+def data_page(t: dict[str, str]) -> None:
+    """What prepare_data.py read, kept and dropped, and whether its cleaning is right."""
+    import streamlit as st
+
+    st.title(t["data"])
+    st.write(t["data_lead"])
+    options = [shown(path) for path in prepared_folders()]
+    if st.session_state.get("data_folder", "") is None:
+        del st.session_state["data_folder"]  # There was none yet.
+    chosen = st.selectbox(
+        t["data_folder"],
+        options,
+        accept_new_options=True,
+        key="data_folder",
+        help=t["run_help"],
+        persist_state="session",
+    )
+    if chosen is None:
+        st.info(t["no_data"])
+        st.code("python prepare_data.py --data_dir examples --write_dropped True", language="sh")
+        return
+    try:
+        data = of_files("read_prepared", from_root(chosen))
+    except (DataError, RuntimeError):  # The latter for ~ and a name that nobody has.
+        st.warning(t["no_report"])
+        st.text(chosen)
+        return
+    views = {"overview": show_counts, "by_chance": show_by_chance, "search": show_search, "check": show_check}
+    view = st.segmented_control(
+        t["view"], [*views], default="overview", key="view", format_func=t.get, required=True,
+        label_visibility="collapsed", persist_state="session",
+    )  # fmt: skip
+    try:
+        views[view](t, data)
+    except DataError as error:
+        st.warning(t["bad_data"])
+        st.code(prepare_again(data), language="sh")
+        st.text(str(error))
+
+
+def show_counts(t: dict[str, str], data: prepared.Prepared) -> None:
+    """Shows what was read, kept and dropped, and how long the texts are."""
+    import streamlit as st
+
+    from prepare_data import quantile
+
+    names, dropped = drop_names(t), {reason: count for reason, count in data.dropped.items() if count}
+    columns = st.columns(4)
+    columns[0].metric(t["was_read"], f"{data.read:,}")
+    counts = {}
+    for column, name, split in zip(columns[1:], ("for_training", "for_test"), data.splits.values(), strict=False):
+        counts[t[name]] = split["comments"]
+        column.metric(t[name], f"{split['comments']:,}")
+        column.caption(t["of_videos"].format(count=f"{split['videos']:,}"))
+    columns[3].metric(t["was_dropped"], f"{sum(dropped.values()):,}")
+    counts |= {names.get(reason, reason): count for reason, count in dropped.items()}
+    rows = [{t["what"]: name, t["number"]: n, t["part"]: 100 * n / data.read} for name, n in counts.items()]
+    bar = st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)
+    st.dataframe(rows, hide_index=True, column_config={t["part"]: bar}, height="content")
+    with st.expander(t["drop_examples"]):
+        for reason, examples in data.examples.items():
+            st.text(names.get(reason, reason))
+            for text in examples:
+                st.container(border=True).text(showable(text))
+    for column, (name, lengths) in zip(st.columns(2), data.lengths.items(), strict=True):
+        title = t["comment_length" if name == "comment" else "prompt_length"]
+        column.vega_lite_chart(spec=length_chart(t, title, lengths), height=220, key=f"{name} lengths")
+        half, most = quantile(lengths, 0.5), quantile(lengths, 0.9)
+        column.caption(t["lengths"].format(half=half, most=most, longest=max(lengths)))
+
+
+def length_chart(t: dict[str, str], title: str, lengths: dict[int, int]) -> dict[str, Any]:
+    """Describes a chart of how many texts have which length."""
+    from prepare_data import quantile
+
+    bars = prepared.bars(lengths, quantile(lengths, 0.99))
+    return {
+        "title": title,
+        "data": {"values": [{"from": first, "to": end, "count": count} for first, end, count in bars]},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "x": {"field": "from", "type": "quantitative", "bin": "binned", "title": None},
+            "x2": {"field": "to"},
+            "y": {"field": "count", "type": "quantitative", "title": t["number"]},
+        },
+    }
+
+
+def draw_others() -> None:
+    """Asks for other samples."""
+    import streamlit as st
+
+    st.session_state["samples_drawn"] = st.session_state.get("samples_drawn", 0) + 1
+
+
+def show_by_chance(t: dict[str, str], data: prepared.Prepared) -> None:
+    """Shows some training records as the model gets them."""
+    import streamlit as st
+
+    lines = of_files("kept_lines", data.folder)[:1]
+    st.button(t["others"], on_click=draw_others, type="primary")
+    random = Random(f"{data.mark} {st.session_state.get('samples_drawn', 0)}")
+    numbers = prepared.in_random_order(random, prepared.size_of(lines), FEW_SAMPLES)
+    for messages in prepared.messages_at(lines, numbers):
+        with st.container(border=True):
+            texts = (*comment_parts(messages), messages[-1]["content"])
+            for name, text in zip(("video", "desc_of", "answered", "real"), texts, strict=True):
+                if text:
+                    st.caption(t[name])
+                    st.text(text)
+            with st.expander(t["prompt_shown"]):
+                for message in messages:
+                    st.caption(message["role"])
+                    st.text(message["content"])
+
+
+def show_search(t: dict[str, str], data: prepared.Prepared) -> None:
+    """Looks for a text in what was kept, or in what was dropped."""
+    import streamlit as st
+
+    places = {"answer": t["in_answers"], "prompt": t["in_prompts"], "dropped": t["in_dropped"]}
+    where = st.segmented_control(
+        t["search_where"], [*places], default="answer", key="search_where", format_func=places.get, required=True,
+        persist_state="session",
+    )  # fmt: skip
+    if where == "dropped" and not data.has_dropped:
+        st.info(t["no_dropped"])
+        st.code(prepare_again(data), language="sh")
+        return
+    wanted = st.text_input(t["search_text"], key="search_text", max_chars=200, persist_state="session").strip()
+    if not wanted:
+        return
+    with st.spinner(t["searching"]):
+        hits = of_files("search", data.folder, where, wanted)
+    if not hits.total:
+        st.info(t["no_hits"])
+        return
+    st.caption(t["hits"].format(total=f"{hits.total:,}", shown=len(hits.first)))
+    for about, text in hits.first:
+        with st.container(border=True):
+            left, right = st.columns([2, 3])
+            left.text(showable(drop_names(t).get(about, about) if where == "dropped" else about))
+            right.text(showable(text))
+
+
+def show_check(t: dict[str, str], data: prepared.Prepared) -> None:
+    """Lets a reader judge texts without saying which were dropped, then says how good the cleaning is."""
+    import streamlit as st
+
+    if not data.cleaned:
+        st.info(t["nothing_cleaned"])
+        return
+    if not data.has_dropped:
+        st.info(t["no_dropped"])
+        st.code(prepare_again(data), language="sh")
+        return
+    state, path = st.session_state.setdefault(f"check {data.mark}", new_check()), data.folder / LABELS
+    labels = st.cache_resource(read_ticks, max_entries=8, show_spinner=False)(path, stamp_of(path), data.mark)
+    draws = max([state["draws"], *(label["draw"] + 1 for label in labels.values())])
+    kept, cleaned = of_files("kept_lines", data.folder), of_files("cleaned_lines", data.folder)
+    drawn = prepared.draw_records(data.mark, kept, cleaned, draws)
+    missing = [number for number, each in enumerate(drawn) if each.id not in labels]
+    if state["at"] is None and not missing:
+        show_quality(t, data, drawn, labels)
+        st.button(t["again"], on_click=state.update, kwargs={"draws": draws + 1})
+    else:
+        show_drawn(t, data.mark, state, drawn, missing[0] if state["at"] is None else state["at"], path)
+
+
+def new_check() -> dict[str, Any]:
+    """What a visitor's page remembers of a check.
+
+    Returns:
+        "draws", how many are asked for; "at", the number of the text that is judged again, None otherwise;
+        "unlabelled", whether the last judgement could not be stored.
+    """
+    return {"draws": 1, "at": None, "unlabelled": False}
+
+
+def read_ticks(path: Path, stamp: tuple[int, int], mark: str) -> dict[str, dict[str, Any]]:
+    """Reads what readers judged, as `read_rounds` does."""
+    return prepared.read_labels(path, mark)
+
+
+def take_label(path: Path, mark: str, state: dict[str, Any], asked: prepared.Drawn, junk: bool) -> None:
+    """Writes down what a reader said of a text."""
+    row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "data": mark, "draw": asked.draw, "id": asked.id}
+    try:
+        append_line(path, row | {"reason": asked.reason, "junk": junk})
+        state |= {"at": None, "unlabelled": False}
+    except OSError as error:
+        print(f"{shown(path)}: {error}", file=sys.stderr)
+        state["unlabelled"] = True
+
+
+def show_drawn(
+    t: dict[str, str], mark: str, state: dict[str, Any], drawn: list[prepared.Drawn], at: int, path: Path
+) -> None:
+    """Shows a text to judge; nothing on the page tells whether it was dropped."""
+    import streamlit as st
+
+    st.write(t["check_lead"])
+    st.html(STYLE)
+    st.progress(at / len(drawn), t["judged"].format(number=at + 1, count=len(drawn)))
+    with st.container(border=True, height=240, key="reply_0"):  # Of one height, so that the buttons stay.
+        st.text(showable(drawn[at].text))
+    # Not the arrows, with which one goes from view to view after having chosen this one.
+    for column, (name, key) in zip(st.columns(2), (("good", "1"), ("junk", "2")), strict=True):
+        column.button(
+            t[name],
+            key=f"tick {name}",
+            shortcut=key,
+            width="stretch",
+            type="primary",
+            on_click=take_label,
+            args=(path, mark, state, drawn[at], name == "junk"),
+        )
+    if at:
+        st.button(t["back"], key="back", on_click=state.update, kwargs={"at": at - 1})
+    if state["unlabelled"]:
+        st.warning(t["unlabelled"])
+
+
+def show_quality(
+    t: dict[str, str], data: prepared.Prepared, drawn: list[prepared.Drawn], labels: dict[str, dict[str, Any]]
+) -> None:
+    """Shows precision and recall, what to do about them, and where the cleaning and the reader differ."""
+    import streamlit as st
+
+    judged = [(each, labels[each.id]["junk"]) for each in drawn]
+    sides = [[junk for each, junk in judged if bool(each.reason) == dropped] for dropped in (True, False)]
+    found = prepared.quality(*sides, data.cleaned, data.passed)
+    names = {"precision": "precision_help", "recall": "recall_help", "left": "left_help"}
+    for column, (name, explained), share in zip(st.columns(3), names.items(), found, strict=True):
+        value = t["unknown"] if share.value is None else f"{share.value:.0%}"
+        column.metric(t[name], value, help=t[explained])
+        column.caption(t["share_of"].format(low=share.low, high=share.high))
+    for name in ("low_precision", "low_recall", "wide"):
+        st.write(t[name])
+    total, junk_of = Counter(each.reason for each, _ in judged), Counter(each.reason for each, junk in judged if junk)
+    rows = [
+        {
+            t["reason"]: name,
+            t["number"]: total[reason],
+            t["was_junk"]: junk_of[reason],
+            t["loosen"]: prepared.looser(reason, data.arguments),
+        }
+        for reason, name in drop_names(t).items()
+        if total[reason]
+    ]
+    st.dataframe(rows, hide_index=True)
+    for column, name, dropped in zip(st.columns(2), ("lost_good", "stayed"), (True, False), strict=True):
+        with column.expander(t[name]):
+            for text in [each.text for each, junk in judged if bool(each.reason) == dropped != junk] or [t["none"]]:
+                st.container(border=True).text(showable(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1093,15 +1584,6 @@ def evaluations() -> list[Path]:
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Changes whenever a file does."""
-    try:
-        status = path.stat()
-        return status.st_mtime_ns, status.st_size
-    except OSError:
-        return 0, 0
-
-
 def rounds_of(rows: Iterable[dict[str, Any]]) -> dict[str, list[Round]]:
     """Finds what can be played.
 
@@ -1116,14 +1598,11 @@ def rounds_of(rows: Iterable[dict[str, Any]]) -> dict[str, list[Round]]:
     for row in rows:
         real, cut = showable(row["real"].strip()), row.get("cut") or []
         try:
-            video, parent = map(showable, parts_of([*row["messages"], {"role": "assistant", "content": real}]))
+            about = comment_parts([*row["messages"], {"role": "assistant", "content": real}])
             texts = [showable(text.strip()) for text in row["replies"]]
             marked = [*zip_longest(texts, cut[: len(texts)])]
         except (AttributeError, LookupError, TypeError):
             continue  # It is none of this project's.
-        # Of the lines of `comment_prompt` without their names, which the page has in the reader's language.
-        title, _, desc = video.removeprefix("视频标题：").partition("\n视频简介：")
-        about = (title, desc, parent.removeprefix("父评论："))
         for number, (text, is_cut) in enumerate(marked):
             if real and text and text != real and not is_cut:
                 contender = showable(row["contender"])
@@ -1430,6 +1909,7 @@ def main() -> None:
         "chat": st.Page(partial(chat_page, args, t), title=t["chat"], url_path="chat"),
         "training": st.Page(partial(training_page, t), title=t["training"], url_path="training"),
         "guess": st.Page(partial(guess_page, t), title=t["guess"], url_path="guess"),
+        "data": st.Page(partial(data_page, t), title=t["data"], url_path="data"),
     }
     page = st.navigation([*pages.values()])
     layout = "centered" if page.title == t["chat"] else "wide"

@@ -1,4 +1,5 @@
-"""web_demo.py: what models are asked is what they were trained on, what comes back is shown as it is, runs are drawn.
+"""web_demo.py: what models are asked is what they were trained on, what comes back is shown as it is, runs are drawn,
+data can be looked through.
 
 Most tests run the page without a browser; the slow ones go a person's way through it in a headless Chromium.
 
@@ -785,14 +786,19 @@ def log(tracker: Tracker, steps: range) -> None:
         tracker.log(step, values)
 
 
-def curves(page: Any) -> dict[str, list[tuple[int, float]]]:
+def charts(page: Any) -> list[list[dict[str, Any]]]:
     """What the charts draw."""
     from streamlit.dataframe_util import convert_arrow_bytes_to_pandas_df
 
+    drawn = page.get("vega_lite_chart")
+    return [convert_arrow_bytes_to_pandas_df(chart.proto.data.data).to_dict("records") for chart in drawn]
+
+
+def curves(page: Any) -> dict[str, list[tuple[int, float]]]:
+    """What the charts of a run draw."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for chart in page.get("vega_lite_chart"):
-        for row in convert_arrow_bytes_to_pandas_df(chart.proto.data.data).to_dict("records"):
-            found.setdefault(row["curve"], []).append((row["step"], row["value"]))
+    for row in [row for chart in charts(page) for row in chart]:
+        found.setdefault(row["curve"], []).append((row["step"], row["value"]))
     return found
 
 
@@ -1229,6 +1235,288 @@ def test_wild_texts_to_guess_at(root: Path, open_page: Callable[..., Any]) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def record(id: int, answer: str, prompt: str = "") -> dict[str, Any]:
+    """A line of data_train.json."""
+    user = prompt or comment_prompt(f"标题{id}", f"简介{id}", f"评论{id}")
+    turns = {"system": SYSTEM_PROMPT, "user": user, "assistant": answer}
+    conversations = [{"from": role, "value": text} for role, text in turns.items()]
+    return {"id": f"k{id}", "video_id": "v", "conversations": conversations}
+
+
+def prepared_data(
+    root: Path, kept: Sequence[str], dropped: Sequence[tuple[str, str]] = (), name: str = "data", **changes: Any
+) -> Path:
+    """Writes what prepare_data.py would; returns the folder. The last kept comment is the only one of the test set.
+
+    Args:
+        root: Where to.
+        kept: Comments.
+        dropped: (reason, comment).
+        name: Of the folder.
+        changes: Of the arguments.
+    """
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(record(number, text), ensure_ascii=False) for number, text in enumerate(kept)]
+    for split, part in (("train", rows[:-1]), ("test", rows[-1:])):
+        (folder / f"data_{split}.json").write_text("[\n" + ",\n".join(part) + "\n]\n", encoding="utf-8")
+    gone = [{"reason": reason, "id": f"d{n}", "text": text} for n, (reason, text) in enumerate(dropped)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in gone)
+    (folder / "dropped.jsonl").write_text(lines, encoding="utf-8", errors="backslashreplace")
+    examples: dict[str, list[str]] = {}
+    for reason, text in dropped:
+        examples.setdefault(reason, []).append(text)
+    report = {
+        "arguments": {"data_dir": "data", "output_dir": name, "max_repeats": 3, "write_dropped": True} | changes,
+        "read": len(kept) + len(dropped),
+        "dropped": {"torn": 0} | Counter(reason for reason, _ in dropped),
+        "examples": {reason: found[:3] for reason, found in examples.items()},
+        "splits": {"train": {"comments": len(kept) - 1, "videos": 7}, "test": {"comments": 1, "videos": 1}},
+        "lengths": {"comment": Counter(map(len, kept)), "prompt": {"40": len(kept)}},
+    }
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    return folder
+
+
+KEPT = [f"留下的第{number}条" for number in range(60)]
+GONE = [("repeat", f"丢掉的第{number}条") for number in range(40)]
+
+
+def labels_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+
+
+def drawn_from(folder: Path, draws: int = 1) -> tuple[str, list[Any]]:
+    """The data's mark, and what the page asks about."""
+    prepared = script.prepared
+    mark = prepared.read_prepared(folder).mark
+    return mark, prepared.draw_records(mark, prepared.kept_lines(folder), prepared.cleaned_lines(folder), draws)
+
+
+def judge_all(folder: Path, *left: int, draws: int = 1) -> list[Any]:
+    """Judges what the page asks about, but for some; junk are those that were dropped, and every fifth of the others.
+
+    Returns:
+        What is left.
+    """
+    mark, drawn = drawn_from(folder, draws)
+    rows = [
+        {"data": mark, "draw": each.draw, "id": each.id, "reason": each.reason, "junk": is_junk(each.text)}
+        for number, each in enumerate(drawn)
+        if number not in left
+    ]
+    write_rows(folder / "labels.jsonl", rows)
+    return [drawn[number] for number in left]
+
+
+def is_junk(text: str) -> bool:
+    return text.startswith("丢") or text.endswith(("0条", "5条"))
+
+
+def test_no_data(root: Path, open_page: Callable[..., Any]) -> None:
+    """Reports of other scripts are none; the data shows up as soon as it is there."""
+    (root / "eval/E").mkdir(parents=True)
+    (root / "eval/E/report.json").write_text('{"verdicts": {}}')
+    page = open_page("data", locale="en")
+    assert [info.value for info in page.info] == [EN["no_data"]]
+    assert [code.value for code in page.code] == ["python prepare_data.py --data_dir examples --write_dropped True"]
+    prepared_data(root, KEPT)
+    page.run()
+    assert page.get_by_key("data_folder").options == ["data"] and not page.info
+
+
+def test_folders_of_data(root: Path, open_page: Callable[..., Any]) -> None:
+    """The default, then the newest; any other can be typed."""
+    for age, name in enumerate(("data", "output/new", "old")):
+        folder = prepared_data(root, KEPT[: 10 + age], name=name)
+        os.utime(folder / "report.json", (1000 - age, 1000 - age if age else 900))
+    page = open_page("data")
+    assert page.get_by_key("data_folder").options == ["data", "output/new", "old"]
+    prepared_data(root, KEPT[:20], name="a/b/c")
+    assert open_page("data", state={"data_folder": "a/b/c"}).metric[1].value == "19"
+    for typed in ("~nobody-of-this-name/x", "data/report.json"):
+        page = open_page("data", state={"data_folder": typed})
+        assert [warning.value for warning in page.warning] == [ZH["no_report"]] and texts(page) == [typed]
+
+
+@pytest.mark.parametrize(("locale", "t"), [("zh-CN", ZH), ("en", EN)])
+def test_counts_of_data(root: Path, open_page: Callable[..., Any], locale: str, t: dict[str, str]) -> None:
+    """Numbers, shares of what was read, and the examples, as the texts they are."""
+    prepared_data(root, KEPT, [*GONE, ("duplicate", WILD), *[("of_another_version", "\ud83d")] * 20])
+    page = open_page("data", locale=locale)
+    assert [metric.value for metric in page.metric] == ["121", "59", "1", "61"]
+    names = script.drop_names(t)
+    assert [row[:2] for row in page.dataframe[0].value.to_numpy().tolist()] == [
+        [t["for_training"], 59], [t["for_test"], 1], [names["repeat"], 40], [names["duplicate"], 1],
+        ["of_another_version", 20],
+    ]  # fmt: skip
+    assert page.dataframe[0].value[t["part"]].tolist() == [pytest.approx(100 * n / 121) for n in (59, 1, 40, 1, 20)]
+    assert WILD in texts(page) and "\ufffd" in texts(page) and "丢掉的第2条" in texts(page)
+    assert not [element for element in [*page.markdown, *page.caption] if "onerror" in element.value]
+    lengths = [[(bar["from"], bar["to"], bar["count"]) for bar in chart if bar["count"]] for chart in charts(page)]
+    assert lengths == [[(6, 7, 10), (7, 8, 50)], [(40, 42, 60)]]
+
+
+def test_all_reasons_have_chinese_words() -> None:
+    data_script = load_script("prepare_data.py")
+    assert script.ZH_DROPS.keys() == data_script.DROPS.keys() == script.drop_names(EN).keys()
+
+
+def test_the_command_that_prepares_again(root: Path) -> None:
+    """It has the same arguments, but for what is asked for."""
+    usual = load_script("prepare_data.py").build_parser()
+    arguments = vars(usual.parse_args(["--data_dir", "a b", "--total", "9", "--max_repeats", "2", "--clean", "False"]))
+    folder = prepared_data(root, KEPT, name="some where", **arguments | {"output_dir": "elsewhere"})
+    command = script.prepare_again(script.prepared.read_prepared(folder))
+    assert command.count("--") == 6
+    again = vars(usual.parse_args(script.shlex.split(command)[2:]))
+    assert again == arguments | {"output_dir": "some where", "write_dropped": True}
+
+
+def test_samples_by_chance(root: Path, open_page: Callable[..., Any]) -> None:
+    """As the model gets them; others at a click."""
+    prepared_data(root, KEPT)
+    page = open_page("data", state={"view": "by_chance"})
+    seen = set()
+    for _ in range(5):
+        shown = texts(page)
+        assert len(shown) == 3 * 7
+        for place in range(0, 21, 7):
+            number = shown[place].removeprefix("标题")
+            answer = KEPT[int(number)]
+            assert shown[place + 1 : place + 4] == [f"简介{number}", f"评论{number}", answer]
+            expected = to_messages(record(int(number), answer))
+            assert shown[place + 4 : place + 7] == [message["content"] for message in expected]
+            seen.add(number)
+        press(page, ZH["others"])
+    assert len(seen) > 8 and "59" not in seen, "that one is of the test set"
+
+
+def test_search_in_data(root: Path, open_page: Callable[..., Any]) -> None:
+    prepared_data(root, [*KEPT, WILD], [("repeat", "丢掉的"), ("bait", f"{WILD} 回复1")])
+    page = open_page("data", state={"view": "search", "search_text": "留下"})
+    assert page.caption[0].value == ZH["hits"].format(total="60", shown=50) and len(texts(page)) == 100
+    page.session_state["search_text"] = "ONERROR"
+    assert texts(page.run()) == [comment_prompt("标题60", "简介60", "评论60"), WILD]
+    page.session_state["search_where"] = "prompt"
+    assert [info.value for info in page.run().info] == [ZH["no_hits"]]
+    page.session_state["search_text"] = "标题7"
+    assert texts(page.run())[1] == KEPT[7]
+    page.session_state.search_where, page.session_state.search_text = "dropped", "回复1"
+    assert texts(page.run()) == [script.ZH_DROPS["bait"], f"{WILD} 回复1"]
+    prepared_data(root, KEPT, [("repeat", "丢掉的")], write_dropped=False)
+    page.run()
+    assert [info.value for info in page.info] == [ZH["no_dropped"]] and "--write_dropped True" in page.code[0].value
+
+
+def test_search_reads_a_file_once(root: Path, open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepared_data(root, KEPT)
+    page = open_page("data", state={"view": "search", "search_text": "留下"})
+    opened: list[Path] = []
+    monkeypatch.setattr(Path, "open", lambda path, *a, real=Path.open, **b: opened.append(path) or real(path, *a, **b))
+    page.run()
+    assert not [path for path in opened if path.is_relative_to(folder)] and len(texts(page)) == 100
+    prepared_data(root, KEPT[:5])
+    page.run()
+    assert [path for path in opened if path.is_relative_to(folder)] and len(texts(page)) == 10
+
+
+def test_judging_is_blind(root: Path, open_page: Callable[..., Any]) -> None:
+    """Nothing on the page tells which side a text is from. What is judged is stored at once, and found again."""
+    folder = prepared_data(root, [f"甲{n:02}" for n in range(60)], [("repeat", f"乙{n:02}") for n in range(40)])
+    mark, drawn = drawn_from(folder)
+    page = open_page("data", state={"view": "check"})
+    shapes = set()
+    for number in range(8):
+        assert texts(page) == [drawn[number].text]
+        shown = " ".join(str(node.proto) for node in all_of(page)) + str(page.query_params)
+        shown = shown.replace(json.dumps(drawn[number].text), "").replace(f"{number + 1} 条", "")
+        assert "repeat" not in shown and drawn[number].id not in shown
+        shapes.add(len(all_of(page)) - bool(number))
+        press_key(page, f"tick {'junk' if number % 2 else 'good'}")
+        row = labels_of(folder)[-1]
+        assert abs(datetime.fromisoformat(row.pop("time")) - datetime.now(UTC)) < timedelta(minutes=1)
+        expected = {"data": mark, "draw": 0, "id": drawn[number].id, "reason": drawn[number].reason}
+        assert row == expected | {"junk": number % 2 == 1} and len(labels_of(folder)) == number + 1
+    assert len(shapes) == 1 and {bool(each.reason) for each in drawn[:8]} == {False, True}
+    page = open_page("data", state={"view": "check"})
+    assert texts(page) == [drawn[8].text], "it goes on after a reload"
+    press_key(page, "back")
+    press_key(page, "back")
+    assert texts(page) == [drawn[6].text]
+    press_key(page, "tick junk")
+    assert texts(page) == [drawn[8].text]
+    assert script.prepared.read_labels(folder / "labels.jsonl", mark)[drawn[6].id]["junk"] is True
+
+
+def test_precision_and_recall_on_the_page(root: Path, open_page: Callable[..., Any]) -> None:
+    """All 25 dropped ones are junk, and each kept one that ends with 0 or 5: q = y / 25; 40 / (40 + 60 q)."""
+    folder = prepared_data(root, KEPT, GONE)
+    for text in (each.text for each in judge_all(folder, 10, 20, 30)):
+        page = open_page("data", state={"view": "check"})
+        assert not page.metric and texts(page) == [text]
+        press_key(page, "tick junk" if is_junk(text) else "tick good")
+    junk = sum(is_junk(each.text) for each in drawn_from(folder)[1] if not each.reason)
+    assert 0 < junk < 25
+    recall = 40 / (40 + 60 * junk / 25)
+    assert [metric.value for metric in page.metric] == ["100%", f"{recall:.0%}", f"{junk / 25:.0%}"]
+    assert page.caption[0].value == ZH["share_of"].format(low=0.8628, high=1)
+    assert page.dataframe[0].value.to_numpy().tolist() == [
+        [script.ZH_DROPS["repeat"], 25, 25, "--max_repeats 6"]
+    ]  # fmt: skip
+    assert texts(page)[0] == ZH["none"] and len(texts(page)) == 1 + junk and all(map(is_junk, texts(page)[1:]))
+    press(page, ZH["again"])
+    _, drawn = drawn_from(folder, 2)
+    assert texts(page) == [drawn[50].text] and len(drawn) == 90, "of 40 dropped ones 15 are left"
+    press_key(page, "tick good")
+    assert texts(open_page("data", state={"view": "check"})) == [drawn[51].text]
+    judge_all(folder, draws=2)
+    assert page.run().dataframe[0].value[ZH["number"]].tolist() == [40]
+    prepared_data(root, KEPT, GONE[1:])
+    assert page.run().metric.len == 0 and labels(page) == [ZH["good"], ZH["junk"]], "other data begins anew"
+
+
+def test_nothing_to_check(root: Path, open_page: Callable[..., Any]) -> None:
+    prepared_data(root, KEPT, [("duplicate", "一样")])
+    page = open_page("data", locale="en", state={"view": "check"})
+    assert [info.value for info in page.info] == [EN["nothing_cleaned"]]
+    prepared_data(root, KEPT, GONE, write_dropped=False)
+    page.run()
+    assert [info.value for info in page.info] == [EN["no_dropped"]]
+    assert [code.value for code in page.code] == [
+        "python prepare_data.py --output_dir data --write_dropped True"
+    ]  # fmt: skip
+
+
+def test_a_judgement_that_cannot_be_stored(root: Path, open_page: Callable[..., Any]) -> None:
+    folder = prepared_data(root, KEPT, GONE)
+    (folder / "labels.jsonl").symlink_to(root / "no/such/folder")
+    page = open_page("data", state={"view": "check"})
+    shown = texts(page)
+    press_key(page, "tick good")
+    assert [warning.value for warning in page.warning] == [ZH["unlabelled"]] and texts(page) == shown
+    (folder / "labels.jsonl").unlink()
+    press_key(page, "tick good")
+    assert not page.warning and texts(page) != shown and len(labels_of(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("view", "name"), [("by_chance", "data_train.json"), ("search", "data_test.json"), ("check", "dropped.jsonl")]
+)
+def test_damaged_data(root: Path, open_page: Callable[..., Any], view: str, name: str) -> None:
+    """A sentence that names the file, and the command that writes it anew."""
+    folder = prepared_data(root, KEPT, GONE)
+    (folder / name).write_text('{"conversations": "留下' + name)
+    page = open_page("data", state={"view": view, "search_text": "留下"})
+    assert not page.exception and [warning.value for warning in page.warning] == [ZH["bad_data"]]
+    assert f"data/{name}" in texts(page)[-1]
+    assert [code.value for code in page.code] == ["python prepare_data.py --output_dir data --write_dropped True"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
 OUTPUT = ROOT / "tests/output"  # Where the screenshots stay.
@@ -1508,4 +1796,46 @@ def test_guessing_in_the_browser(tmp_path: Path, demo: Callable[..., str], visit
     assert not visitor.find("img, .katex, [data-testid=stText] a, [data-testid=stText] h1, [data-testid=stText] b")
     assert visitor.driver.title == f"llm-train-playground · {ZH['guess']}", "no script ran"
     assert len({row["session"] for row in guesses_of(folder)}) == 1 and len({r["id"] for r in guesses_of(folder)}) == 3
+    assert all(sent.startswith((url, "ws" + url[4:], "data:")) for sent in visitor.requests())
+
+
+@pytest.mark.slow
+def test_data_in_the_browser(tmp_path: Path, demo: Callable[..., str], visitor: Visitor) -> None:
+    """From the counts to a verdict on the cleaning, with the keyboard; wild texts stay texts."""
+    for name in ("utils", ".streamlit"):  # A copy, whose data/ is its own.
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    for name in ("web_demo.py", "prepare_data.py"):
+        shutil.copy(ROOT / name, tmp_path / "copy")
+    kept = [f"留下的第{number}条{WILD}{'长' * 300}" for number in range(60)]
+    gone = [("repeat", f"丢掉的第{number}条{WILD}") for number in range(40)]
+    folder = prepared_data(tmp_path / "copy", kept, gone)
+    asked = judge_all(folder, 48, 49)
+    url = demo(script=tmp_path / "copy/web_demo.py")
+    visitor.driver.get(f"{url}/data")
+    visitor.reads(ZH["was_read"])
+    until(lambda: len(visitor.find("[data-testid=stVegaLiteChart] svg")) == 2)
+    visitor.press(ZH["by_chance"])
+    visitor.reads(ZH["others"])
+    visitor.press(ZH["others"])
+    until(lambda: any(text.startswith("留下的第") for text in visitor.texts()))
+    visitor.press(ZH["search"])
+    (box,) = until(lambda: visitor.find("[data-testid=stTextInput] input"))
+    box.send_keys("第7条<IMG\n")
+    visitor.reads(ZH["hits"].format(total=1, shown=1))
+    until(lambda: kept[7] in visitor.texts())
+    visitor.press(ZH["check"])
+    for number, each in enumerate(asked, start=49):
+        visitor.reads(ZH["judged"].format(number=number, count=50))
+        until(lambda text=each.text: visitor.texts() == [text])
+        visitor.calm()
+        visitor.key("2" if is_junk(each.text) else "1")
+    visitor.reads(ZH["precision"])
+    first = "document.querySelector('[data-testid=stMetricValue]')?.innerText.trim()"
+    until(lambda: visitor.script(first) == "100%")
+    visitor.calm()
+    assert len(labels_of(folder)) == 50
+    assert visitor.script("document.documentElement.scrollWidth <= innerWidth")
+    assert not visitor.find("img, .katex, [data-testid=stText] a, [data-testid=stText] h1, [data-testid=stText] b")
+    assert visitor.driver.title == f"llm-train-playground · {ZH['data']}", "no script ran"
+    visitor.screenshot("web_demo_data.png")
     assert all(sent.startswith((url, "ws" + url[4:], "data:")) for sent in visitor.requests())
