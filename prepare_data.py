@@ -559,9 +559,12 @@ def join_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
     usable = counts.pop(None, 0)
     counts["examples"] = examples(con)
     if dropped:
+        row = f"reason, c.id::VARCHAR id, (v.head::JSON ->> '$') || coalesce({parent}, '') prompt, c.text"
         con.execute(f"""
-            COPY (SELECT reason, id::VARCHAR id, text FROM verdicts JOIN comments USING (id) WHERE reason IS NOT NULL
-                  ORDER BY position, id) TO {sql_text(str(dropped))} (FORMAT json)""")
+            COPY (SELECT {row} FROM verdicts JOIN comments c USING (id) LEFT JOIN videos v ON v.id = c.video
+                      LEFT JOIN comments p ON p.id = c.parent AND c.parent <> 0
+                  WHERE reason IS NOT NULL ORDER BY verdicts.position, c.id)
+            TO {sql_text(str(dropped))} (FORMAT json)""")
     records = "SELECT count(*), count(*) FILTER (torn) FROM raw_comments WHERE video IS DISTINCT FROM -1"
     counts["read"], counts["torn"] = con.execute(records).fetchone()
     counts["duplicate"] = counts["read"] - counts["torn"] - rows_in(con, "comments WHERE video IS DISTINCT FROM -1")
@@ -828,7 +831,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drop_uploader", type=boolean, default=False, help="comments by the video's author")
     add("--language", choices=["any", "zh"], default="any", help="zh: half of the letters or more are Chinese")
     add("--write_dropped", type=boolean, default=False, help=f"True: write all that is dropped to {DROPPED}: "
-        "reason, id, text")  # fmt: skip
+        "reason, id, prompt, text")  # fmt: skip
     return parser
 
 

@@ -213,8 +213,9 @@ TEXTS = {
         "nothing_cleaned": "清洗没有丢掉任何评论，没有可以检查的。",
         "check_lead": (
             "这条评论值得模型学着说吗？一半是留下的，一半是清洗丢掉的，全部判断完才揭晓。"
-            "只看文字本身：哪怕它还不错，如果你不希望模型反复这么说，就选不值得。"
+            "哪怕它还不错，如果你不希望模型反复这么说，就选不值得。"
         ),
+        "to_judge": "这条评论",
         "good": "值得学",
         "junk": "不值得",
         "back": "改上一条",
@@ -415,9 +416,10 @@ TEXTS = {
         "nothing_cleaned": "The cleaning dropped nothing, so there is nothing to check.",
         "check_lead": (
             "Should a model learn to say this? Half of these comments were kept, half were dropped by the cleaning; "
-            "which is which is told at the end. Judge the text alone: if you would not want a model to say it again "
-            "and again, it is junk, however nice."
+            "which is which is told at the end. If you would not want a model to say it again and again, it is junk, "
+            "however nice."
         ),
+        "to_judge": "This comment",
         "good": "Good",
         "junk": "Junk",
         "back": "Change the last one",
@@ -1218,15 +1220,22 @@ def show_by_chance(t: dict[str, str], data: prepared.Prepared) -> None:
     numbers = prepared.in_random_order(random, prepared.size_of(lines), FEW_SAMPLES)
     for messages in prepared.messages_at(lines, numbers):
         with st.container(border=True):
-            texts = (*comment_parts(messages), messages[-1]["content"])
-            for name, text in zip(("video", "desc_of", "answered", "real"), texts, strict=True):
-                if text:
-                    st.caption(t[name])
-                    st.text(text)
+            title, desc, answered = comment_parts(messages)
+            show_parts(t, {"video": title, "desc_of": desc, "answered": answered, "real": messages[-1]["content"]})
             with st.expander(t["prompt_shown"]):
                 for message in messages:
                     st.caption(message["role"])
                     st.text(message["content"])
+
+
+def show_parts(t: dict[str, str], texts: dict[str, str]) -> None:
+    """Shows texts below what they are called; empty ones are left out."""
+    import streamlit as st
+
+    for name, text in texts.items():
+        if text:
+            st.caption(t[name])
+            st.text(text)
 
 
 def show_search(t: dict[str, str], data: prepared.Prepared) -> None:
@@ -1311,14 +1320,19 @@ def take_label(path: Path, mark: str, state: dict[str, Any], asked: prepared.Dra
 def show_drawn(
     t: dict[str, str], mark: str, state: dict[str, Any], drawn: list[prepared.Drawn], at: int, path: Path
 ) -> None:
-    """Shows a text to judge; nothing on the page tells whether it was dropped."""
+    """Shows a comment to judge; nothing on the page tells whether it was dropped."""
     import streamlit as st
 
     st.write(t["check_lead"])
     st.html(STYLE)
     st.progress(at / len(drawn), t["judged"].format(number=at + 1, count=len(drawn)))
-    with st.container(border=True, height=240, key="reply_0"):  # Of one height, so that the buttons stay.
-        st.text(showable(drawn[at].text))
+    asked = drawn[at]
+    turns = [("user", asked.prompt), ("assistant", asked.text)]
+    title, _, answered = comment_parts([{"role": role, "content": text} for role, text in turns])
+    with st.container(border=True, height=320):  # Of one height, so that the buttons stay.
+        show_parts(t, {"video": title, "answered": answered})
+        st.caption(t["to_judge"])
+        st.container(key="reply_0").text(showable(asked.text))
     # Not the arrows, with which one goes from view to view after having chosen this one.
     for column, (name, key) in zip(st.columns(2), (("good", "1"), ("junk", "2")), strict=True):
         column.button(
@@ -1328,7 +1342,7 @@ def show_drawn(
             width="stretch",
             type="primary",
             on_click=take_label,
-            args=(path, mark, state, drawn[at], name == "junk"),
+            args=(path, mark, state, asked, name == "junk"),
         )
     if at:
         st.button(t["back"], key="back", on_click=state.update, kwargs={"at": at - 1})

@@ -204,9 +204,10 @@ def test_half_of_a_draw_was_dropped(output: Path) -> None:
     assert prepared.draw_records("m", *lines, 1) == drawn[:50] != prepared.draw_records("n", *lines, 1)
     order = [bool(each.reason) for each in drawn[:50]]
     assert 10 < sum(one != two for one, two in zip(order, order[1:], strict=False)) < 40, "mixed"
-    texts = {row["id"]: (row["conversations"][-1]["value"], "") for row in kept(output)}
-    texts |= {row["id"]: (row["text"], row["reason"]) for row in dropped(output)}
-    assert all(texts[each.id] == (each.text, each.reason) for each in drawn)
+    turns = {row["id"]: [turn["value"] for turn in row["conversations"]] for row in kept(output)}
+    texts = {id: (prompt, answer, "") for id, (_, prompt, answer) in turns.items()}
+    texts |= {row["id"]: (row["prompt"], row["text"], row["reason"]) for row in dropped(output)}
+    assert all(texts[each.id] == (each.prompt, each.text, each.reason) for each in drawn)
     assert len({each.id for each in drawn}) == len(drawn) == 121
 
 

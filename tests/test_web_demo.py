@@ -1263,7 +1263,10 @@ def prepared_data(
     rows = [json.dumps(record(number, text), ensure_ascii=False) for number, text in enumerate(kept)]
     for split, part in (("train", rows[:-1]), ("test", rows[-1:])):
         (folder / f"data_{split}.json").write_text("[\n" + ",\n".join(part) + "\n]\n", encoding="utf-8")
-    gone = [{"reason": reason, "id": f"d{n}", "text": text} for n, (reason, text) in enumerate(dropped)]
+    gone = [
+        {"reason": reason, "id": f"d{n}", "prompt": f"视频标题：视频{n}\n父评论：问{n}", "text": text}
+        for n, (reason, text) in enumerate(dropped)
+    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in gone)
     (folder / "dropped.jsonl").write_text(lines, encoding="utf-8", errors="backslashreplace")
     examples: dict[str, list[str]] = {}
@@ -1294,6 +1297,12 @@ def drawn_from(folder: Path, draws: int = 1) -> tuple[str, list[Any]]:
     prepared = script.prepared
     mark = prepared.read_prepared(folder).mark
     return mark, prepared.draw_records(mark, prepared.kept_lines(folder), prepared.cleaned_lines(folder), draws)
+
+
+def shown_of(each: Any) -> list[str]:
+    """What the page shows of a comment to judge: the title, the comment that it answers, and the comment."""
+    title, _, answered = each.prompt.removeprefix("视频标题：").partition("\n父评论：")
+    return [part for part in (title.partition("\n")[0], answered) if part] + [each.text]
 
 
 def judge_all(folder: Path, *left: int, draws: int = 1) -> list[Any]:
@@ -1431,7 +1440,7 @@ def test_judging_is_blind(root: Path, open_page: Callable[..., Any]) -> None:
     page = open_page("data", state={"view": "check"})
     shapes = set()
     for number in range(8):
-        assert texts(page) == [drawn[number].text]
+        assert texts(page) == shown_of(drawn[number])
         shown = " ".join(str(node.proto) for node in all_of(page)) + str(page.query_params)
         shown = shown.replace(json.dumps(drawn[number].text), "").replace(f"{number + 1} 条", "")
         assert "repeat" not in shown and drawn[number].id not in shown
@@ -1443,12 +1452,12 @@ def test_judging_is_blind(root: Path, open_page: Callable[..., Any]) -> None:
         assert row == expected | {"junk": number % 2 == 1} and len(labels_of(folder)) == number + 1
     assert len(shapes) == 1 and {bool(each.reason) for each in drawn[:8]} == {False, True}
     page = open_page("data", state={"view": "check"})
-    assert texts(page) == [drawn[8].text], "it goes on after a reload"
+    assert texts(page) == shown_of(drawn[8]), "it goes on after a reload"
     press_key(page, "back")
     press_key(page, "back")
-    assert texts(page) == [drawn[6].text]
+    assert texts(page) == shown_of(drawn[6])
     press_key(page, "tick junk")
-    assert texts(page) == [drawn[8].text]
+    assert texts(page) == shown_of(drawn[8])
     assert script.prepared.read_labels(folder / "labels.jsonl", mark)[drawn[6].id]["junk"] is True
 
 
@@ -1470,9 +1479,9 @@ def test_precision_and_recall_on_the_page(root: Path, open_page: Callable[..., A
     assert texts(page)[0] == ZH["none"] and len(texts(page)) == 1 + junk and all(map(is_junk, texts(page)[1:]))
     press(page, ZH["again"])
     _, drawn = drawn_from(folder, 2)
-    assert texts(page) == [drawn[50].text] and len(drawn) == 90, "of 40 dropped ones 15 are left"
+    assert texts(page) == shown_of(drawn[50]) and len(drawn) == 90, "of 40 dropped ones 15 are left"
     press_key(page, "tick good")
-    assert texts(open_page("data", state={"view": "check"})) == [drawn[51].text]
+    assert texts(open_page("data", state={"view": "check"})) == shown_of(drawn[51])
     judge_all(folder, draws=2)
     assert page.run().dataframe[0].value[ZH["number"]].tolist() == [40]
     prepared_data(root, KEPT, GONE[1:])
@@ -1826,7 +1835,7 @@ def test_data_in_the_browser(tmp_path: Path, demo: Callable[..., str], visitor: 
     visitor.press(ZH["check"])
     for number, each in enumerate(asked, start=49):
         visitor.reads(ZH["judged"].format(number=number, count=50))
-        until(lambda text=each.text: visitor.texts() == [text])
+        until(lambda each=each: visitor.texts() == shown_of(each))
         visitor.calm()
         visitor.key("2" if is_junk(each.text) else "1")
     visitor.reads(ZH["precision"])

@@ -273,12 +273,14 @@ class Drawn(NamedTuple):
         draw: The number of the draw that it belongs to, from 0.
         id: Of the comment.
         reason: Why the cleaning dropped it; "" if it was kept.
+        prompt: What it answers: title, description, comment.
         text: The comment.
     """
 
     draw: int
     id: str
     reason: str
+    prompt: str
     text: str
 
 
@@ -299,11 +301,11 @@ def draw_records(mark: str, kept: Lines, cleaned: Lines, draws: int) -> list[Dra
     for draw in range(draws):
         part = slice(HALF * draw, HALF * (draw + 1))
         drawn = [
-            Drawn(draw, str(record["id"]), "", record["conversations"][-1]["value"])
+            Drawn(draw, str(record["id"]), "", *(turn["value"] for turn in record["conversations"][-2:]))
             for record in (record_at(kept, number) for number in numbers[0][part])
         ]
         drawn += [
-            Drawn(draw, str(record["id"]), record["reason"], record["text"])
+            Drawn(draw, str(record["id"]), record["reason"], record["prompt"], record["text"])
             for record in (record_at(cleaned, number) for number in numbers[1][part])
         ]
         Random(f"{mark} {draw} order").shuffle(drawn)
