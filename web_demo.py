@@ -205,12 +205,14 @@ TEXTS = {
         "in_prompts": "留下的提示",
         "in_dropped": "丢掉的评论",
         "search_where": "在哪里找",
-        "search_text": "要找的文字（回车开始，不分大小写）",
+        "search_text": "要找的文字（回车开始，英文字母不分大小写）",
         "searching": "正在从头到尾读一遍文件，一百万条要几秒到十几秒…",
         "hits": "共 {total} 条，下面是前 {shown} 条。",
         "no_hits": "没有找到。",
         "no_dropped": "丢掉的评论没有存下来。下面的命令会把它们写进 dropped.jsonl：",
-        "nothing_cleaned": "清洗没有丢掉任何评论，没有可以检查的。",
+        "nothing_cleaned": (
+            "清洗没有丢掉任何评论，没有可以检查的：数据又少又干净时会这样。想试试这一页，可以先收紧一条规则："
+        ),
         "check_lead": (
             "这条评论值得模型学着说吗？一半是留下的，一半是清洗丢掉的，全部判断完才揭晓。"
             "哪怕它还不错，如果你不希望模型反复这么说，就选不值得。"
@@ -408,12 +410,15 @@ TEXTS = {
         "in_prompts": "Kept prompts",
         "in_dropped": "Dropped comments",
         "search_where": "Where to look",
-        "search_text": "Text to look for (Enter starts; upper and lower case are the same)",
+        "search_text": "Text to look for (Enter starts; A to Z in either case)",
         "searching": "Reading the files from beginning to end, 2 to 15 seconds for a million comments …",
         "hits": "{total} in all; these are the first {shown}.",
         "no_hits": "Nothing was found.",
         "no_dropped": "What was dropped was not stored. This command writes it to dropped.jsonl:",
-        "nothing_cleaned": "The cleaning dropped nothing, so there is nothing to check.",
+        "nothing_cleaned": (
+            "The cleaning dropped nothing, as with little and clean data, so there is nothing to check. To see what "
+            "this page does, tighten a rule:"
+        ),
         "check_lead": (
             "Should a model learn to say this? Half of these comments were kept, half were dropped by the cleaning; "
             "which is which is told at the end. If you would not want a model to say it again and again, it is junk, "
@@ -1138,7 +1143,7 @@ def data_page(t: dict[str, str]) -> None:
         return
     try:
         data = of_files("read_prepared", from_root(chosen))
-    except (DataError, RuntimeError):  # The latter for ~ and a name that nobody has.
+    except (ValueError, RuntimeError):  # For ~ and a name that nobody has, and characters that no path has.
         st.warning(t["no_report"])
         st.text(chosen)
         return
@@ -1273,6 +1278,7 @@ def show_check(t: dict[str, str], data: prepared.Prepared) -> None:
 
     if not data.cleaned:
         st.info(t["nothing_cleaned"])
+        st.code(f"{prepare_again(data)} --min_chars 12", language="sh")
         return
     if not data.has_dropped:
         st.info(t["no_dropped"])

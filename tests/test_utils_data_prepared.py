@@ -180,7 +180,8 @@ def test_search_finds_what_is_there(output: Path, where: str, wanted: str) -> No
 def test_search_parses_what_may_match_alone(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[Any] = []
     monkeypatch.setattr(json, "loads", lambda text, loads=json.loads: parsed.append(text) or loads(text))
-    assert prepared.search(output, "answer", "第二行").total == 1 == len(parsed)
+    assert prepared.search(output, "answer", "第二行").total == 1
+    assert len(parsed) == 2, "report.json, and the record"
 
 
 def test_search_in_a_damaged_file(copy: Path) -> None:
@@ -188,6 +189,15 @@ def test_search_in_a_damaged_file(copy: Path) -> None:
         file.write('{"reason": "bait", "tex": "好"}\n')
     with pytest.raises(DataError, match="dropped.jsonl"):
         prepared.search(copy, "dropped", "好")
+
+
+@pytest.mark.parametrize(("name", "where"), [("data_train.json", "answer"), ("dropped.jsonl", "dropped")])
+def test_search_in_half_a_file(copy: Path, name: str, where: str) -> None:
+    """Nothing found would be no answer."""
+    lines = (copy / name).read_text("utf-8").splitlines(keepends=True)
+    (copy / name).write_text("".join(lines[: len(lines) // 2]), "utf-8")
+    with pytest.raises(DataError, match=f"{name}: got .* records, expected"):
+        prepared.search(copy, where, "没有这个")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,6 +219,23 @@ def test_half_of_a_draw_was_dropped(output: Path) -> None:
     texts |= {row["id"]: (row["prompt"], row["text"], row["reason"]) for row in dropped(output)}
     assert all(texts[each.id] == (each.prompt, each.text, each.reason) for each in drawn)
     assert len({each.id for each in drawn}) == len(drawn) == 121
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [
+    ("data_train.json", '"conversations"', '"messages"'), ("dropped.jsonl", '"text":"', '"texts":"'),
+    ("dropped.jsonl", '"prompt":"', '"prompt":7,"was":"'),
+])  # fmt: skip
+def test_foreign_records_cannot_be_judged(copy: Path, name: str, before: str, after: str) -> None:
+    text = (copy / name).read_text("utf-8")
+    assert before in text
+    (copy / name).write_text(text.replace(before, after), "utf-8")
+    with pytest.raises(DataError, match="not what prepare_data.py writes"):
+        prepared.draw_records("m", prepared.kept_lines(copy), prepared.cleaned_lines(copy), 1)
+
+
+def test_labels_that_are_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        prepared.read_labels(tmp_path, "m")
 
 
 def test_the_last_label_counts(tmp_path: Path) -> None:

@@ -1346,7 +1346,7 @@ def test_folders_of_data(root: Path, open_page: Callable[..., Any]) -> None:
     assert page.get_by_key("data_folder").options == ["data", "output/new", "old"]
     prepared_data(root, KEPT[:20], name="a/b/c")
     assert open_page("data", state={"data_folder": "a/b/c"}).metric[1].value == "19"
-    for typed in ("~nobody-of-this-name/x", "data/report.json"):
+    for typed in ("~nobody-of-this-name/x", "data/report.json", "da\0ta"):
         page = open_page("data", state={"data_folder": typed})
         assert [warning.value for warning in page.warning] == [ZH["no_report"]] and texts(page) == [typed]
 
@@ -1492,6 +1492,7 @@ def test_nothing_to_check(root: Path, open_page: Callable[..., Any]) -> None:
     prepared_data(root, KEPT, [("duplicate", "一样")])
     page = open_page("data", locale="en", state={"view": "check"})
     assert [info.value for info in page.info] == [EN["nothing_cleaned"]]
+    assert [code.value for code in page.code][0].endswith("--write_dropped True --min_chars 12")
     prepared_data(root, KEPT, GONE, write_dropped=False)
     page.run()
     assert [info.value for info in page.info] == [EN["no_dropped"]]

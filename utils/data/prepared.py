@@ -7,7 +7,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from utils.files import read_json, read_lines, shown
 FILES = ("report.json", "data_train.json", "data_test.json", DROPPED)
 HALF = 25  # Of a draw: so many that were dropped and as many that were kept.
 MOST_HITS = 50
+UNWRITTEN = ("torn", "duplicate", "beyond_total")  # Reasons that dropped.jsonl has no lines of.
 BARS = 40
 INTERVAL_DRAWS = 20_000
 # Where lines begin, in bytes, of one file or several.
@@ -75,6 +76,11 @@ class Prepared(NamedTuple):
     def cleaned(self) -> int:
         """How many the cleaning dropped."""
         return sum(self.dropped.get(reason, 0) for reason in REASONS)
+
+    @property
+    def written_dropped(self) -> int:
+        """How many are in dropped.jsonl: all that were dropped but for those that SQL never joined."""
+        return sum(self.dropped.values()) - sum(self.dropped.get(reason, 0) for reason in UNWRITTEN)
 
     @property
     def passed(self) -> int:
@@ -164,7 +170,8 @@ def kept_lines(folder: Path) -> Lines:
         path = folder / f"data_{split}.json"
         with as_written(path):
             starts = line_starts(path, lambda line: line.startswith(b"{"))
-        found.append((path, _checked(path, starts, sizes["comments"])))
+        _check_count(path, len(starts), sizes["comments"])
+        found.append((path, starts))
     return found
 
 
@@ -177,16 +184,16 @@ def cleaned_lines(folder: Path) -> Lines:
     path = folder / DROPPED
     with as_written(path):
         starts = line_starts(path, lambda line: json.loads(line)["reason"] in REASONS)
-    return [(path, _checked(path, starts, read_prepared(folder).cleaned))]
+    _check_count(path, len(starts), read_prepared(folder).cleaned)
+    return [(path, starts)]
 
 
-def _checked(path: Path, starts: array, expected: int) -> array:
-    if len(starts) != expected:
+def _check_count(path: Path, count: int, expected: int) -> None:
+    if count != expected:
         raise DataError(
-            f"{shown(path)}: got {len(starts):,} records, expected {expected:,}, as report.json says: it is damaged, "
-            "or of another run."
+            f"{shown(path)}: got {count:,} records, expected {expected:,}, as report.json says: it is damaged, or of "
+            "another run."
         )
-    return starts
 
 
 def record_at(lines: Lines, number: int) -> Any:
@@ -230,7 +237,7 @@ class Hits(NamedTuple):
 
 
 def search(folder: Path, where: str, wanted: str) -> Hits:
-    """Looks for a text, in whichever case, through all files; most lines are not even parsed.
+    """Looks for a text through all files, A to Z in either case; most lines are not even parsed.
 
     Args:
         folder: Of the files.
@@ -243,11 +250,14 @@ def search(folder: Path, where: str, wanted: str) -> Hits:
     plain = wanted.encode("utf-8", "surrogatepass").lower()
     # As it stands in JSON, where line breaks and quotation marks are escaped.
     escaped = json.dumps(wanted, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass").lower()
+    report = read_prepared(folder)
+    sizes = {f"data_{split}.json": size["comments"] for split, size in report.splits.items()}
     total, first = 0, []
-    for name in (DROPPED,) if where == "dropped" else ("data_train.json", "data_test.json"):
-        path = folder / name
+    for name, size in ({DROPPED: report.written_dropped} if where == "dropped" else sizes).items():
+        path, count = folder / name, 0
         with as_written(path), path.open("rb") as file:
             for line in file:
+                count += line.startswith(b"{")
                 if escaped not in line.lower() or not line.startswith(b"{"):
                     continue
                 row = json.loads(line.rstrip(b",\r\n"))
@@ -259,6 +269,7 @@ def search(folder: Path, where: str, wanted: str) -> Hits:
                     total += 1
                     if total <= MOST_HITS:
                         first.append((about, text))
+        _check_count(path, count, size)
     return Hits(total, first)
 
 
@@ -284,6 +295,18 @@ class Drawn(NamedTuple):
     text: str
 
 
+def texts_of(values: Iterable[Any]) -> tuple[str, str]:
+    """A prompt and a comment.
+
+    Raises:
+        TypeError: if they are no texts.
+    """
+    prompt, text = values
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        raise TypeError(f"expected two texts, got {prompt!r} and {text!r}")
+    return prompt, text
+
+
 def draw_records(mark: str, kept: Lines, cleaned: Lines, draws: int) -> list[Drawn]:
     """Draws records, half of them dropped, in a mixed order; the same ones for the same data.
 
@@ -292,24 +315,28 @@ def draw_records(mark: str, kept: Lines, cleaned: Lines, draws: int) -> list[Dra
         kept: From `kept_lines`.
         cleaned: From `cleaned_lines`; when none are left, the others go on.
         draws: How many times `HALF` of each. More draws add to those before.
+
+    Raises:
+        DataError: if one of them is not what prepare_data.py writes.
     """
     found: list[Drawn] = []
     numbers = [
         in_random_order(Random(f"{mark} {side}"), size_of(lines), HALF * draws)
         for side, lines in enumerate((kept, cleaned))
     ]
-    for draw in range(draws):
-        part = slice(HALF * draw, HALF * (draw + 1))
-        drawn = [
-            Drawn(draw, str(record["id"]), "", *(turn["value"] for turn in record["conversations"][-2:]))
-            for record in (record_at(kept, number) for number in numbers[0][part])
-        ]
-        drawn += [
-            Drawn(draw, str(record["id"]), record["reason"], record["prompt"], record["text"])
-            for record in (record_at(cleaned, number) for number in numbers[1][part])
-        ]
-        Random(f"{mark} {draw} order").shuffle(drawn)
-        found += drawn
+    with as_written(kept[0][0].parent):
+        for draw in range(draws):
+            part = slice(HALF * draw, HALF * (draw + 1))
+            drawn = [
+                Drawn(draw, str(record["id"]), "", *texts_of(turn["value"] for turn in record["conversations"][-2:]))
+                for record in (record_at(kept, number) for number in numbers[0][part])
+            ]
+            drawn += [
+                Drawn(draw, str(record["id"]), record["reason"], *texts_of((record["prompt"], record["text"])))
+                for record in (record_at(cleaned, number) for number in numbers[1][part])
+            ]
+            Random(f"{mark} {draw} order").shuffle(drawn)
+            found += drawn
     return found
 
 
@@ -320,7 +347,8 @@ def read_labels(path: Path, mark: str) -> dict[str, dict[str, Any]]:
         path: Of labels.jsonl.
         mark: Of the data: what was drawn from other data, or under other rules, is left out.
     """
-    rows = read_lines(path, {"data": str, "draw": int, "id": str, "junk": bool})
+    with as_written(path):
+        rows = read_lines(path, {"data": str, "draw": int, "id": str, "junk": bool})
     return {row["id"]: row for row in rows if row["data"] == mark}
 
 
