@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import ArgumentParser, add_columns_argument
 from utils.data.answers import ANSWER_FIELDS, answers_path
 from utils.data.collector import Collector, Question, append, read_answers, report, writing_answers
-from utils.data.records import DataError, UnusableRecord, find_split, read_records, to_messages
+from utils.data.records import DataError, UnusableRecord, find_split, id_of, read_records, to_messages
 from utils.data.teacher import Answer, Teacher, make_client, read_teacher
 from utils.files import from_root, shown
 
@@ -83,7 +83,7 @@ def read_questions(
     questions, in_video, unusable = [], Counter(), Counter()
     setting = json.dumps([teacher.model, teacher.options, instruction], ensure_ascii=False, sort_keys=True)
     for number, record in enumerate(read_records(path, columns)):
-        if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
+        if not id_of(record) or not id_of(record, "video_id"):
             raise DataError(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
         try:
             *prompt, answer = to_messages(record)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import ArgumentParser, add_columns_argument, boolean
 from utils.data.crawl_files import find_files, kind_of, tables_or_problem
-from utils.data.records import DataError, Message, find_split, read_records, to_messages
+from utils.data.records import DataError, Message, find_split, id_of, read_records, to_messages
 from utils.files import atomic_writes, from_root, shown, write_problem
 
 
@@ -249,7 +249,7 @@ def read_comments(path: Path, columns: dict[str, str] | None) -> list[Comment]:
     """
     comments = []
     for record in read_records(path, columns):
-        if not isinstance(record, dict) or not {"id", "video_id"} <= record.keys():
+        if not id_of(record) or not id_of(record, "video_id"):
             raise SystemExit(f"{shown(path)}: a record without id and video_id. Make it with: python prepare_data.py")
         comments.append(Comment(record))
     return comments

@@ -97,6 +97,12 @@ def test_what_are_no_columns(text: str, wrong: str) -> None:
     assert f"got {wrong!r}," in str(error.value)
 
 
+def test_a_comma_of_full_width() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="with '，', expected ','"):
+        parse_columns("user=问题，assistant=回答", ["user", "assistant"])
+    assert parse_columns("user=问，题", ["user", "assistant"]) == {"user": "问，题"}
+
+
 def test_a_column_that_is_not_there() -> None:
     assert parse_columns("user=,assistant=a", ["user", "assistant"], may_lack=True) == {"user": "", "assistant": "a"}
 
@@ -105,6 +111,9 @@ def test_columns_of_records(capsys: Any) -> None:
     parser = ArgumentParser(prog="x")
     add_columns_argument(parser, ("user", "chosen", "rejected"))
     assert parser.parse_args([]).columns is None, "as in runs of versions without it"
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--columns", "user=a,chosen=b,rejected=b"])
+    assert "got 'user=a,chosen=b,rejected=b' with 'b' twice" in (said := capsys.readouterr().err), said
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--columns", "user=a,system=b"])
     told = "got 'user=a,system=b' without chosen and rejected, expected user=FIELD,chosen=FIELD,rejected=FIELD"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from utils.data.held_out import parts_of, read_held_out
+from utils.data.held_out import parts_of, read_comments, read_held_out
 from utils.data.records import comment_prompt
 
 
@@ -48,6 +48,14 @@ def test_spread_over_the_videos(tmp_path: Path, named: bool, count: int | None, 
     ids = [{"video_id": r["messages"][0]["content"].split()[0]} if named else {} for r in MIXED]
     records = [r | more for r, more in zip(MIXED, ids, strict=True)]
     assert taken(tmp_path / "data_test.json", records, count) == expected
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan")], ids=str)
+def test_nothing_is_no_video_and_no_id(tmp_path: Path, nothing: Any) -> None:
+    records = [row | {"id": nothing, "video_id": nothing} for row in MIXED]
+    assert taken(tmp_path / "data_test.json", records) == ["A0A1A2A3A4", "B0", "C0C1"]
+    ids = [comment.id for group in read_comments(tmp_path / "data_test.json") for comment in group]
+    assert sorted(ids) == [str(number) for number in range(8)]
 
 
 def test_few_of_many_videos_are_from_everywhere(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from utils.data.chat import make_chat
 from utils.data.pairs import pair, to_pair
-from utils.data.records import DataError, UnusableRecord
+from utils.data.records import DataError, Taken, UnusableRecord, fields_notes
 from utils.data.samples import load_samples
 
 USER, SYSTEM = {"role": "user", "content": "好看吗"}, {"role": "system", "content": "你是B站用户"}
@@ -51,10 +51,17 @@ YES, NO = {"role": "assistant", "content": "好看"}, {"role": "assistant", "con
         ({"system": "你是B站用户", "Query": "好看吗", "Chosen": [YES], "Rejected": [NO]}, [SYSTEM, USER]),
         ({"prompt": None, "question": [SYSTEM, USER], "chosen": "好看", "rejected": "不好看"}, [SYSTEM, USER]),
         ({"user": "好看吗", "chosen": "好看", "rejected": "不好看", "system": ""}, [USER]),
+        ({"prompt": "好看吗", "chosen": "好看", "rejected": "不好看", "system_prompt": "你是B站用户"}, [SYSTEM, USER]),
+        ({"System": "你是B站用户", "chosen": [USER, YES], "rejected": [USER, NO]}, [SYSTEM, USER]),
+        ({"instruction": "好", "Input": "吗", "chosen": "好看", "rejected": "不好看"}, [USER | {"content": "好\n吗"}]),
+        ({"instruction": "好看吗", "chosen": YES, "rejected": NO, "history": [["好看吗", "好看"]]}, [USER, YES, USER]),
+        ({"prompt": "好看吗", "user": "某人", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"messages": [], "prompt": "好看吗", "chosen": "好看", "rejected": "不好看"}, [USER]),
+        ({"prompt": 5, "chosen": "好看", "rejected": "不好看"}, [USER | {"content": "5"}]),
     ],
     ids="texts system human messages mixed dialogues hh llamafactory alpaca openai ultrafeedback nulls "
-    "question case lists named".split(),
-)
+    "question case lists named system_prompt whole_system input history user empty number".split(),
+)  # fmt: skip
 def test_formats(record: Mapping[str, Any], prompt: list[dict[str, str]]) -> None:
     assert to_pair(record) == (prompt, "好看", "不好看")
 
@@ -79,6 +86,13 @@ def test_an_answer_may_speak_of_humans() -> None:
         ({"prompt": "", "chosen": "答", "rejected": "不答"}, "empty"),
         ({"prompt": "问", "chosen": None, "rejected": "不答"}, "empty"),
         ({"instruction": "问", "chosen": [], "rejected": "不答"}, "empty"),
+        ({"prompt": "问", "chosen": float("nan"), "rejected": "不答"}, "empty"),
+        ({"prompt": None, "chosen": "答", "rejected": "不答"}, "empty"),
+        ({"prompt": float("nan"), "chosen": "答", "rejected": "不答"}, "empty"),
+        ({"prompt": True, "chosen": "答", "rejected": "不答"}, "not a text"),
+        ({"prompt": "问", "chosen": True, "rejected": "不答"}, "not a text"),
+        ({"prompt": "问", "chosen": 5, "rejected": 5.0}, "two equal answers"),
+        ({"prompt": "问", "chosen": "\n\nAssistant:", "rejected": "不答"}, "empty"),
         ({"chosen": [USER, YES], "rejected": [{**USER, "content": "别的"}, NO]}, "different prompts"),
     ],
 )
@@ -92,7 +106,7 @@ def test_unusable_records(record: Mapping[str, Any], reason: str) -> None:
     [
         {"prompt": "问", "chosen": "答"},
         ["问"],
-        {"prompt": 3, "chosen": "答", "rejected": "否"},
+        {"prompt": [3], "chosen": "答", "rejected": "否"},
         {"conversations": 5, "chosen": "答", "rejected": "否"},
         {"title": "问", "chosen": "答", "rejected": "否"},
         {"text": "x"},
@@ -140,8 +154,24 @@ def test_a_file_of_pairs(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_several_prompts_are_named() -> None:
-    with pytest.raises(DataError, match="question or query may be the prompt.*--columns 'user=question,chosen=chosen"):
-        to_pair({"query": "问", "question": "问", "chosen": "答", "rejected": "否"})
+    for one, other in (("question", "query"), ("question", "prompt"), ("question", "instruction")):
+        told = f"{one} or {other} may be user.*--columns 'user={one},chosen=chosen,rejected=rejected'"
+        with pytest.raises(DataError, match=told):
+            to_pair({other: "问", one: "问", "chosen": "答", "rejected": "否"})
+
+
+def test_what_is_unusual_is_noted() -> None:
+    taken: Taken = {}
+    sides = {"chosen": "答", "rejected": "否"}
+    for more in ({"prompt": "问"}, {"prompt": "问", "score": 3}, {"prompt": "问", "system": "设定", "score": 4}):
+        to_pair(sides | more, taken)
+    to_pair({"instruction": "问", "input": ""} | sides, taken)
+    to_pair({"prompt": "好看吗", "messages": [USER], "chosen": [USER, YES], "rejected": [USER, NO], "score": 1}, taken)
+    assert fields_notes(taken) == [
+        "fields taken as user, chosen and rejected: prompt, chosen, rejected; not used: score (in 1)",
+        "fields taken as user, chosen, rejected and system: prompt, chosen, rejected, system; not used: score (in 1)",
+        "fields taken as chosen and rejected: chosen, rejected; not used: score (in 1)",
+    ]
 
 
 @pytest.mark.parametrize("names", [("question", "chosen", "rejected"), ("问题", "好", "坏")], ids="/".join)
@@ -159,4 +189,4 @@ def test_pairs_with_fields_of_other_names(tokenizer: Any, tmp_path: Path, names:
     assert [[*sample.input_ids] for sample in named.samples] == [[*sample.input_ids] for sample in usual.samples]
     assert named.counts == usual.counts and len(named.samples) == 6
     if columns is None:
-        assert named.taken == {"user, chosen and rejected: question, chosen, rejected": []}
+        assert named.taken == {"user, chosen and rejected: question, chosen, rejected": {}}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from utils.data.records import (
     PAIRS,
     DataError,
+    Taken,
     UnusableRecord,
     comment_prompt,
     fields_notes,
@@ -98,7 +99,6 @@ def test_formats(record: Any, messages: Messages) -> None:
         ([{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}], "human"),
         (["问", "答"], "human"),
         ({"instruction": "问", "output": "答", "history": [1]}, "history"),
-        ({"instruction": "问", "output": "答", "history": 1}, "history"),
         ({"instruction": "问", "output": "答", "history": ["前问"]}, "history"),  # Its letters are no turns.
     ],
 )
@@ -124,10 +124,14 @@ def test_unknown_formats_are_named(record: Any, named: str) -> None:
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "答"}]},
         {"instruction": "问", "output": ""},
         {"instruction": "问", "output": None},
-        {"instruction": 5, "output": "答"},
-        {"instruction": "问", "input": 5, "output": "答"},
-        {"instruction": "问", "output": 5},
-        {"instruction": "问", "output": "答", "system": 5},
+        {"instruction": True, "output": "答"},
+        {"instruction": "问", "input": True, "output": "答"},
+        {"instruction": "问", "input": [1], "output": "答"},
+        {"instruction": "问", "output": float("nan")},
+        {"instruction": "问", "output": "答", "system": True},
+        {"question": "", "answer": "", "prompt": None, "completion": None},  # A row of empty cells.
+        {"user": "", "assistant": "答", "prompt": ""},
+        {"messages": None, "question": "问", "answer": ""},
         {"messages": [{"role": ["user"], "content": "问"}, {"role": "assistant", "content": "答"}]},
         {"conversations": []},
         {"messages": []},
@@ -148,7 +152,7 @@ def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
         *(({q: "问", a: "答"}, ONE) for q, a in PAIRS),
         ({"Question": " 问", "ANSWER ": "答\n"}, ONE),
         ({"prompt": "问", "response": "答"}, ONE),  # One question and one answer of two usual pairs.
-        ({"id": 1, "video_id": 2, "query": "问", "response": "答", "answer": "别的", "user": "某人"}, ONE),
+        ({"id": 1, "video_id": 2, "query": "问", "response": "答", "answer": "", "user": "某人"}, ONE),
         ({"prompt": [{"role": "user", "content": "问"}], "completion": [{"role": "assistant", "content": "答"}]}, ONE),
         ({"prompt": TWO[:3], "completion": "答二"}, TWO),
         ({"prompt": WITH_SYSTEM[:2], "completion": WITH_SYSTEM[2:]}, WITH_SYSTEM),
@@ -161,7 +165,25 @@ def test_unusable_records_are_told_from_unknown_formats(record: Any) -> None:
         ({"instruction": "问", "input": "补充", "response": "答"}, say("问\n补充", "答")),
         ({"Instruction": "问", "Input": "", "Output": "答"}, ONE),
         ({"instruction": "问", "input": "补充", "target": "答"}, say("问\n补充", "答")),
-        ({"instruction": "问", "output": "答", "question": "别的", "answer": "别的"}, ONE),  # As ever.
+        ({"instruction": "问", "context": "补充", "response": "答"}, say("问\n补充", "答")),  # Dolly's.
+        ({"instruction": "", "input": "问", "prompt": None, "output": "答"}, ONE),
+        ({"instruction": "问", "output": "答", "history": "既往史"}, ONE),
+        ({"instruction": "问", "input": 5, "output": 5.0}, say("问\n5", "5")),
+        ({"instruction": 0.25, "output": -3, "system": 7}, say("0.25", "-3", system="7")),
+        ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": 5}]}, say("问", "5")),
+        ({"instruction": "问", "input": "", "output": "答", "system_prompt": "设定"}, WITH_SYSTEM),
+        ({"System": "设定", "Instruction": "问", "output": "答"}, WITH_SYSTEM),
+        ({"instruction": "问", "Input": "补充", "output": "答"}, say("问\n补充", "答")),
+        ({"instruction": "问二", "output": "答二", "History": [["问一", "答一"]]}, TWO),
+        ({"History": [], "history": [["问一", "答一"]], "question": "问二", "answer": "答二"}, TWO),
+        ({"system": " ", "system_prompt": "设定", "question": "问", "answer": "答"}, WITH_SYSTEM),
+        ({"system": float("nan"), "System": "设定", "question": "问", "answer": "答"}, WITH_SYSTEM),
+        ({"system_prompt": "设定", "messages": ONE}, WITH_SYSTEM),
+        ({"System": "设定", "Messages": ONE, "conversations": []}, WITH_SYSTEM),
+        ({"question": "问", "answer": "答", "prompt": None, "completion": float("nan"), "target": []}, ONE),
+        ({"messages": [], "conversations": None, "question": "问", "answer": "答"}, ONE),
+        ({"question": "问", "answer": "答", "user": "某人", "assistant": ""}, ONE),
+        ({"user": "问", "assistant": "答", "prompt": ""}, ONE),
         ({"messages": ONE, "question": "别的", "answer": "别的"}, ONE),
     ],
     ids=str,
@@ -173,30 +195,67 @@ def test_usual_names_of_questions_and_answers(record: dict[str, Any], messages: 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ("question answer prompt completion", "question/answer, prompt/completion.*'user=question,assistant=answer'"),
-        ("input output target", "input/target, input/output"),
-        ("Question question answer", "Question/answer, question/answer"),
-        ("prompt answer response target", "prompt/answer, prompt/response, prompt/target"),
-        ("instruction question answer response", "question/answer, instruction/response"),
+        (
+            "question answer prompt completion",
+            "question or prompt may be user, answer or completion may be assistant.*'user=question,assistant=answer'",
+        ),
+        ("input output target", "target or output may be assistant.*'user=input,assistant=target'"),
+        ("Question question answer", "Question or question may be user"),
+        ("prompt answer response target", "answer or response or target may be assistant"),
+        ("instruction question answer response", "question or instruction may be user, answer or response may be"),
+        ("question answer response", "answer or response may be assistant.*'user=question,assistant=answer'"),
+        ("question answer prompt", "question or prompt may be user.*'user=question,assistant=answer'"),
+        ("query prompt response", "prompt or query may be user.*'user=query,assistant=response'"),
+        ("instruction question answer", "question or instruction may be user.*'user=question,assistant=answer'"),
+        ("instruction input prompt completion", "prompt or instruction may be user.*'user=prompt,assistant=completion"),
+        ("instruction output question answer", "'user=question,assistant=answer'"),
+        ("user assistant prompt", "prompt or user may be user.*'user=user,assistant=assistant'"),
+        ("question answer system system_prompt", "system or system_prompt may be system.*,system=system'"),
+        ("question answer response system", "'user=question,assistant=answer,system=system'"),
+        ("question prompt", "'user=question,assistant=FIELD'"),
     ],
 )
-def test_several_pairs_are_named(fields: str, named: str) -> None:
-    with pytest.raises(DataError, match=f"got the fields .*: {named}") as caught:
+def test_several_fields_are_named(fields: str, named: str) -> None:
+    with pytest.raises(DataError, match=f"got the fields .*, of which .*{named}") as caught:
         to_messages(dict.fromkeys(fields.split(), "文"))
     assert not isinstance(caught.value, UnusableRecord) and "--columns" in str(caught.value)
 
 
-def test_what_was_taken_is_noted_once() -> None:
-    taken: dict[str, list[str]] = {}
+def test_what_was_taken_is_noted() -> None:
+    taken: Taken = {}
     for number in range(3):
         more = {"topic": "x"} if number else {"context": "背景", "source": None, "history": "既往史"}
         to_messages({"id": number, "Question": "问", "Answer": "答"} | more, taken)
     to_messages({"instruction": "问", "input": "补充", "response": "答"}, taken)
     to_messages({"messages": ONE}, taken)
+    to_messages({"instruction": "问", "input": "", "output": "答", "system": "设定", "history": None}, taken)
+    to_messages({"id": 1, "video_id": 2, "conversations": [], "messages": ONE, "system": "设定"}, taken)
     assert fields_notes(taken) == [
-        "fields taken as user and assistant: Question, Answer; not used: context, history",
+        "fields taken as user and assistant: Question, Answer; not used: context (in 1), history (in 1), topic (in 2)",
         "fields taken as user and assistant: instruction, response, instruction followed by input",
     ]
+
+
+@pytest.mark.parametrize(
+    ("record", "note"),
+    [
+        ({"messages": ONE, "system_prompt": "设定"}, "messages and system: messages, system_prompt"),
+        ({"messages": ONE, "prompt": "问", "tags": []}, "messages: messages; not used: prompt (in 1)"),
+        (
+            {"instruction": "问", "output": "答", "text": "全"},
+            "user and assistant: instruction, output; not used: text (in 1)",
+        ),
+        (
+            {"instruction": "问", "output": "答", "System": "设定"},
+            "user, assistant and system: instruction, output, System",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_unusual_is_noted(record: dict[str, Any], note: str) -> None:
+    taken: Taken = {}
+    to_messages(record, taken)
+    assert fields_notes(taken) == [f"fields taken as {note}"]
 
 
 @pytest.mark.parametrize("role", ["tool", "function", "function_call", "observation", "tool_call", "tool_response"])
@@ -291,6 +350,37 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name):
         list(read_records(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.csv", 'question,answer\nq1,"今天\nq2,a2\nq3,a3\n', "row that begins in line 2 cannot be read"),
+        ("t.csv", 'q,a\n"q\n1",a1\nq2,"a"b\n', r'line 4 cannot be read: .*quotes within it are doubled: "a ""b"" c"'),
+        ("t.csv", "question,answer,question\nq,a,\n", "column 'question' is there twice"),
+        ("t.json", '{"question": "q"}\n{"question": "r"}\n', "record a line, rename it to t.jsonl"),
+        ("t.json", '{"data": [{"question": "q"}]}', r"one JSON dict, .*in 'data'\? Then save that list alone"),
+        ("t.jsonl", '[{"question": "q"}, {"question": "r"}]', "array in line 1, .*rename it to t.json$"),
+        ("t.jsonl", '[\n{"question": "q"}\n]', "array in line 1, .*rename it to t.json$"),
+        ("t.jsonl", '{"question": "q"}\n\n{"question":\n"r"}', "line 3: .*Expected a record a line"),
+        ("t.csv", "question,answer\n问,答\n".encode("gbk"), "not UTF-8 .*Save it as UTF-8"),
+        ("t.csv", "question,answer\n问,答\n".encode("utf-16"), "not UTF-8 .*Save it as UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_to_do_with_a_file(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=told):
+        list(read_records(tmp_path / name))
+
+
+def test_quotes_and_unnamed_columns_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('question,answer,,\n"说""好""\n吗",5" 的,,\n', encoding="utf-8")
+    assert [to_messages(record) for record in read_records(tmp_path / "t.csv")] == [say('说"好"\n吗', '5" 的')]
+
+
+def test_dialogues_a_line(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('[{"human": "问", "assistant": "答"}]\n' * 2, encoding="utf-8")
+    assert [to_messages(record) for record in read_records(tmp_path / "t.jsonl")] == [ONE, ONE]
 
 
 NAMED = [{"id": id, "frage": "问", "antwort": "答", "rolle": system} for id, system in (("a", "设定"), ("b", ""))]

@@ -68,6 +68,18 @@ def test_samples_with_one_prompt_are_a_group(tmp_path: Path, chat: Chat) -> None
     assert group[0] == group[1] != group[2]
 
 
+@pytest.mark.parametrize("nothing", [None, "", float("nan")], ids=str)
+def test_nothing_is_no_video_and_no_id(tmp_path: Path, chat: Chat, nothing: Any) -> None:
+    """As empty cells are: they would be one group, and all of them held out or none."""
+    records = [{"id": nothing, "video_id": nothing, "messages": say(f"问{n}", "答")} for n in range(3)]
+    found, without = (
+        load_samples(write(tmp_path / f"{name}.json", rows), chat, 100, tmp_path / "cache").samples
+        for name, rows in (("with", records), ("without", [{"messages": record["messages"]} for record in records]))
+    )
+    assert found.ids == ["0", "1", "2"] and len({*found.group}) == 3
+    assert_same_samples(found, without)
+
+
 def test_drops_are_counted(tmp_path: Path, chat: Chat) -> None:
     loaded = load_samples(write(tmp_path / "train.json", RECORDS), chat, 100, tmp_path / "cache")
     assert loaded.counts["used"] == 3 and sum(loaded.counts.values()) == 5
@@ -204,7 +216,7 @@ def test_the_same_samples_as_of_messages(tmp_path: Path, chat: Chat, names: tupl
     assert_same_samples(found.samples, expected.samples)
     assert found.counts == expected.counts == {"used": 3} and expected.taken == {}
     if names in PAIRS and names != ("instruction", "output"):  # Alpaca's.
-        assert found.taken == {f"user and assistant: {', '.join(names)}": []}
+        assert found.taken == {f"user and assistant: {', '.join(names)}": {}}
 
 
 def test_lists_of_messages_as_prompts(tmp_path: Path, chat: Chat) -> None:
@@ -233,7 +245,7 @@ def test_other_columns_are_another_rendering(tmp_path: Path, chat: Chat, monkeyp
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        (None, "Fields taken as user and assistant: question, answer; not used: topic.\n"),
+        (None, "Fields taken as user and assistant: question, answer; not used: topic (in 25).\n"),
         ({"user": "topic", "assistant": "answer"}, "Fields taken as user and assistant: topic, answer.\n"),
     ],
     ids=["usual", "named"],
@@ -242,7 +254,7 @@ def test_what_was_taken_is_said(
     tmp_path: Path, chat: Chat, columns: dict[str, str] | None, told: str, capsys: Any
 ) -> None:
     """At every start, also from what was rendered before; for other ranks and the test not at all."""
-    records = [{"question": f"问{n}", "answer": "答", "topic": "题"} for n in range(50)]
+    records = [{"question": f"问{n}", "answer": "答", "topic": "题" * (n % 2)} for n in range(50)]
     files = [write(tmp_path / f"{name}.json", records) for name in ("train", "test")]
     args = argparse.Namespace(output_dir=str(tmp_path), max_tokens=100)
     for show in (True, True, False):

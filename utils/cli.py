@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -122,6 +123,8 @@ def parse_columns(text: str, known: Sequence[str], may_lack: bool = False) -> di
         argparse.ArgumentTypeError: if it is something else.
     """
     found: dict[str, str] = {}
+    if re.search(rf"，\s*({'|'.join(known)})\s*[=＝]", text):
+        raise argparse.ArgumentTypeError(f"got {text!r} with '，', expected ',' between the fields")
     for pair in re.split(r"(?<!\\),", text):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or ours not in known or ours in found or not (theirs or may_lack):
@@ -146,6 +149,8 @@ def add_columns_argument(parser: Any, roles: Sequence[str] = ("user", "assistant
         found = parse_columns(text, [*roles, "system"])
         if missing := [role for role in roles if role not in found]:
             raise argparse.ArgumentTypeError(f"got {text!r} without {' and '.join(missing)}, expected {example}")
+        if twice := [field for field, times in Counter(found.values()).items() if times > 1]:
+            raise argparse.ArgumentTypeError(f"got {text!r} with {twice[0]!r} twice, expected a field for each")
         return found
 
     what = f"names of the records' fields, where they are not understood by themselves: {example}[,system=FIELD]"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.cli import fail
-from utils.data.records import DataError, Message, UnusableRecord, read_records, to_messages
+from utils.data.records import DataError, Message, UnusableRecord, id_of, read_records, to_messages
 from utils.files import create_once, read_lines, sha256, shown
 
 # What every line of a teacher's collected answers has.
@@ -43,7 +43,7 @@ def join_answers(data: Path, answers: Path, cache: Path, columns: Mapping[str, s
             newest = {row["id"]: row for row in read_lines(answers, ANSWER_FIELDS)}
             lines, settings = [], Counter()
             for record in read_records(data, columns):
-                row = newest.get(str(record.get("id"))) if isinstance(record, dict) else None
+                row = newest.get(id_of(record))
                 if row is None:
                     continue
                 try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.records import DataError, Message, UnusableRecord, fields_notes, read_records, to_messages
+from utils.data.records import DataError, Message, UnusableRecord, fields_notes, id_of, read_records, to_messages
 from utils.files import shown
 
 
@@ -49,8 +49,7 @@ def read_comments(
             except UnusableRecord as reason:
                 unusable[str(reason)] += 1
                 continue
-            known = record if isinstance(record, dict) else {}
-            id, video = str(known.get("id", number)), str(known.get("video_id") or parts_of(messages)[0])
+            id, video = id_of(record) or str(number), id_of(record, "video_id") or parts_of(messages)[0]
             id = f"{id} in record {number}" if id in ids else id
             ids.add(id)
             videos.setdefault(video, []).append(Comment(id, video, messages))

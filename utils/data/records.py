@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,9 +28,16 @@ PAIRS = (
     ("input", "target"), ("input", "output"), ("instruction", "output"), ("instruction", "response"),
 )  # fmt: skip
 QUESTIONS, ANSWERS = (tuple(dict.fromkeys(names)) for names in zip(*PAIRS[1:], strict=True))
+TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+SYSTEMS = ("system", "system_prompt")
 KEPT_FIELDS = ("id", "video_id")  # Whatever the others are called.
+# Nothing is said of these, where no other field is there.
+PLAIN = {("user", "instruction"), ("assistant", "output")}
+PLAIN |= {(name, name) for name in (*TURNS, "input", "system", "history", "chosen", "rejected")}
+NOT_NOTED = (*KEPT_FIELDS, "real")  # What a teacher's answer has replaced.
 
 Message = dict[str, str]
+Taken = dict[str, dict[str, int]]  # Which fields are whose -> other field -> records that have it.
 # What Python's str.strip() takes away.
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 # A description that tells nothing: it names other users, and that is all. A pattern for Python's and DuckDB's engine.
@@ -102,34 +110,73 @@ def _alike(record: Mapping[str, Any], field: str) -> str | None:
     return next(iter(by_name(record).get(field.casefold(), [])), None)
 
 
+def has_content(value: Any) -> bool:
+    """Tells what a field holds from nothing: None, NaN, an empty text or list."""
+    return value is not None and value == value and bool(value.strip() if isinstance(value, str) else value != [])
+
+
+def id_of(record: Any, field: str = "id") -> str | None:
+    """A record's id, or its video's with "video_id"; None if there is none."""
+    value = record.get(field) if isinstance(record, dict) else None
+    return str(value) if has_content(value) else None
+
+
 def _read(path: Path) -> Iterator[Any]:
+    readers = {".json": _read_array, ".jsonl": _read_lines, ".csv": _read_csv}
     try:
-        if path.suffix == ".json":
-            with path.open(encoding="utf-8-sig") as file:
-                yield from _read_array(file, path)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
-        elif path.suffix == ".csv":
-            # Not through pandas: cells stay the texts they are, 666 is an answer, and so is NA.
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictReader(file)
-                if not rows.fieldnames:
-                    raise DataError(f"{shown(path)}: expected the columns' names in the first row, got nothing.")
-                for row in rows:
-                    if None in row or None in row.values():
-                        raise DataError(f"{shown(path)}: a row with another number of cells than the first: {row}")
-                    yield row
+        if path.suffix in readers:
+            with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+                yield from readers[path.suffix](file, path)
         elif path.suffix == ".parquet":
             from datasets import load_dataset
 
             yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         else:
             raise DataError(f"{shown(path)}: expected a .json, .jsonl, .csv or .parquet file.")
-    except (ValueError, csv.Error, OSError) as error:  # json's, a wrong encoding, and what datasets and pyarrow raise.
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)}: its text is not UTF-8 ({error}). Save it as UTF-8.") from error
+    except (ValueError, csv.Error, OSError) as error:  # json's, and what datasets and pyarrow raise.
         if isinstance(error, DataError):
             raise
         raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
+
+
+def _read_lines(file: TextIO, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if number > 1 or line.strip()[0] != "[":
+                    raise ValueError(f"line {number}: {error}. Expected a record a line.") from error
+                record = [None]  # An array goes on in the next lines.
+            if isinstance(record, list) and not _is_dialogue(record):
+                raise DataError(
+                    f"{shown(path)}: got an array in line {number}, expected a record a line. If the file is one array "
+                    f"of records, rename it to {path.stem}.json"
+                )
+            yield record
+
+
+def _read_csv(file: TextIO, path: Path) -> Iterator[dict[str, str]]:
+    """Not through pandas: cells stay the texts they are, 666 is an answer, and so is NA."""
+    rows = csv.DictReader(file, strict=True)  # Else a quote that is not closed makes the rest of a file one cell.
+    if not rows.fieldnames:
+        raise DataError(f"{shown(path)}: expected the columns' names in the first row, got nothing.")
+    if twice := [name for name, times in Counter(rows.fieldnames).items() if times > 1 and name.strip()]:
+        raise DataError(f"{shown(path)}: the column {twice[0]!r} is there twice. Rename or remove one of them.")
+    line = rows.line_num + 1
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise DataError(f"{shown(path)}: a row with another number of cells than the first: {row}")
+            yield row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{shown(path)}: the row that begins in line {line} cannot be read: {error}. A cell that begins with a "
+            'quote ends with one, and quotes within it are doubled: "a ""b"" c"'
+        ) from error
 
 
 def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
@@ -171,8 +218,7 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
                     raise ValueError(f"{error.msg}: line {line}") from error
 
     if next_character() != "[":
-        got = type(json.loads(text + file.read())).__name__
-        raise DataError(f"{shown(path)}: got one JSON {got}, expected an array of records.")
+        raise DataError(f"{shown(path)}: {_no_array(text + file.read(), path)}")
     place += 1
     character = next_character()
     while character != "]":
@@ -187,6 +233,23 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
         raise ValueError(f"Extra data: line {lines + text.count(chr(10), 0, place) + 1}")
 
 
+def _no_array(text: str, path: Path) -> str:
+    """What is in a .json file that holds no array, and what to do.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    try:
+        got = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return f"expected one array of records. If it holds a record a line, rename it to {path.stem}.jsonl"
+    lists = [name for name, value in got.items() if isinstance(value, list)] if isinstance(got, dict) else []
+    told = f" Are they in {lists[0]!r}? Then save that list alone." if {*lists} - TURNS.keys() else ""
+    return f"got one JSON {type(got).__name__}, expected an array of records.{told}"
+
+
 def find_splits(data_dir: Path) -> list[Path | None]:
     """Finds the files of the training and of the held-out records in a folder."""
     return [find_split(data_dir, split) for split in ("train", "test")]
@@ -199,16 +262,17 @@ def find_split(data_dir: Path, split: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def to_messages(record: Any, taken: dict[str, list[str]] | None = None) -> list[Message]:
+def to_messages(record: Any, taken: Taken | None = None) -> list[Message]:
     """Turns a record of any known format into messages.
 
     Known are the original's and ShareGPT's `conversations`, OpenAI's `messages`, Alpaca's `instruction`, `input`,
-    `output` (with `system` and `history`) and lists of `human`, `assistant` pairs; and fields with usual names of a
-    question and its answer (`find_fields`), which may be lists of messages, as TRL's `prompt` and `completion` are.
+    `output` (with `system` and `history`), other fields with usual names of a question and its answer
+    (`find_fields`), which may be lists of messages, as TRL's `prompt` and `completion` are; and lists of `human`,
+    `assistant` pairs.
 
     Args:
         record: From `read_records`.
-        taken: Gets the fields that were found by their usual names, see `note_fields`.
+        taken: Gets the fields that were taken, see `note_fields`.
 
     Returns:
         [{"role": ..., "content": stripped text}]: perhaps a system message, then user and assistant by turns.
@@ -217,106 +281,152 @@ def to_messages(record: Any, taken: dict[str, list[str]] | None = None) -> list[
         DataError: if the format is unknown, or several fields may be meant.
         UnusableRecord: if a turn is empty or no text, a role is unknown or the turns do not alternate.
     """
-    system = record.get("system") if isinstance(record, dict) else None
-    if isinstance(record, list) and all(
-        isinstance(turn, dict) and {"human", "assistant"} <= {*turn} for turn in record
-    ):
-        turns = [(role, turn[role]) for turn in record for role in ("human", "assistant")]
-    elif not isinstance(record, dict):
+    if isinstance(record, list) and _is_dialogue(record):
+        return _checked([(role, turn[role]) for turn in record for role in ("human", "assistant")])
+    if not isinstance(record, dict):
         raise DataError(f"got a {type(record).__name__}, expected {FORMATS}.")
-    elif record.get("conversations") is not None:
-        turns = _named_turns(record["conversations"], "from", "value")
-    elif record.get("messages") is not None:
-        turns = _named_turns(record["messages"], "role", "content")
-    elif "instruction" in record and "output" in record:
-        question = _joined(record["instruction"], record.get("input"))
-        turns = [*_past_turns(record.get("history") or []), ("user", question), ("gpt", record["output"])]
-    elif fields := find_fields(record):
-        turns, system = _field_turns(record, fields), record[fields["system"]] if "system" in fields else None
-        note_fields(record, fields, taken)
+    fields = find_fields(record)
+    turns = past_turns(record, fields)
+    if name := next((name for name in TURNS if name in fields), None):
+        turns += _named_turns(record[fields[name]], *TURNS[name])
+    elif {"user", "assistant"} <= fields.keys():
+        for role, value in (("user", question_of(record, fields)), ("assistant", record[fields["assistant"]])):
+            turns += _named_turns(value, "role", "content") if isinstance(value, list) else [(role, value)]
     else:
         raise DataError(
             f"got the fields {sorted(record)}, expected {FORMATS}. Others are to be named: "
             "--columns 'user=FIELD,assistant=FIELD'"
         )
-    return _checked([("system", system), *turns] if system else turns)
+    messages = _checked(turns)
+    note_fields(record, fields, taken)
+    return messages
+
+
+def _is_dialogue(record: list[Any]) -> bool:
+    return all(isinstance(turn, dict) and {"human", "assistant"} <= {*turn} for turn in record)
 
 
 def by_name(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """A record's fields by their names in lower case, without spaces around."""
+    """A record's fields by their names in lower case, without spaces around; in the record's order."""
     names: dict[str, list[str]] = {}
     for field in record:
         names.setdefault(field.strip().casefold(), []).append(field)
     return names
 
 
-def find_fields(record: Mapping[str, Any]) -> dict[str, str]:
-    """Finds the fields of a question and its answer by their usual names.
+def find_fields(record: Mapping[str, Any], answers: Sequence[str] = ()) -> dict[str, str]:
+    """Finds a record's fields by their usual names. Those without content count only where no other may be meant.
+
+    Args:
+        record: With named fields.
+        answers: What the answers are called; left out, they are the usual ones of one answer, "assistant".
 
     Returns:
-        "user" and "assistant" -> field, also "input" (beside `instruction`, as in Alpaca), "system" and "history" where
-        they are there; nothing if there is no question or no answer.
+        What there is of these -> field: "conversations" or "messages", or else "user", perhaps with "input" (what
+        follows `instruction`: Alpaca's input, or Dolly's context) and "history"; the answers; "system".
 
     Raises:
-        DataError: if several fields may be meant: there are two of the usual pairs; or none, but several that might
-            make one, such as `prompt` with `answer` and `response`.
+        DataError: if several fields may be one of these.
     """
-    names = by_name(record)
-    more = {"input": names.pop("input", []) if "instruction" in names else []}
-    more["system"] = names.get("system", []) + names.get("system_prompt", [])
+    names, there = by_name(record), {field for field, value in record.items() if has_content(value)}
+    if not answers and not {"user", "assistant"} <= names.keys():  # One alone is somebody's name.
+        names = {name: fields for name, fields in names.items() if name not in ("user", "assistant")}
+
+    def called(*known: str) -> list[str]:
+        found = [field for name in known for field in names.get(name, [])]
+        return sorted(found, key=lambda field: field not in there)
+
+    def filled(*known: str) -> list[str]:
+        return [field for field in called(*known) if field in there]
+
+    sides = {answer: (answer,) for answer in answers} or {"assistant": (*ANSWERS, "assistant")}
+    found = {side: filled(*known) or called(*known)[-1:] for side, known in sides.items()}
+    found["system"] = filled(*SYSTEMS) or called(*SYSTEMS)[:1]
+    follows = ("input", "context") if "instruction" in names else ()
+    questions = [name for name in QUESTIONS if name not in follows]
+    user = filled(*questions, *["user"] * bool(filled("assistant")))
+    if filled(*follows) and not filled("instruction"):  # Both are one question.
+        user += names["instruction"][:1]
+    found = {"user": user or called("user", *questions)[-1:]} | found
+    if turns := filled(*TURNS) or called(*TURNS) * (not all(found[role] for role in ("user", *sides))):
+        return _first({turns[0].strip().casefold(): turns} | {role: found[role] for role in (*answers, "system")})
+    if any(len(fields) > 1 for fields in found.values()):
+        raise _several(record, found)
+    if found["user"] and found["user"][0] in names.get("instruction", []):
+        found["input"] = called(*follows)
     # A patient's is a text.
-    more["history"] = [field for field in names.get("history", []) if isinstance(record[field], list)]
-
-    def pairs_of(known: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        return [pair for one, other in known for pair in product(names.get(one, []), names.get(other, []))]
-
-    pairs = pairs_of(PAIRS) or pairs_of(product(QUESTIONS, ANSWERS))
-    if not pairs:
-        return {}
-    if len(pairs) > 1:
-        found, (user, assistant) = ", ".join(map("/".join, pairs)), pairs[0]
-        raise DataError(
-            f"got the fields {sorted(record)}, with several pairs of a question and an answer: {found}. Say which: "
-            f"--columns 'user={user},assistant={assistant}'"
-        )
-    ((user, assistant),) = pairs
-    return {"user": user, "assistant": assistant} | {role: found[0] for role, found in more.items() if found}
+    found["history"] = [field for field in called("history") if isinstance(record[field], list) or field not in there]
+    return _first(found)
 
 
-def note_fields(record: Mapping[str, Any], fields: Mapping[str, str], taken: dict[str, list[str]] | None) -> None:
-    """Notes which fields of a record were taken for what, and at the first such record which others it has."""
-    if taken is not None:
+def _first(found: Mapping[str, list[str]]) -> dict[str, str]:
+    return {role: fields[0] for role, fields in found.items() if fields}
+
+
+def _several(record: Mapping[str, Any], found: Mapping[str, list[str]]) -> DataError:
+    which = ", ".join(f"{' or '.join(fields)} may be {role}" for role, fields in found.items() if len(fields) > 1)
+    one = dict.fromkeys((role for role in found if role != "system"), "FIELD") | _first(found)
+    pairs = product(found["user"], found.get("assistant", []))
+    usual = [pair for pair in pairs if tuple(field.strip().casefold() for field in pair) in PAIRS]
+    one |= zip(("user", "assistant"), usual[0], strict=True) if usual else {}
+    named = ",".join(f"{role}={field}" for role, field in one.items())
+    return DataError(f"got the fields {sorted(record)}, of which {which}. Say which: --columns '{named}'")
+
+
+def note_fields(record: Mapping[str, Any], fields: Mapping[str, str], taken: Taken | None) -> None:
+    """Notes which fields of a record were taken for what, and which others it has; nothing of a plain format."""
+    pair = "chosen" in fields
+    known = (*fields.values(), *NOT_NOTED, *["source"] * pair)  # Where our own pairs come from.
+    unused = [name for name in record if name not in known and has_content(record[name])]
+    plain = PLAIN | {("user", "prompt")} if pair else PLAIN
+    if taken is not None and (unused or not fields.items() <= plain):
         what = listed_fields({role: field for role, field in fields.items() if role != "input"})
         what += f", {fields['user']} followed by {fields['input']}" if "input" in fields else ""
-        unused = record.keys() - {*fields.values(), *KEPT_FIELDS}
-        taken.setdefault(what, sorted(field for field in unused if record[field] not in (None, "")))
+        others = taken.setdefault(what, {})
+        for name in unused:
+            others[name] = others.get(name, 0) + 1
 
 
 def listed_fields(fields: Mapping[str, str]) -> str:
     """Says which fields are whose, such as "user and assistant: question, answer"."""
     *first, last = fields
-    return f"{', '.join(first)} and {last}: {', '.join(fields.values())}"
+    return f"{', '.join(first)}{' and ' * bool(first)}{last}: {', '.join(fields.values())}"
 
 
-def fields_notes(taken: Mapping[str, list[str]]) -> list[str]:
-    """What `note_fields` has noted, such as "fields taken as user and assistant: question, answer; not used: topic"."""
-    return [f"fields taken as {what}{'; not used: ' * bool(more)}{', '.join(more)}" for what, more in taken.items()]
+def fields_notes(taken: Taken) -> list[str]:
+    """What `note_fields` has noted: "fields taken as user and assistant: question, answer; not used: topic (in 12)"."""
+    unused = {what: [f"{name} (in {times})" for name, times in sorted(taken[what].items())] for what in taken}
+    return [f"fields taken as {what}{'; not used: ' * bool(more)}{', '.join(more)}" for what, more in unused.items()]
 
 
-def _field_turns(record: Mapping[str, Any], fields: Mapping[str, str]) -> list[tuple[str, Any]]:
-    turns = _past_turns(record[fields["history"]] if "history" in fields else [])
-    for role in ("user", "assistant"):
-        value = record[fields[role]]
-        if role == "user" and "input" in fields:
-            value = _joined(value, record[fields["input"]])
-        turns += _named_turns(value, "role", "content") if isinstance(value, list) else [(role, value)]
-    return turns
+def past_turns(record: Mapping[str, Any], fields: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """The turns of a record's fields before its question: its system prompt and its history.
+
+    Raises:
+        DataError: if the history is no list of pairs.
+    """
+    system, history = (record[fields[role]] if role in fields else None for role in ("system", "history"))
+    history = history if has_content(history) else []
+    if not all(isinstance(pair, list) for pair in history):
+        raise DataError(f"a history that is not a list of [question, answer] pairs, expected {FORMATS}.")
+    turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=False)]
+    return [("system", system), *turns] if has_content(system) else turns
 
 
-def _joined(*parts: Any) -> Any:
-    """An instruction and its input as one text; what is no text stays what it is."""
-    there = [part for part in parts if part]
-    return "\n".join(there) if all(isinstance(part, str) for part in there) else there
+def question_of(record: Mapping[str, Any], fields: Mapping[str, str]) -> Any:
+    """A record's question, an instruction and its input as one text; what is no text stays what it is."""
+    parts = [record[fields[role]] for role in ("user", "input") if role in fields]
+    there = [as_text(part) for part in parts if has_content(part)]
+    if len(there) == 1:
+        return there[0]
+    return "\n".join(there) if all(isinstance(part, str) for part in there) else (*there,)
+
+
+def as_text(value: Any) -> Any:
+    """A number as the text that it is in a table of texts, NaN as None; all else as it is."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value).removesuffix(".0") if value == value else None
+    return value
 
 
 def _named_turns(turns: Any, role: str, content: str) -> list[tuple[str, Any]]:
@@ -328,12 +438,6 @@ def _named_turns(turns: Any, role: str, content: str) -> list[tuple[str, Any]]:
         raise DataError(f"a turn without {role!r} and {content!r}, expected {FORMATS}.") from error
 
 
-def _past_turns(history: Any) -> list[tuple[str, Any]]:
-    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
-        raise DataError(f"a history that is not a list of [question, answer] pairs, expected {FORMATS}.")
-    return [turn for pair in history for turn in zip(("user", "gpt"), pair, strict=False)]
-
-
 def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
     messages = []
     for role, _ in turns:
@@ -341,8 +445,9 @@ def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
             why = f" ({NO_TOOLS})" if role in [*TOOL_ROLES] else ""
             raise UnusableRecord(f"a turn of {role!r}{why}, known are {', '.join(ROLES)}")
     for role, content in turns:
+        content = as_text(content)
         if content is not None and not isinstance(content, str):
-            raise UnusableRecord(f"a {ROLES[role]} turn that is not a text")
+            raise UnusableRecord(f"a turn of the {ROLES[role]} that is not a text")
         if not content or not content.strip():
             raise UnusableRecord(f"an empty {ROLES[role]} turn")
         # Half of a surrogate pair, which JSON can carry, is no character: tokenizers refuse it.

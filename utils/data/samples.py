@@ -30,8 +30,10 @@ from utils.data.chat import Chat, Dialogue, Sample, show_sample
 from utils.data.records import (
     DataError,
     Message,
+    Taken,
     UnusableRecord,
     fields_notes,
+    id_of,
     listed_fields,
     read_records,
     to_messages,
@@ -41,7 +43,7 @@ from utils.files import create_once, from_root, sha256, shown
 # Turns a record and its id into a dialogue, and notes which fields it took where their usual names alone told them
 # (`utils.data.records.note_fields`). Raises UnusableRecord if there is nothing to learn, DataError if the format is
 # unknown.
-Parse = Callable[[Any, str, dict[str, list[str]]], Dialogue]
+Parse = Callable[[Any, str, Taken], Dialogue]
 BATCH_RECORDS = 1000  # So many are tokenized together.
 
 
@@ -85,10 +87,10 @@ class Loaded(NamedTuple):
     samples: Samples  # In the file's order.
     counts: Counter[str]  # Records used, and dropped for which reason.
     system_prompt: str  # The commonest system text; "" where there is none.
-    taken: dict[str, list[str]]  # Which fields were found by their usual names, and which others there are.
+    taken: Taken  # Which fields were found by their usual names, and which others there are in how many records.
 
 
-def conversation(record: Any, id: str, taken: dict[str, list[str]] | None = None) -> Dialogue:
+def conversation(record: Any, id: str, taken: Taken | None = None) -> Dialogue:
     """Reads a record whose answers are all learnt, as every `Parse` does."""
     return Dialogue(id, to_messages(record, taken))
 
@@ -195,7 +197,7 @@ def load_splits(
         lengths = sorted(train.lengths)
         read = ", ".join(f"{number} {what}" for what, number in counts.items())
         print(f"{shown(train_file)}: {read}; held out: {len(set(test.ids))}.")
-        for note in fields_notes({listed_fields(columns): []} if columns else taken):
+        for note in fields_notes({listed_fields(columns): {}} if columns else taken):
             print(f"{note[0].upper()}{note[1:]}.")
         print(f"Tokens a sample: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}.")
         print(f"The first sample, what is learnt between >>> and <<<:\n{show_sample(train[0], chat.tokenizer)}")
@@ -234,7 +236,7 @@ def _write_samples(
     lengths, groups, targets = array("q"), array("q"), array("q")
     counts: Counter[str] = Counter()
     systems: Counter[str] = Counter()
-    taken: dict[str, list[str]] = {}
+    taken: Taken = {}
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "supervised.bin").open("wb") as supervised:
         bar = progress_bar(read_records(path, columns), progress, "record", bool(progress))
         for dialogue, video, chat_of_batch in _dialogues(bar, path, chat, partial(parse, taken=taken), counts):
@@ -253,7 +255,7 @@ def _write_samples(
                 lengths.append(len(sample.input_ids))
                 # What answers the same prompt belongs together where nothing else says so.
                 prompt = sample.input_ids[: sample.supervised.argmax()].tobytes()
-                groups.append(zlib.crc32(prompt if video is None else str(video).encode()))
+                groups.append(zlib.crc32(prompt if video is None else video.encode()))
                 targets.append(int(sample.supervised[1:].sum()))  # Nothing predicts the first token.
     if not ids:
         why = ", ".join(f"{number} {what}" for what, number in counts.items()) or "the file is empty"
@@ -266,17 +268,17 @@ def _write_samples(
 
 def _dialogues(
     records: Iterable[Any], path: Path, chat: Chat, parse: Callable[[Any, str], Dialogue], counts: Counter[str]
-) -> Iterator[tuple[Dialogue, Any, Chat]]:
+) -> Iterator[tuple[Dialogue, str | None, Chat]]:
     """Reads and tokenizes records in batches; one is tokenized while the next is read and rendered as text.
 
     Yields:
         A record's dialogue, its video, and a chat that has its tokens at hand.
     """
 
-    def read(batch: Iterable[tuple[int, Any]]) -> list[tuple[Dialogue, Any]]:
+    def read(batch: Iterable[tuple[int, Any]]) -> list[tuple[Dialogue, str | None]]:
         found = []
         for number, record in batch:
-            id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
+            id = id_of(record) or str(number)
             try:
                 dialogue = parse(record, id)
             except UnusableRecord as reason:
@@ -284,7 +286,7 @@ def _dialogues(
             except DataError as error:
                 raise DataError(f"{shown(path)}, record {number} (id {id}): {error}") from error
             else:
-                found.append((dialogue, record.get("video_id") if isinstance(record, dict) else None))
+                found.append((dialogue, id_of(record, "video_id")))
         return found
 
     numbered, before = enumerate(records), None
