@@ -34,7 +34,10 @@ from utils.cli import ArgumentParser, boolean, parse_columns
 from utils.data.cleaning import MACROS, REASONS, Rules, cap, find_bait, has_contact, masked, reasons, sql_text
 from utils.data.contacts import MASK, SOMEONE
 from utils.data.crawl_columns import (
+    MADE,
     NAMES,
+    NO_COMMENTS,
+    VIDEO_ID_DIGITS,
     Kept,
     Record,
     column,
@@ -49,15 +52,18 @@ from utils.data.crawl_files import (
     DANMAKU,
     DROPPED,
     LONGEST_RECORD_CHARS,
+    MARKS,
     OUR_FILES,
     SUFFIXES,
     Table,
+    csv_header,
     find_files,
     kind_of,
     scan_json,
     tables_or_problem,
+    text_encoding,
 )
-from utils.data.crawl_replies import converted_replies, kind_of_answers
+from utils.data.crawl_replies import converted_replies, kind_of_answers, unread_lists
 from utils.data.records import MENTIONS, SYSTEM_PROMPT, WHITESPACE
 from utils.files import atomic_writes, from_root, shown
 
@@ -73,6 +79,7 @@ COLUMNS = {
 # DuckDB takes some 10 ms a file, so small ones are read here and loaded together.
 SMALL_BYTES = 1 << 18
 SPILLED_BYTES = 1 << 26
+NOBODY = -2  # In the place of a video that is none.
 # Of tables that are not the crawler's: so many records show which columns there are.
 SAMPLED_RECORDS = 100
 # An answer of the API with its pages is parsed at once up to this length.
@@ -257,7 +264,8 @@ def load_crawled_table(
 
     line = {"file": shown(place), "kind": kind, "records": 0, "torn": 0, "note": ""}
     is_json = path.suffix.lower() in (".json", ".jsonl")
-    if is_json and path.stat().st_size > SMALL_BYTES and not NO_NAME.search(str(path)):
+    by_duckdb = is_json and path.stat().st_size > SMALL_BYTES and not NO_NAME.search(str(path))
+    if by_duckdb and text_encoding(path) == "utf-8-sig":
         insert_spilled(con, kind, work)  # Of equal copies the last one counts.
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(1 << 16).lstrip().startswith("{")
@@ -275,7 +283,7 @@ def load_crawled_table(
 
 def load_other_table(
     path: Path, place: Path, table: Table, work: Path, named: Mapping[str, str], has_title: bool,
-    found: dict[str, list[str]],
+    found: dict[str, list[str]], barred: str,
 ) -> list[Record] | str:
     """Loads answers of the API, or a table of comments or videos whose columns are named or guessed.
 
@@ -287,9 +295,10 @@ def load_other_table(
         named: What --columns says.
         has_title: Whether there is a --title.
         found: Gets the table's columns.
+        barred: Why its name says that these are no comments; "" if it does not. The API's answers are read even so.
 
     Returns:
-        The lines for the report; or why the table is none of these.
+        The lines for the report, none where the name and the columns say the same; or why the table is none of these.
     """
     _, columns, records = table
     first = list(islice(records, SAMPLED_RECORDS))
@@ -297,33 +306,55 @@ def load_other_table(
     there = list(dict.fromkeys(chain.from_iterable(sample))) or sorted(columns)
     found[shown(place)] = there
     if path.suffix.lower() in (".json", ".jsonl") and (kind := kind_of_answers(sample)):
-        return load_answers(path, place, work) if kind == "api" else [skipped(place, DANMAKU)]
-    if is_danmaku(there):
-        return [skipped(place, DANMAKU)]
+        return load_answers(path, place, work, sample) if kind == "api" else [skipped(place, DANMAKU)]
     if not sample:
-        got = listed(there) or "no records"
-        return [] if is_book(path) else f"expected the columns of comments or of videos, got {got}"
-    meant = recognised(sample, there, named, has_title)
+        why = f"all rows are torn: none has as many cells as there are columns ({listed(there)})"
+        why = why if first and there else f"no rows below the columns {listed(there)}"
+        return [] if is_book(path) or barred else why if there else f"{NO_COMMENTS}, got no records"
+    meant = "danmaku" if is_danmaku(there) else recognised(sample, there, named, has_title)
+    if barred:
+        none = isinstance(meant, str) and meant.startswith(("danmaku", NO_COMMENTS))
+        return [] if none else [skipped(place, barred)]
     if isinstance(meant, str):
         return [skipped(place, DANMAKU)] if meant == "danmaku" else meant
-    rows = converted(chain(first, records), meant, shown(place), path.suffix.lower() == ".xlsx")
+    if twice := [name for name in repeated_columns(path) if name in meant.values()]:
+        return f"two columns are called {twice[0]}, and one of them is needed; give the other one another name"
+    left_out = Counter[str]()
+    rows = converted(chain(first, records), meant, shown(place), path.suffix.lower() == ".xlsx", left_out)
     counts, torn, problem = spill(rows, work)
-    note = "columns: " + ", ".join(f"{name}={escaped(theirs.strip())}" for name, theirs in meant.items())
-    if any(column([theirs], named.get(name, "")) is None for name, theirs in meant.items()):
+    used = {name: theirs for name, theirs in meant.items() if name in NAMES}
+    note = "columns: " + ", ".join(f"{name}={escaped(theirs.strip())}" for name, theirs in used.items())
+    if any(column([theirs], named.get(name, "")) is None for name, theirs in used.items()):
         note = f"{note.replace('columns', 'columns guessed', 1)} (to change it: --columns 'NAME=COLUMN,...')"
-    return report_lines(place, counts, torn, f"read up to an error: {problem}; {note}" if problem else note)
+    notes = [f"read up to an error: {problem}"] * bool(problem) + [note]
+    return report_lines(place, counts, torn, "; ".join(notes + notes_of_unread(sample, left_out)))
 
 
-def load_answers(path: Path, place: Path, work: Path) -> list[Record]:
-    """Loads a file of answers of Bilibili's API; the lines for the report."""
-    left_out = Counter[Any]()
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+def repeated_columns(path: Path) -> list[str]:
+    """The names that several columns of a CSV file have; of other files none."""
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return []
+    with path.open(encoding=text_encoding(path), errors="replace", newline="") as file:
+        names, _ = csv_header(file, "\t" if path.suffix.lower() == ".tsv" else MARKS, max_lines=200)
+    return [name for name, times in Counter(names).items() if times > 1]
+
+
+def load_answers(path: Path, place: Path, work: Path, sample: list[Record]) -> list[Record]:
+    """Loads a file of answers of Bilibili's API, which begins with these records; the lines for the report."""
+    left_out = Counter[str]()
+    with path.open(encoding=text_encoding(path), errors="replace") as file:
         counts, torn, problem = spill(converted_replies(scan_json(file, LONGEST_ANSWER_CHARS), left_out), work)
     notes = [f"read up to an error: {problem}"] * bool(problem) + ["answers of Bilibili's API"]
+    return report_lines(place, counts, torn, "; ".join(notes + notes_of_unread(sample, left_out)))
+
+
+def notes_of_unread(sample: list[Record], left_out: Counter[str]) -> list[str]:
+    """Says what a file's first records have in them that is not read, and how many comments stand below no video."""
+    notes = [f"not read: the lists {listed(lists)}"] if (lists := unread_lists(sample)) else []
     if left_out:
-        kinds = ", ".join(map(str, sorted(left_out, key=str)))
+        kinds = ", ".join(sorted(left_out))
         notes.append(f"{left_out.total():,} below dynamics, articles and the like left out (type {kinds})")
-    return report_lines(place, counts, torn, "; ".join(notes))
+    return notes
 
 
 def report_lines(place: Path, counts: Counter[str], torn: int, note: str) -> list[Record]:
@@ -364,11 +395,12 @@ def load_files(
         A line for every file or table, and kind that it holds: {file, kind, records, torn, note}.
 
     Raises:
-        SystemExit: if no table has a column that --columns names.
+        SystemExit: if no table that is not the crawler's has a column that --columns names.
     """
     con.execute(SCHEMA.replace("{whitespace}", sql_text(WHITESPACE)) + MACROS)
     report: list[Record] = []
     found: dict[str, list[str]] = {}  # Columns by table.
+    crawled: dict[str, list[str]] = {}  # Those of the crawler's.
 
     def tell(line: Record) -> None:
         torn = f", {line['torn']:,} torn" if line["torn"] else ""
@@ -385,17 +417,17 @@ def load_files(
         platform = OTHER_PLATFORMS.search(f"{path.relative_to(data_dir).as_posix()}/{path.stem}/")
         if is_book(path) and OTHER_PLATFORMS.search(f"/{name}/"):
             return []
-        if not kind and (platform or UPLOADERS.search(name)):
-            return []
+        barred = ""
         if platform:
-            reason = f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it"
-            return [skipped(place, reason)]
-        found[shown(place)] = sorted(columns)
-        renamed = {ours: column(columns, theirs) for ours, theirs in named.items()}
+            barred = f"{platform[2]!r} in its path names another platform; if these are Bilibili's, rename it"
+        elif not kind and (about := UPLOADERS.search(name)):
+            barred = f"{about[0]!r} in its name says that it is about people; if these are comments, rename it"
+        if kind and barred:
+            return [skipped(place, barred)]
         # No comments of the crawler's have the video's title beside them.
-        joined = kind == "comments" and "title" in columns
-        if not kind or joined or any(there and there != ours for ours, there in renamed.items()):
-            return load_other_table(path, place, table, work, named, has_title, found)
+        if not kind or kind == "comments" and "title" in columns:
+            return load_other_table(path, place, table, work, named, has_title, found, barred)
+        crawled[shown(place)] = sorted(columns)
         return [load_crawled_table(con, path, place, kind, records, work)]
 
     for path in find_files(data_dir, unlisted):
@@ -415,18 +447,55 @@ def load_files(
             for line in lines:
                 tell(line)
                 known |= line["kind"] is not None
-        # Most tables of the crawler's databases are other platforms' or its own.
-        for line in [] if is_book(path) and known else unknown:
-            tell(line)
+        # A database with comments holds tables of other things too; a workbook's sheets are somebody's own.
+        silent = known and is_book(path) and path.suffix.lower() != ".xlsx"
+        for line in unknown:
+            if not (silent and line["note"].startswith(f"skipped: {NO_COMMENTS}")):
+                tell(line)
     for kind in COLUMNS:
         insert_spilled(con, kind, work)
-    tables = found.values()
-    missing = [theirs for theirs in named.values() if theirs and not any(column(there, theirs) for there in tables)]
+    missing = [one for one in named.values() if one and not any(column(there, one) for there in found.values())]
     if missing:
-        lines = [f"  {place}: {listed(there)}" for place, there in found.items()] or ["  none"]
+        lines = [f"  {place}: {listed(there)}" for place, there in (found | crawled).items()] or ["  none"]
         got = " or ".join(map(repr, missing))
-        raise SystemExit("\n".join([f"--columns: no table has a column {got}. The columns found:", *lines]))
+        own = any(column(there, one) for there in crawled.values() for one in missing)
+        aside = " but MediaCrawler's own, which are read as they are" if own else ""
+        raise SystemExit("\n".join([f"--columns: no table has a column {got}{aside}. The columns found:", *lines]))
     return report
+
+
+def join_titles(con: "DuckDBPyConnection", say: Callable[[str], None]) -> None:
+    """Joins what is known of videos by their titles alone to the video of that title, if there is exactly one.
+
+    Otherwise one video would be in training and in the test. And numbers of somebody's own that two tables give to
+    different videos are taken from both, since the comments below them may be about either.
+
+    Args:
+        con: With all that was read.
+        say: Told of these numbers.
+    """
+    own = f"id >= {MADE} OR id < {10 ** (VIDEO_ID_DIGITS - 1)} AND modified = 0"
+    if not rows_in(con, f"raw_videos WHERE {own}"):
+        return
+    titles, own_titles = {}, {}  # title -> ids, id -> titles
+    rows = con.execute(f"SELECT DISTINCT id, title, {own} FROM raw_videos WHERE id IS NOT NULL AND title <> ''")
+    for id, title, is_own in rows.fetchall():
+        by_title = int(title_id(re.sub("</?em[^>]*>", "", title)))
+        titles.setdefault(by_title, set()).add(id)
+        if is_own:
+            own_titles.setdefault(id, set()).add(by_title)
+    twice = sorted(id for id, several in own_titles.items() if len(several) > 1)
+    if twice:
+        say(f"  {counted(len(twice), 'video numbers')} with different titles in different tables, such as {twice[0]}: "
+            "the comments are about one of them. Put the title beside the comments, or prepare the tables one by one.")
+    same = dict.fromkeys(twice, NOBODY)
+    for by_title, several in titles.items():
+        if len(others := several - {by_title, *twice}) == 1:
+            same[by_title] = others.pop()
+    pairs = [[*same], [*same.values()]]
+    con.execute("CREATE TABLE same AS SELECT unnest($1::BIGINT[]) old, unnest($2::BIGINT[]) new", pairs)
+    con.execute("UPDATE raw_comments SET video = new FROM same WHERE video = old")
+    con.execute("DELETE FROM raw_videos WHERE id IN (SELECT old FROM same); DROP TABLE same")
 
 
 def title_the_rest(con: "DuckDBPyConnection", title: str, description: str) -> None:
@@ -799,9 +868,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", default="data", help="folder with crawled files, searched with all folders below it")
     add("--output_dir", default="data", help="folder for the results")
     add("--columns", type=partial(parse_columns, known=[*NAMES], may_lack=True), metavar="NAME=COLUMN,...",
-        help="which column is what in tables that are not MediaCrawler's, such as 'content=评论内容,title=标题'. The "
-        f"names: {', '.join(NAMES)} (parent: the text of the answered comment). Others are guessed; NAME= with nothing "
-        "behind it: none")
+        help="which column is what in tables that are not MediaCrawler's (whose own are read as they are), such as "
+        f"'content=评论内容,title=标题'. The names: {', '.join(NAMES)} (parent: the text of the answered comment). "
+        "Others are guessed; NAME= with nothing behind it: none")
     add("--title", help="what comments are about whose video is not among the files")
     add("--desc", help="with --title: the video's description")
     add("--total", type=int, help="at most so many comments, training and test together, taken video by video "
@@ -857,6 +926,7 @@ def prepare(
     files = load_files(con, data_dir, work, print, args.columns or {}, args.title is not None)
     if args.title is not None:
         title_the_rest(con, args.title.strip(), args.desc or "")
+    join_titles(con, print)
     counts = join_tables(con, args, share or 0.0, paths.get(DROPPED))
     torn = sum(line["torn"] for line in files if line["kind"] == "comments")
     counts["read"], counts["torn"] = counts["read"] + torn, counts["torn"] + torn
@@ -899,7 +969,7 @@ def main(args: argparse.Namespace) -> None:
         )
     if not data_dir.is_dir():
         raise SystemExit(
-            f"--data_dir: no folder {shown(data_dir)}. Copy MediaCrawler's data folder there, "
+            f"--data_dir: no folder {from_root(shown(data_dir))}. Copy MediaCrawler's data folder there, "
             "or try the example data: python prepare_data.py --data_dir examples"
         )
     import duckdb

@@ -51,6 +51,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             if process.pid != os.getpid() and RUN_MARK in process.environ():
                 print(f"\nThe tests have left a process behind: {' '.join(process.cmdline())[:200]}", file=sys.stderr)
                 process.kill()
+    if hasattr(config, "workerinput"):  # One of two processes: it waits for the other, and pytest-xdist ends it.
+        return
     faulthandler.cancel_dump_traceback_later()
     threading.Thread(target=_end_hard, args=(config,), daemon=True).start()
 

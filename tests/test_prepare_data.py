@@ -774,6 +774,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["--max_repeats", "0"], "--max_repeats: got 0, expected a number of comments, or -1 for all"),
     (["--min_likes", "-1", "--max_chars", "0"], "--min_likes: got -1"),
     (["--prefer_liked", "True"], "--prefer_liked: got True, expected it together with --total"),
+    (["--data_dir", "no/such/folder"], f"no folder {ROOT / 'no/such/folder'}. Copy MediaCrawler's data folder there"),
     (["--data_dir", "no/such/folder"], "python prepare_data.py --data_dir examples"),
     (["--data_dir", "examples/README.md"], "examples/README.md is a file, expected a folder"),
     (["--data_dir", "examples/README.md"], "python prepare_data.py --data_dir examples"),

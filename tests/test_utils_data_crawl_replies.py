@@ -23,7 +23,7 @@ from test_prepare_data import (  # noqa: F401
 )
 
 from utils.data.crawl_files import scan_json
-from utils.data.crawl_replies import converted_replies, kind_of_answers
+from utils.data.crawl_replies import converted_replies, kind_of_answers, unread_lists
 from utils.data.records import comment_prompt
 
 Record = dict[str, Any]
@@ -132,3 +132,47 @@ def test_errors_and_empty_pages_are_no_comments(tmp_path: Path) -> None:
     written, report = prepare(tmp_path / "crawl", "--title", "标题")
     assert set(written) == {"50001"}
     assert [(line["records"], line["note"]) for line in report["files"]][2:] == [(0, "answers of Bilibili's API")]
+
+
+FACTS = {"aid": 1000, "bvid": "BV17x411w7KC", "title": "标题0"}
+
+
+@pytest.mark.parametrize("in_a_page", [False, True])
+def test_replies_inside_a_videos_facts(in_a_page: bool) -> None:
+    """They say which video they are below if they do not know it; what it recommends is no video of ours."""
+    replies = [reply(1, replies=[reply(2, to=1)]), {"rpid": 3, "content": {"message": "没有oid"}}]
+    facts = FACTS | {"comments": page(replies) if in_a_page else replies, "related": [FACTS | {"aid": 1001}]}
+    found = list(converted_replies([facts], Counter()))
+    assert kind_of_answers([facts]) == "api" and [kind for kind, _ in found] == ["videos", *["comments"] * 3]
+    assert {one["video_id"] for _, one in found} == {"1000"} and not unread_lists([facts])
+
+
+def test_facts_beside_replies_and_texts() -> None:
+    """A reply with its video's facts is both; a row of somebody's table with a text is neither."""
+    found = list(converted_replies([FACTS | reply(1)], Counter()))
+    assert [kind for kind, _ in found] == ["videos", "comments"] and found[0][1]["title"] == "标题0"
+    for name in ("content", "评论内容", "Comment Text"):
+        assert kind_of_answers([FACTS | {name: "一条评论"}]) is None
+    assert kind_of_answers([FACTS | {"content": None, "desc": "简介"}]) == "api"
+
+
+@pytest.mark.parametrize(
+    "record, names",
+    [
+        ({"title": "显卡", "bvid": "BV17x411w7KC", "comments": [{"user": "某", "content": "真好"}]}, ["comments"]),
+        ({"rpid": 1, "content": "真好", "replies": [{"rpid": 2, "content": "是的"}]}, ["replies"]),
+        ({"data": FACTS | {"评论": [[], {"评论内容": "真好", "回复": [{"text": "是"}]}]}}, ["回复", "评论"]),
+        (page(NESTED), []),
+        (VIEW, []),
+        (comment(1), []),
+    ],
+)
+def test_lists_of_comments_that_are_not_read_are_named(record: Record, names: list[str]) -> None:
+    assert unread_lists([record]) == names
+
+
+def test_types_are_compared_as_texts() -> None:
+    left_out = Counter[str]()
+    types = ["1", 1, 1.0, "11", 11, 17]
+    found = list(converted_replies([reply(number, type=type) for number, type in enumerate(types)], left_out))
+    assert len(found) == 3 and left_out == {"11": 2, "17": 1}

@@ -1,4 +1,4 @@
-"""Files of crawls: JSON, JSON lines, CSV, workbooks, SQLite, broken ones too, become tables of records."""
+"""Files of crawls: JSON, JSON lines, CSV, TSV, workbooks, SQLite, broken ones too, become tables of records."""
 
 import codecs
 import csv
@@ -8,6 +8,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,15 +18,25 @@ Table = tuple[str, set[str], Iterator[Record | None]]
 
 # The columns that tell the crawler's tables.
 REQUIRED = {"comments": {"comment_id", "video_id", "content"}, "videos": {"video_id", "title"}}
-SUFFIXES = (".json", ".jsonl", ".csv", ".xlsx", ".db", ".sqlite", ".sqlite3")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".db", ".sqlite", ".sqlite3")
 # Bullet comments as programs save them; Bilibili's own XML has <d p="..."> in it.
 DANMAKU_SUFFIXES = (".xml", ".ass")
+OLD_WORKBOOK = ".xls"  # Found, but not read.
 # What prepare_data.py writes.
 OUR_FILES = ("data_train.json", "data_test.json", "report.json", "report.png")
 DROPPED = "dropped.jsonl"
 LABELS = "labels.jsonl"  # What people say of dropped and kept comments (utils.data.prepared).
 # DuckDB takes no JSON object above 16 MB, and no comment or description has a thousandth of this.
 LONGEST_RECORD_CHARS = 1 << 20
+# A CSV file's cells are apart by one of these.
+MARKS = ",\t;"
+# Of objects inside each other, where Python's parser gives up: more than any record has, and less than it can take.
+DEEP = 100
+TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# With more such bytes among those outside ASCII a text is no UTF-8 with torn characters; GBK has 0.6.
+MOST_TORN = 1 / 4
+# With more such characters among those outside ASCII, and more than a few, a text is lost; random bytes have 0.27.
+MOST_LOST = 1 / 8
 # Of a workbook; tables of texts unpack to ten or twenty times their size.
 SMALL_WORKBOOK_BYTES = 1 << 26
 MOST_UNPACKED = 100
@@ -40,6 +51,10 @@ BEGINNINGS = {
     "comments": (["comment_id", "parent_comment_id", "create_time", "video_id", "content"], {10, 12, 13}),
     "videos": (["video_id", "video_type", "title", "desc", "create_time"], {15, 16, 19, 20}),
 }
+
+
+class UnreadableError(Exception):
+    """Its text is a sentence for people: why a file is not read, and what to do."""
 
 
 def find_files(data_dir: Path, unlisted: Callable[[OSError], object] | None = None) -> list[Path]:
@@ -60,7 +75,7 @@ def find_files(data_dir: Path, unlisted: Callable[[OSError], object] | None = No
         found += [
             Path(folder, name)
             for name in sorted(names)
-            if name.lower().endswith(SUFFIXES + DANMAKU_SUFFIXES)
+            if name.lower().endswith((*SUFFIXES, *DANMAKU_SUFFIXES, OLD_WORKBOOK))
             and not name.startswith((".", "~$"))
             and name not in (*OUR_FILES, DROPPED, LABELS)
         ]
@@ -71,13 +86,13 @@ def read_tables(path: Path) -> Iterator[Table]:
     """Opens a file of any kind. Records are read while the tables are iterated."""
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl"):
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
+        with path.open(encoding=text_encoding(path), errors="replace") as file:
             columns = next((set(record) for record in scan_json(file) if record), set())
             file.seek(0)
             yield path.stem, columns, scan_json(file)
-    elif suffix == ".csv":
-        with path.open(encoding=csv_encoding(path), errors="replace", newline="") as file:
-            yield path.stem, *scan_csv(file)
+    elif suffix in (".csv", ".tsv"):
+        with path.open(encoding=text_encoding(path), errors="replace", newline="") as file:
+            yield path.stem, *scan_csv(file, "\t" if suffix == ".tsv" else MARKS)
     elif suffix == ".xlsx":
         yield from xlsx_tables(path)
     else:
@@ -89,11 +104,16 @@ def tables_or_problem(path: Path) -> Iterator[Table | str]:
     if not path.is_file():  # A pipe or a device would be read for ever.
         yield "not readable (no regular file)"
         return
+    if path.suffix.lower() == OLD_WORKBOOK:
+        yield "an old workbook; open it and save it as .xlsx or .csv"
+        return
     try:
         if not path.name.lower().endswith(DANMAKU_SUFFIXES):
             yield from read_tables(path)
         elif path.suffix.lower() == ".ass" or has_danmaku(path):
             yield DANMAKU
+    except UnreadableError as error:
+        yield f"not readable: {error}"
     except Exception as error:  # a broken file may raise anything; the other files are still good
         yield f"not readable ({type(error).__name__}: {error})"
 
@@ -132,24 +152,57 @@ def scan_json(file: IO[str], chunk_chars: int = LONGEST_RECORD_CHARS) -> Iterato
             record, at = decode(text, start)
             yield record
             broken = False
-        except (ValueError, RecursionError):
-            at = start + 1
+        except (ValueError, RecursionError) as error:
+            at = deep_place(text, start) if isinstance(error, RecursionError) else start + 1
             if not broken:
                 yield None
             broken = True
 
 
-def csv_encoding(path: Path) -> str:
-    """Tells UTF-8 with a few torn characters from the GBK and the UTF-16 that a Chinese Excel writes."""
+def deep_place(text: str, start: int) -> int:
+    """Finds where the object at a place in a text has DEEP others around it; going there keeps the time linear."""
+    depth = 0
+    for token in TOKEN.finditer(text, start):
+        depth += (token[0] in "{[") - (token[0] in "}]")
+        if depth == DEEP:
+            return token.end()
+    return start + 1
+
+
+def text_encoding(path: Path) -> str:
+    """Tells UTF-8 with a few torn characters from UTF-16 and from the GBK and Big5 that a Chinese Excel writes.
+
+    Raises:
+        UnreadableError: if it is none of these.
+    """
     with path.open("rb") as file:
         start = file.read(1 << 20)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    text = start.decode("utf-8", errors="replace")
-    return "gb18030" if text.count("\ufffd") > len(text) / 100 else "utf-8-sig"
+    encoding = "utf-8-sig"
+    torn = len(start) - len(start.decode("utf-8", errors="ignore").encode())
+    if torn > MOST_TORN * len(start.translate(None, bytes(range(128)))):
+        # Simplified Chinese is GB 2312, a part of GBK. Most of what Big5 means is in another part.
+        text = start.decode("gb18030", errors="replace")
+        rare = len(text) - len(text.encode("gb2312", errors="ignore").decode("gb2312"))
+        is_big5 = rare > outside_ascii(text) / 4 and "\ufffd" not in start.decode("cp950", errors="replace")[:-1]
+        encoding = "cp950" if is_big5 else "gb18030"
+    text = start.decode(encoding, errors="replace")
+    # A crash leaves zeros in a row; between other bytes they are UTF-16 without its mark, or no text.
+    zeros = len(re.findall(rb"[^\0]\0(?!\0)", start[:1000]))
+    if zeros > 5 or text.count("\ufffd") > max(10, MOST_LOST * outside_ascii(text)):
+        raise UnreadableError(
+            "its text is neither UTF-8 nor UTF-16, GBK or Big5, or was lost when it was saved; save it as UTF-8"
+        )
+    return encoding
 
 
-def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
+def outside_ascii(text: str) -> int:
+    """Counts a text's characters outside ASCII."""
+    return len(text) - len(text.encode("ascii", errors="ignore"))
+
+
+def scan_csv(file: IO[str], marks: str = MARKS, max_lines: int = 200) -> tuple[set[str], Iterator[Record | None]]:
     """Reads a CSV file that several processes may have written to at once, with commas, tabs or semicolons.
 
     A record that lost its end swallows the lines after it up to the next quotation mark. So of a record with a wrong
@@ -158,18 +211,19 @@ def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Re
 
     Args:
         file: The text, opened with newline="".
+        marks: What may stand between the cells.
         max_lines: No comment has more lines.
 
     Returns:
         The columns, and the records, with a None for each stretch of torn lines and for each line in it that begins
         with an id, as a row does.
+
+    Raises:
+        UnreadableError: if the columns' names have no end.
     """
     # Spreadsheets and interrupted writes may leave one huge cell, which is no reason to give up the file.
     csv.field_size_limit(1 << 30)
-    columns, delimiter = next(csv.reader(file), []), ","
-    if len(columns) == 1:
-        delimiter = next((mark for mark in "\t;" if mark in columns[0]), ",")
-        columns = next(csv.reader(columns, delimiter=delimiter))
+    columns, delimiter = csv_header(file, marks, max_lines)
 
     def records() -> Iterator[Record | None]:
         waiting: list[str] = []  # lines to be read again, the next one last
@@ -200,6 +254,36 @@ def scan_csv(file: IO[str], max_lines: int = 200) -> tuple[set[str], Iterator[Re
             taken.clear()
 
     return set(columns), records()
+
+
+def csv_header(file: IO[str], marks: str, max_lines: int) -> tuple[list[str], str]:
+    """Reads the columns' names of a CSV file, behind empty lines and Excel's "sep=;".
+
+    Returns:
+        The names, and what stands between them: of the marks the one that finds most.
+
+    Raises:
+        UnreadableError: if a quotation mark has no end.
+    """
+    for line in iter(file.readline, ""):
+        if said := re.fullmatch(r'"?sep=(.)"?[\r\n]*', line, re.IGNORECASE):
+            marks = said[1]
+        elif line.strip(f'{MARKS}" \r\n'):
+            break
+    else:
+        return [], marks[0]
+    lines = [line]
+    while line and len(lines) < max_lines:  # A name may have several.
+        found = []
+        for mark in marks:
+            with suppress(csv.Error):
+                found.append((next(csv.reader(lines, delimiter=mark, strict=True)), mark))
+        names, mark = max(found, key=lambda one: len(one[0]), default=([], ""))
+        if len(names) > 1 or len(found) == len(marks):
+            return names, mark
+        line = file.readline()
+        lines.append(line)
+    raise UnreadableError("a quotation mark in its first line, that of the columns' names, is not closed; correct it")
 
 
 def of_another_version(cells: list[str], kind: str | None) -> Record | None:

@@ -4,31 +4,56 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from utils.data.crawl_columns import Kept, Record, is_danmaku
+from utils.data.crawl_columns import NAMES, Kept, Record, is_danmaku, plain
 
-VIDEO = 1  # A reply's type: what it stands below. Others are dynamics, articles, ...
+VIDEO = "1"  # A reply's type: what it stands below. Others are dynamics, articles, ...
+TEXTS = {*" ".join(NAMES["content"]).split()}
 
 
 def objects(value: Any) -> Iterator[tuple[str, Record]]:
     """Finds the API's objects in what was parsed, however deep: ("reply" | "view" | "danmaku", the object).
 
-    A reply's own replies come behind it. Which page or wrapper they lie in does not matter.
+    A reply's own replies come behind it, and a video's behind the video. Which page or wrapper they lie in does not
+    matter.
     """
-    waiting = [value]
+    waiting = [(value, None)]  # with the video that they lie in
     while waiting:
-        value = waiting.pop()
+        value, video = waiting.pop()
         if isinstance(value, list):
-            waiting += reversed(value)
+            waiting += [(one, video) for one in reversed(value)]
         elif isinstance(value, dict):
-            if "rpid" in value and isinstance(value.get("content"), dict):
-                yield "reply", value
-                waiting.append(value.get("replies"))
-            elif "aid" in value and "bvid" in value and isinstance(value.get("title"), str):
-                yield "view", value
-            elif "content" in value and is_danmaku(value):
+            is_reply = "rpid" in value and isinstance(value.get("content"), dict)
+            # A video's facts have others in them, less complete: of a series, of what they recommend.
+            if video is None and "aid" in value and "bvid" in value and isinstance(value.get("title"), str):
+                if not has_text(value):  # otherwise a row of somebody's table
+                    yield "view", value
+                    video = value["aid"]
+            if is_reply:
+                yield "reply", value if video is None else {"oid": video, **value}
+                waiting.append((value.get("replies"), video))
+            elif video is None and "content" in value and is_danmaku(value):
                 yield "danmaku", value
             else:
-                waiting += reversed(list(value.values()))
+                waiting += [(one, video) for one in reversed(list(value.values()))]
+
+
+def has_text(value: Any) -> bool:
+    """Tells an object with a text that is called as comments are."""
+    cells = value.items() if isinstance(value, dict) else ()
+    return any(isinstance(text, str) and plain(name) in TEXTS for name, text in cells)
+
+
+def unread_lists(sample: Iterable[Record]) -> list[str]:
+    """Names the lists of comments that lie inside records, which are read only if they are the API's replies."""
+    names, waiting = dict[str, None](), [*sample]
+    while waiting:
+        value = waiting.pop()
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, dict | list):
+                waiting.append(inner)
+            if isinstance(name, str) and isinstance(inner, list) and any(map(has_text, inner)):
+                names[name] = None
+    return sorted(names)
 
 
 def kind_of_answers(sample: Iterable[Record]) -> str | None:
@@ -43,7 +68,7 @@ def kind_of_answers(sample: Iterable[Record]) -> str | None:
     return "api" if any({"code", "message", "ttl"} <= record.keys() for record in records) else None
 
 
-def converted_replies(records: Iterable[Record | None], left_out: Counter[int]) -> Iterator[Kept | None]:
+def converted_replies(records: Iterable[Record | None], left_out: Counter[str]) -> Iterator[Kept | None]:
     """Turns the API's answers into our records.
 
     Args:
@@ -65,8 +90,8 @@ def converted_replies(records: Iterable[Record | None], left_out: Counter[int]) 
             torn = False
             if kind == "view":
                 yield "videos", view(found)
-            elif kind == "reply" and found.get("type", VIDEO) != VIDEO:
-                left_out[found["type"]] += 1
+            elif kind == "reply" and (below := str(found.get("type", VIDEO)).removesuffix(".0")) != VIDEO:
+                left_out[below] += 1
             elif kind == "reply":
                 yield "comments", reply(found)
     if torn:
