@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from utils.data.crawl_columns import NAMES, Kept, Record, is_danmaku, plain
+from utils.data.crawl_columns import BELOW_VIDEO, NAMES, Kept, Record, is_danmaku, plain
 
-VIDEO = "1"  # A reply's type: what it stands below. Others are dynamics, articles, ...
 TEXTS = {*" ".join(NAMES["content"]).split()}
 
 
@@ -90,7 +89,7 @@ def converted_replies(records: Iterable[Record | None], left_out: Counter[str]) 
             torn = False
             if kind == "view":
                 yield "videos", view(found)
-            elif kind == "reply" and (below := str(found.get("type", VIDEO)).removesuffix(".0")) != VIDEO:
+            elif kind == "reply" and (below := str(found.get("type", BELOW_VIDEO)).removesuffix(".0")) != BELOW_VIDEO:
                 left_out[below] += 1
             elif kind == "reply":
                 yield "comments", reply(found)
