@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this weight")
     add("--repetition_penalty", type=float, help="above 1: repeat less (default: the model's own setting)")
     add("--seed", type=int, help="for the same replies again")
-    add("--stop_words", type=stop_word, nargs="+", default=[], metavar="WORD",
+    add("--stop_words", type=stop_word, nargs="+", action="extend", default=[], metavar="WORD",
         help=r"end a reply before any of these; \n is a line break")  # fmt: skip
     return parser
 

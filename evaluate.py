@@ -39,9 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", nargs="+", default=[], metavar="[NAME=]DIR",
+    add("--model", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
         help="tuned models: finished ones, training runs or their checkpoints")  # fmt: skip
-    add("--adapter", nargs="+", default=[], metavar="[NAME=]DIR", help="adapters on the one --model, which is the base")
+    add("--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
+        help="adapters on the one --model, which is the base")  # fmt: skip
     add("--base", metavar="DIR", help="the model before tuning (default: what the tuned one was trained on)")
     add("--data", default="data/data_test.json", metavar="FILE", help="held-out records")
     add("--train_data", metavar="FILE", help="training records (default: those beside --data)")
@@ -49,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="of the results' folder (default: the first model's)")
     add("--output_dir", default="eval", help="folder of all evaluations")
     add("--overwrite", nargs="?", type=boolean, const=True, default=False, help="start anew where one has been")
-    add("--compare", nargs="+", metavar="DIR", help="put evaluations that were made before in one report, and end")
+    add("--compare", nargs="+", action="extend", metavar="DIR",
+        help="put evaluations that were made before in one report, and end")  # fmt: skip
     add = parser.add_argument_group("who answers besides").add_argument
     add("--prompt_file", default="examples/style_prompt.txt", metavar="FILE", help="system prompt of the style prompt")
     add("--shots", type=int, default=4, help="real examples in the few-shot prompt; 0: without it")

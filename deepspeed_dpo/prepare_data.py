@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_columns_argument(parser)
     add("--crawl_dir", help="folder of the crawled files with their likes (not given: --data_dir)")
     add("--output_dir", default="deepspeed_dpo/data", help="folder for the results")
-    add("--replies", nargs="+", default=[], help="files of train.py's test mode: real comments preferred to replies")
+    add("--replies", nargs="+", action="extend", default=[],
+        help="files of train.py's test mode: real comments preferred to replies")  # fmt: skip
     add("--min_likes", type=int, default=5, help="likes that a chosen comment has at least")
     add("--margin", type=float, default=3.0, help="so many times the rejected comment's likes + 1 the chosen one has")
     add("--length_ratio", type=float, default=2.0, help="the longer one has at most so many times the characters")

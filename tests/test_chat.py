@@ -191,7 +191,7 @@ def test_how_answers_are_chosen(finished: Path, asked: list[Any]) -> None:
 
 
 def test_stop_words(finished: Path, asked: list[Any]) -> None:
-    run(finished, "--prompt", "问", "--stop_words", "用户", r"\n\n", r"\\nabla", "a b", "--seed", "1")
+    run(finished, "--prompt", "问", "--stop_words", "用户", r"\n\n", "--stop_words", r"\\nabla", "a b")
     assert asked[0]["stop_words"] == ["用户", "\n\n", "\\nabla", "a b"]
 
 

@@ -358,6 +358,12 @@ def test_a_full_disk(
         run(script, build(base=model_dir / "tiny/qwen2", shots=0, matched=0))
 
 
+@pytest.mark.parametrize("name", ["model", "adapter", "compare"])
+def test_several_at_once_or_one_by_one(script: ModuleType, name: str) -> None:
+    given = [f"--{name}", "a", "b", f"--{name}", "c"]
+    assert getattr(script.build_parser().parse_args(given), name) == ["a", "b", "c"]
+
+
 def test_nothing_says_what_the_base_is(script: ModuleType, build: Arguments, model_dir: Path) -> None:
     with pytest.raises(SystemExit, match="--base: nothing says which model it was before tuning"):
         run(script, build(model=[model_dir / "tiny/llama"]))
