@@ -1464,10 +1464,10 @@ def test_judging_is_blind(root: Path, open_page: Callable[..., Any]) -> None:
 def test_precision_and_recall_on_the_page(root: Path, open_page: Callable[..., Any]) -> None:
     """All 25 dropped ones are junk, and each kept one that ends with 0 or 5: q = y / 25; 40 / (40 + 60 q)."""
     folder = prepared_data(root, KEPT, GONE)
-    for text in (each.text for each in judge_all(folder, 10, 20, 30)):
+    for each in judge_all(folder, 10, 20, 30):
         page = open_page("data", state={"view": "check"})
-        assert not page.metric and texts(page) == [text]
-        press_key(page, "tick junk" if is_junk(text) else "tick good")
+        assert not page.metric and texts(page) == shown_of(each)
+        press_key(page, "tick junk" if is_junk(each.text) else "tick good")
     junk = sum(is_junk(each.text) for each in drawn_from(folder)[1] if not each.reason)
     assert 0 < junk < 25
     recall = 40 / (40 + 60 * junk / 25)
