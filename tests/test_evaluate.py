@@ -161,6 +161,7 @@ def test_data_with_fields_of_other_names(script: ModuleType, build: Arguments, t
     assert any(len(messages) == 5 for messages in found[0][1]), "two examples before the question"
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(
     script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +262,7 @@ class Answering(BaseHTTPRequestHandler):
         self.send({"id": "1", "object": "chat.completion", "created": 0, "model": "remote", "choices": [choice]})
 
 
+@pytest.mark.slow
 def test_an_api(
     script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

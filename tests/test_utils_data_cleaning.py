@@ -353,6 +353,7 @@ def messy(folder: Path, videos: int = 40) -> Path:
     return crawl(folder, comments, videos)
 
 
+@pytest.mark.slow
 def test_cleaning_moves_nothing_between_the_splits(tmp_path: Path) -> None:
     """Any rules, any seed: what is left is where it is without cleaning."""
     folder = messy(tmp_path)
