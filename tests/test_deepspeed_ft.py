@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import RANK_VARIABLES, ROOT, adapter, another_writer, distance, launch, read_metrics, run, slow
+from conftest import ROOT, adapter, another_writer, distance, launch, outside_ranks, read_metrics, run, slow
 
 from utils.files import write_manifest
 from utils.train.checkpoint import make_record, save_checkpoint
@@ -304,7 +304,7 @@ def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "deepspeed_ft/train.py"), *arguments],
-        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        env=outside_ranks(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -366,7 +366,7 @@ def test_resume_after_kill(train_args: Build, tmp_path: Path, ranks: int, zero_s
 
     arguments = train_args(output_dir=killed, **flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = outside_ranks()
     process = subprocess.Popen(
         [*command, str(ROOT / "deepspeed_ft/train.py"), *arguments],
         env=environment,
@@ -394,7 +394,7 @@ def test_resume_where_nodes_share_no_folder(train_args: Build, tmp_path: Path) -
     def both(**flags: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment = outside_ranks()
         environment |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes = [
             subprocess.Popen(
@@ -751,7 +751,7 @@ def test_a_folder_in_which_another_run_is_at_work(ft: ModuleType, train_args: Bu
 @pytest.mark.slow
 def test_two_runs_in_one_folder(ft: ModuleType, train_args: Build, tmp_path: Path, monkeypatch: Any) -> None:
     """The second says so, whatever it was told, and the first is not disturbed; after its end the folder is free."""
-    said, alone = [], {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    said, alone = [], outside_ranks()
 
     def meanwhile(*args: Any) -> None:
         if not said:
@@ -779,7 +779,7 @@ def test_two_runs_of_several_ranks_in_one_folder(train_args: Build, tmp_path: Pa
     arguments = train_args(output_dir=first, max_steps=-1, epochs=1000)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "deepspeed_ft/train.py"), *arguments],
-        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        env=outside_ranks(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
