@@ -33,6 +33,7 @@ from random import Random
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
+from utils.api import is_local, make_client
 from utils.data import prepared
 from utils.data.crawl_files import LABELS
 from utils.data.held_out import parts_of
@@ -57,8 +58,6 @@ STYLE = """<style>
 TOO_LONG = re.compile(r"token|length|long|长", re.IGNORECASE)  # How servers refuse what does not fit.
 NEWEST = -1  # Whichever step it is.
 START = "streamlit run web_demo.py --"
-# What the openai client would send to any server, the last one even in place of the key.
-OPENAI_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
 
 EXAMPLE = {
     "title": "【木工】用一块旧门板做书桌，零基础七天完工",
@@ -574,21 +573,6 @@ class Problem(NamedTuple):
     said: str = ""
 
 
-def is_local(url: str) -> bool:
-    """Whether an address is on this machine, where no proxy leads."""
-    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-
-
-def make_client(url: str, key: str) -> Any:
-    """An openai client without retries: the page shows errors at once."""
-    import openai
-
-    for variable in OPENAI_VARIABLES:
-        os.environ.pop(variable, None)
-    direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_local(url) else None
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=direct)
-
-
 def problem_of(error: Exception, url: str, key: str) -> Problem:
     """Finds the words for an error of the client, or for what came from a server that is none of these APIs."""
     import openai
@@ -630,7 +614,7 @@ def offered(url: str, key: str) -> dict[str, str | None]:
     """
 
     async def names() -> list[str]:
-        async with make_client(url, key).with_options(timeout=20) as client:
+        async with make_client(url, key, max_retries=0, timeout=20) as client:
             return [model.id async for model in client.models.list()]
 
     prompts: dict[str, str | None] = dict.fromkeys(asyncio.run(names()), SYSTEM_PROMPT)
@@ -687,7 +671,7 @@ async def ask(model: Model, messages: list[dict[str, str]], options: dict[str, A
 
     count = len(answer["texts"])
     try:
-        async with make_client(model.url, model.key) as client:
+        async with make_client(model.url, model.key, max_retries=0) as client:
             create = partial(client.chat.completions.create, model=model.name, stream=True)
             several = {"n": count} if count > 1 else {}
             while True:

@@ -30,7 +30,7 @@ from utils.cli import ArgumentParser, add_columns_argument
 from utils.data.answers import ANSWER_FIELDS, answers_path
 from utils.data.collector import Collector, Question, append, read_answers, report, writing_answers
 from utils.data.records import DataError, UnusableRecord, find_split, id_of, read_records, to_messages
-from utils.data.teacher import Answer, Teacher, make_client, read_teacher
+from utils.data.teacher import Answer, Teacher, read_teacher, teacher_client
 from utils.files import from_root, shown
 
 INSTRUCTION = (
@@ -167,7 +167,7 @@ def collect(args: argparse.Namespace, teacher: Teacher, questions: list[Question
     place, other_type = from_root(args.output_dir), "test" if args.d_type == "train" else "train"
     answers, other = (answers_path(place, split, args.model_name) for split in (args.d_type, other_type))
     failures = answers.with_name(f"{answers.stem}_failures.jsonl")
-    client = make_client(teacher, args.model_name, args.timeout)
+    client = teacher_client(teacher, args.model_name, args.timeout)
     with writing_answers(answers):
         left, again = answered_before(questions, answers, other)
         append(answers, again)

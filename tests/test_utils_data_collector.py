@@ -14,7 +14,7 @@ from conftest import another_writer
 from teacher_server import TeacherServer
 
 from utils.data.collector import Collector, ConcurrencyLimit, Question, read_answers, report, writing_answers
-from utils.data.teacher import Answer, Teacher, make_client
+from utils.data.teacher import Answer, Teacher, teacher_client
 
 
 def test_pace_by_hand() -> None:
@@ -58,7 +58,7 @@ def test_a_script_with_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     questions = [Question(record, [{"role": "user", "content": record["id"]}]) for record in records]
     with TeacherServer() as server, writing_answers(path):
         judge = Teacher(server.url, "big")
-        client = make_client(judge, "kind", 30)
+        client = teacher_client(judge, "kind", 30)
         collector = Collector(client, judge, path, failures, as_row, concurrency=1, timeout_sec=30)
         collector.collect(questions)
     report(collector, left=2, max_failures=0)

@@ -166,7 +166,7 @@ class Collector:
         """Prepares; nothing is sent yet.
 
         Args:
-            client: Of `make_client`.
+            client: Of `teacher_client`.
             teacher: Who is asked.
             answers: File that the answers are appended to, inside `writing_answers`.
             failures: File for the ids of what got no answer, and why.

@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.api import make_client
 from utils.data.records import Message
 from utils.files import shown
 
@@ -17,8 +18,6 @@ THOUGHT = "</think>"
 # that cannot be understood, which may have been.
 ATTEMPTS, PAID_ATTEMPTS, ODD_ATTEMPTS = 8, 4, 2
 FINISHED = ["stop", "eos", "end_turn", "", None]  # Why an answer ended, if it is whole.
-# What the openai client would send to any teacher, the last one even in place of the configured key.
-OPENAI_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
 KINDS = {
     "base_url": str,
     "model": str,
@@ -132,8 +131,8 @@ def read_teacher(path: Path, name: str, flag: str = "--model_name") -> Teacher:
     return Teacher(**entry)
 
 
-def make_client(teacher: Teacher, name: str, timeout_sec: float) -> Any:
-    """An openai client; it does not retry, since `Collector` does.
+def teacher_client(teacher: Teacher, name: str, timeout_sec: float) -> Any:
+    """A client of a teacher; it does not retry, since `Collector` does.
 
     Raises:
         SystemExit: if the key is not in the environment.
@@ -145,11 +144,7 @@ def make_client(teacher: Teacher, name: str, timeout_sec: float) -> Any:
     if not (key.isascii() and key.isprintable()):
         odd = "characters that no key has, such as curly quotes or a line break"
         raise SystemExit(f"{teacher.api_key_env} holds {odd}. Set it again: export {teacher.api_key_env}=...")
-    import openai
-
-    for variable in OPENAI_VARIABLES:
-        os.environ.pop(variable, None)
-    return openai.AsyncOpenAI(base_url=teacher.base_url, api_key=key, max_retries=0, timeout=timeout_sec)
+    return make_client(teacher.base_url, key, max_retries=0, timeout=timeout_sec)
 
 
 def usage_of(completion: Any) -> Counter[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.data.collector import Collector, Question, read_answers, report, writing_answers
 from utils.data.held_out import Comment
-from utils.data.teacher import Answer, Teacher, make_client
+from utils.data.teacher import Answer, Teacher, teacher_client
 from utils.evaluate.likelihood import question_of
 from utils.files import shown
 
@@ -91,7 +91,7 @@ def judge(
         flush=True,
     )
     if left:
-        client, failures = make_client(teacher, name, TIMEOUT_SEC), path.with_name(f"{path.stem}_failures.jsonl")
+        client, failures = teacher_client(teacher, name, TIMEOUT_SEC), path.with_name(f"{path.stem}_failures.jsonl")
         failures.unlink(missing_ok=True)
         with writing_answers(path):
             collector = Collector(
