@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from test_prepare_data import Record, answer, comment, prepare, prompt, quick_plot, video, write_json  # noqa: F401
 
+from utils.data import near_repeats
 from utils.data.cleaning import MACROS, REASONS, has_contact, masked
 from utils.data.contacts import MASK, NAMES, NUMBERS
 from utils.data.near_repeats import alike, are_near, fingerprints
@@ -173,8 +174,9 @@ def jaccard(one: set[Any], two: set[Any]) -> float:
     return len(one & two) / len(one | two)
 
 
-def test_fingerprints_estimate_similarity() -> None:
+def test_fingerprints_estimate_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smallest hashes are equal as often as runs are; bitmaps find the pairs that are there. Texts are not mixed up."""
+    monkeypatch.setattr(near_repeats, "HASHED_TEXTS", 700)
     draw = random.Random(1)
     alphabet = [chr(code) for code in range(0x4E00, 0x4E00 + 400)]
     pairs = []

@@ -4,7 +4,7 @@ says nothing. Rules in SQL over prepare_data.py's tables; no list of words tells
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils.data.contacts import MASK, MASKED_NAME, MASKED_NUMBER, NAMES, NUMBERS, SOMEONE
+from utils.data.contacts import CONTACT, MASK, MASKED_NAME, MASKED_NUMBER, NAMES, NUMBERS, SOMEONE
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -78,7 +78,7 @@ def sql_text(text: str) -> str:
 
 def has_contact(column: str) -> str:
     """Writes the SQL that tells whether a text has a contact detail."""
-    return f"(regexp_matches({column}, {sql_text(NAMES)}) OR regexp_matches({column}, {sql_text(NUMBERS)}))"
+    return f"regexp_matches({column}, {sql_text(CONTACT.pattern)})"
 
 
 def masked(column: str, contact: str | None = None) -> str:
@@ -97,15 +97,15 @@ def masked(column: str, contact: str | None = None) -> str:
 MACROS = rf"""
 CREATE MACRO without_emoticons(x) AS
     CASE WHEN contains(x, '[') THEN regexp_replace(x, '\[[^\[\]]{{1,20}}\]', '', 'g') ELSE x END;
--- translate() is slow, and hardly a text needs it.
-CREATE MACRO half_width(x) AS CASE WHEN regexp_matches(x, '[Ａ-Ｚａ-ｚ]')
-    THEN translate(x, {sql_text(FULL_WIDTH)}, {sql_text(HALF_WIDTH)}) ELSE x END;
+-- lower() and translate() are slow, and few texts need them.
+CREATE MACRO lower_half_width(x) AS CASE WHEN regexp_matches(x, '[\p{{Lu}}\p{{Lt}}Ａ-Ｚａ-ｚ]')
+    THEN lower(translate(x, {sql_text(FULL_WIDTH)}, {sql_text(HALF_WIDTH)})) ELSE x END;
 -- Without what stands for people and contact details.
 CREATE MACRO own_words(x) AS CASE WHEN contains(x, '{SOMEONE}') OR contains(x, '{MASK}')
     THEN replace(replace(x, '{SOMEONE}', ''), '{MASK}', '') ELSE x END;
 -- What is left of a text without emoticons, digits, punctuation and spaces, of one case and width.
 CREATE MACRO fold(x) AS
-    regexp_replace(lower(half_width(without_emoticons(own_words(x)))), '[^\p{{L}}]+', '', 'g');
+    lower_half_width(regexp_replace(without_emoticons(own_words(x)), '[^\p{{L}}]+', '', 'g'));
 CREATE MACRO digits_of(x) AS regexp_replace(without_emoticons(own_words(x)), '[^\p{{N}}]+', '', 'g');
 -- One letter or digit again and again: laughter. However often, it is the same text.
 CREATE MACRO is_laughter(x) AS length(x) >= 2 AND left(x, 1) = right(x, 1) AND replace(x, left(x, 1), '') = '';

@@ -19,7 +19,8 @@ NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring lett
 NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
 BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
 KINDS = 8  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
-CHUNK_TEXTS = 100_000  # Hashed at once.
+CHUNK_TEXTS = 100_000  # Taken from the database at once,
+HASHED_TEXTS = 10_000  # and hashed: arrays that stay in a core's cache.
 FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)  # Odd, of xxHash.
 
 
@@ -56,8 +57,7 @@ def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
             if len(parts) > 1:
                 parts[-2].result()  # No more than two wait in memory.
             parts.append(pool.submit(fingerprints, letters))
-        done = [part.result() for part in parts]
-        prints = Prints(*(np.concatenate(part, axis=1) for part in zip(*done, strict=True)))
+        prints = joined([part.result() for part in parts])
         pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps, most=most), prints.hashes)])
     pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
     wanted = np.unique(pairs)
@@ -74,6 +74,15 @@ def fingerprints(texts: list[str]) -> Prints:
     Args:
         texts: T of them, none shorter than a run.
     """
+    return joined([_fingerprints(texts[start : start + HASHED_TEXTS]) for start in range(0, len(texts), HASHED_TEXTS)])
+
+
+def joined(parts: list[Prints]) -> Prints:
+    """Puts the prints of some texts behind those of others."""
+    return Prints(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
+
+
+def _fingerprints(texts: list[str]) -> Prints:
     letters = np.frombuffer("".join(texts).encode("utf-32-le", errors="replace"), dtype=np.uint32)
     ends = np.cumsum([*map(len, texts)])
     starts = np.concatenate([[0], ends[:-1]])
