@@ -209,18 +209,11 @@ def api_client(args: argparse.Namespace) -> Any:
     """A client of --api that tries again where a server is busy."""
     from urllib.parse import urlsplit
 
-    import openai
+    from utils.api import make_client
 
-    from utils.data.teacher import OPENAI_VARIABLES
-
-    for variable in OPENAI_VARIABLES:
-        os.environ.pop(variable, None)
     _, address = api_address(args)
     url = address.rstrip("/") + ("" if urlsplit(address).path.strip("/") else "/v1")
-    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-    http = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
-    key = os.environ[args.api_key_env] if args.api_key_env else "none"
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, http_client=http)
+    return make_client(url, os.environ[args.api_key_env] if args.api_key_env else "none", max_retries=8)
 
 
 def api_model(args: argparse.Namespace) -> str:
@@ -316,8 +309,8 @@ def work(args: argparse.Namespace, contenders: list[Any], task: Any) -> None:
     from itertools import groupby
 
     from utils.cli import quiet_libraries
-    from utils.evaluate.contenders import API, BASE
-    from utils.evaluate.work import read_replies, run_api, run_models, work_left
+    from utils.evaluate.contenders import API
+    from utils.evaluate.work import run_api, run_models, work_left
 
     quiet_libraries()
     started = time.monotonic()
@@ -328,14 +321,12 @@ def work(args: argparse.Namespace, contenders: list[Any], task: Any) -> None:
             bar.update()
 
         task = task._replace(step=step)
-        by_weights = groupby(contenders, key=lambda one: (one.model, one.adapter, one.run))
+        by_weights = groupby(contenders, key=lambda one: (one.kind == API, one.model, one.adapter, one.run))
         for members in ([*group] for _, group in by_weights):
             if members[0].kind == API:
                 run_api(task, members[0], api_client(args))
             else:
-                run_models(task, members)
-        base = next(one for one in contenders if one.kind == BASE)
-        read_replies(task, base, [one.name for one in contenders])
+                run_models(task, members, [one.name for one in contenders])
     print(f"Read and answered in {(time.monotonic() - started) / 60:.1f} min.")
 
 

@@ -161,39 +161,78 @@ def test_data_with_fields_of_other_names(script: ModuleType, build: Arguments, t
     assert any(len(messages) == 5 for messages in found[0][1]), "two examples before the question"
 
 
+class Progress:
+    """In place of the progress bar: how much was to be done, and how much was."""
+
+    def __init__(self, *_: Any, total: int, **__: Any) -> None:
+        self.total, self.done = total, 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def set_description_str(self, *_: Any, **__: Any) -> None:
+        """Says nothing."""
+
+    def update(self) -> None:
+        self.done += 1
+
+
+# Of the 8 comments four contenders read the real replies first, 32 lines, and then the base reads what they wrote.
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "at", "known"),
+    [("add_replies", 13, 12), ("add_likelihoods", 5, 4), ("add_likelihoods", 36, 32 + 3 * 4)],
+)
 def test_a_killed_evaluation_goes_on(
-    script: ModuleType, build: Arguments, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    build: Arguments,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed: str,
+    at: int,
+    known: int,
 ) -> None:
     """The replies are those of a run in one go, nothing is done twice, and a finished one loads no model."""
+    bars: list[Progress] = []
+    monkeypatch.setattr(script, "progress_bar", lambda *rest, **more: bars.append(Progress(*rest, **more)) or bars[-1])
     arguments = build(model=[f"tuned={model_dir}/tiny/llama"], base=model_dir / "tiny/qwen2", replies=2)
     run(script, [*arguments, "--name", "whole"])
-    added = EvaluationFolder.add_replies
+    added = getattr(EvaluationFolder, killed)
     count = 0
 
     def interrupted(*rest: Any) -> None:
         nonlocal count
         count += 1
-        if count == 13:
+        if count == at:
             raise KeyboardInterrupt
         added(*rest)
 
-    monkeypatch.setattr(EvaluationFolder, "add_replies", interrupted)
+    monkeypatch.setattr(EvaluationFolder, killed, interrupted)
     with pytest.raises(BaseException) as ended:  # asyncio puts it into a group of exceptions.
         run(script, arguments)
     assert "KeyboardInterrupt" in repr(ended.value)
     place = tmp_path / "eval/first"
-    assert len(lines(place / "replies.jsonl")) == 12 and not (place / "report.html").exists()
-    monkeypatch.setattr(EvaluationFolder, "add_replies", added)
+    file = {"add_replies": "replies.jsonl", "add_likelihoods": "likelihoods.jsonl"}[killed]
+    assert len(lines(place / file)) == known and not (place / "report.html").exists()
+    monkeypatch.setattr(EvaluationFolder, killed, added)
     run(script, arguments)
     whole = tmp_path / "eval/whole"
 
-    def known(folder: Path, name: str) -> list[str]:
+    def sorted_lines(folder: Path, name: str) -> list[str]:
         return sorted(json.dumps(row, ensure_ascii=False) for row in lines(folder / name))
 
-    assert known(place, "replies.jsonl") == known(whole, "replies.jsonl")
-    assert len(lines(place / "likelihoods.jsonl")) == len(lines(whole / "likelihoods.jsonl"))
+    def read(folder: Path) -> list[tuple[str, ...]]:
+        return sorted((row["contender"], row["of"], row["id"]) for row in lines(folder / "likelihoods.jsonl"))
+
+    assert sorted_lines(place, "replies.jsonl") == sorted_lines(whole, "replies.jsonl")
+    assert read(place) == read(whole) == sorted({*read(place)})
     assert all(len(row["replies"]) == 2 for row in lines(place / "replies.jsonl"))
+    in_one_go, before, after = bars
+    assert in_one_go.done == in_one_go.total == before.total == before.done + after.total and after.done == after.total
     monkeypatch.setattr("utils.evaluate.work.load", None)  # It would be called for any work left.
     run(script, arguments)
 
@@ -250,7 +289,7 @@ class Answering(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        self.send({"object": "list", "data": [{"id": "remote", "object": "model"}]})
+        self.send({"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -268,7 +307,7 @@ def test_an_api(
 ) -> None:
     """A server's model answers the same prompts with the same settings; its key goes nowhere else."""
     server = LocalServer(Answering)
-    server.requests, server.broken = [], False
+    server.requests, server.broken, server.model = [], False, "remote"
     monkeypatch.setenv("SECRET_OF_TEST", "sk-of-the-test")
     api = {"api": server.url, "api_key_env": "SECRET_OF_TEST"}
     run(script, build(**api, base=model_dir / "tiny/qwen2", shots=0, replies=2))
@@ -280,9 +319,12 @@ def test_an_api(
     report = read_json(tmp_path / "eval/first/report.json")
     assert "likelihood" not in report["scores"]["remote"] and "fitting" in report["scores"]["remote"]
     assert report["texts"]["remote"]["shares"]["equal"][0] == 1
-    place = tmp_path / "eval/named"
-    run(script, build(**api | {"api": f"theirs={server.url}"}, base=model_dir / "tiny/qwen2", shots=0, name="named"))
-    assert "theirs" in read_json(place / "report.json")["contenders"] and server.requests[-1][0]["model"] == "remote"
+    # vLLM calls a model by the path that it was started with; the base's own prompts are answered here even so.
+    server.model = str(model_dir / "tiny/qwen2")
+    run(script, build(**api | {"api": f"theirs={server.url}"}, base=server.model, shots=0, name="named"))
+    report = read_json(tmp_path / "eval/named/report.json")
+    assert {*report["contenders"]} == {"theirs", "base", "style prompt"} and "likelihood" in report["scores"]["base"]
+    assert server.requests[-1][0]["model"] == server.model
     server.broken = True
     with pytest.raises(SystemExit, match="the server does not answer as it should.*no such model"):
         run(script, build(api=f"broken={server.url}", base=model_dir / "tiny/qwen2", shots=0, name="named"))
@@ -347,9 +389,7 @@ def test_names_that_cannot_be(script: ModuleType, build: Arguments, model_dir: P
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_full_disk(
-    script: ModuleType, build: Arguments, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk(script: ModuleType, build: Arguments, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence, whether one or several replies could not be kept."""
 
     def full(*_: Any) -> None:

@@ -8,6 +8,7 @@ numbers a head.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from utils.weights.loading import DTYPES, attention_windows
 
 OTHERS = 7  # Other contexts of each kind that an answer is read under.
 ROOM_TOKENS = 1024  # Of a pack, for what follows the longest question: each has a row of logits over the vocabulary.
-QUESTIONS_AT_ONCE = 64
+TOKENS_AT_ONCE = 1 << 22  # Of questions and answers that are laid out in packs together.
 
 # Of each layer: keys and values (1, H, P, D).
 Cached = list[tuple[torch.Tensor, torch.Tensor]]
@@ -71,21 +72,25 @@ class Reader:
         """Computes the log-likelihood of each answer after its question.
 
         Yields:
-            A question's id and, for each of its answers, ln p(answer | question): nats.
+            A question's id and, for each of its answers, ln p(answer | question): nats. A question comes as soon as all
+            of its answers are read.
         """
         prompts = [one.prompt for one in readings]
         # A prompt's last token is read with its answers: it says what the first token of an answer is.
         count = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1) if self._caches and len(prompts) > 1 else 0
         cached = self._cached(prompts[0][:count]) if count else []
-        for start in range(0, len(readings), QUESTIONS_AT_ONCE):
-            part = readings[start : start + QUESTIONS_AT_ONCE]
+        for part in in_parts(readings):
             pairs = [(number, name, ids) for number, one in enumerate(part) for name, ids in one.answers.items() if ids]
             found: list[dict[Any, float]] = [dict.fromkeys(one.answers, 0.0) for one in part]
+            left = Counter(number for number, _, _ in pairs)
+            yield from ((one.id, found[number]) for number, one in enumerate(part) if number not in left)
             texts = [(part[number].prompt[count:], ids) for number, _, ids in pairs]
             for place, nats in self._likelihoods(texts, cached) if texts else ():
                 number, name, _ = pairs[place]
                 found[number][name] = nats
-            yield from zip([one.id for one in part], found, strict=True)
+                left[number] -= 1
+                if not left[number]:
+                    yield part[number].id, found[number]
 
     def _cached(self, tokens: list[int]) -> Cached:
         """Computes the keys and values of what all questions begin with."""
@@ -136,6 +141,19 @@ class Reader:
             logits = self.model(**inputs).logits[0]
             nats = sample_sums(token_logprobs(logits, pack.target_ids).double(), pack.sample_targets)
             yield from zip(numbers.tolist(), nats.tolist(), strict=True)
+
+
+def in_parts(readings: Sequence[Reading]) -> Iterator[Sequence[Reading]]:
+    """Cuts questions into parts of up to `TOKENS_AT_ONCE` tokens, a question counted once for each of its answers."""
+    start = tokens = 0
+    for place, one in enumerate(readings):
+        own = sum(len(one.prompt) + len(ids) for ids in one.answers.values())
+        if place > start and tokens + own > TOKENS_AT_ONCE:
+            yield readings[start:place]
+            start, tokens = place, 0
+        tokens += own
+    if readings:
+        yield readings[start:]
 
 
 def answer_ids(chat: Chat, prompt: list[Message], prompt_ids: list[int], text: str) -> list[int] | None:

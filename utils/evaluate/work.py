@@ -103,14 +103,35 @@ def render(task: Task, kind: str, model: Any, chat: Chat) -> Prompts:
     return found
 
 
+def left_to_read(
+    task: Task, name: str, writers: Sequence[str], own: Sequence[Comment]
+) -> dict[str, dict[str, list[str]]]:
+    """Which answers a contender has yet to read.
+
+    Args:
+        task: What is common.
+        name: The contender's.
+        writers: Whose answers it reads.
+        own: The comments whose answers it reads after their own questions.
+
+    Returns:
+        A question's id -> writer -> the ids of the comments whose answers it reads after that question.
+    """
+    after, left = task.read_after(own), {}
+    for writer in writers:
+        for question in after.keys() - task.folder.read(name, writer):
+            left.setdefault(question, {})[writer] = after[question]
+    return {question: left[question] for question in after if question in left}
+
+
 def read_answers(
     task: Task,
     reader: Reader,
     chat: Chat,
     name: str,
     prompts: Prompts,
-    answers: Mapping[str, Mapping[str, str]],
-    after: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Mapping[str, str]],
+    left: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> None:
     """Lets a model read answers after questions, and keeps how likely it finds them.
 
@@ -120,67 +141,105 @@ def read_answers(
         chat: Its template.
         name: The contender whose prompts these are.
         prompts: From `render`.
-        answers: Writer -> comment -> text.
-        after: From `Task.read_after`.
+        texts: Writer -> comment -> its answer.
+        left: From `left_to_read`.
     """
     tokens = {
-        (of, id): answer_ids(chat, *prompts[id], text)
-        for of, texts in answers.items() for id, text in texts.items() if id in prompts
+        (writer, id): answer_ids(chat, *prompts[id], text)
+        for writer, those in texts.items() for id, text in those.items() if id in prompts
     }  # fmt: skip
-    done = set.intersection(*(task.folder.read(name, of) for of in answers))
     readings = []
-    for question, ids in after.items():
-        if question in prompts and question not in done:
-            own = {(of, id): tokens.get((of, id)) for of in answers for id in ids}
+    for question, writers in left.items():
+        if question in prompts:
+            own = {(writer, id): tokens.get((writer, id)) for writer, ids in writers.items() for id in ids}
             found = {key: value for key, value in own.items() if value is not None}
             readings.append(Reading(question, prompts[question][1], found))
     for question, nats in reader.read(readings):
-        by_writer: dict[str, dict[str, float]] = {of: {} for of in answers}
-        for (of, id), value in nats.items():
-            by_writer[of][id] = value
+        by_writer: dict[str, dict[str, float]] = {writer: {} for writer in left[question]}
+        for (writer, id), value in nats.items():
+            by_writer[writer][id] = value
         task.folder.add_likelihoods(name, question, by_writer)
         task.step(f"{name} reads")
 
 
-def missing(task: Task, name: str, of: Sequence[str], after: Mapping[str, Sequence[str]]) -> int:
-    """How many questions a contender has not read yet, with the answers of some writers."""
-    return len(set().union(*(after.keys() - task.folder.read(name, one) for one in of)))
-
-
-def run_models(task: Task, group: Sequence[Contender]) -> None:
+def run_models(task: Task, group: Sequence[Contender], writers: Sequence[str]) -> None:
     """Lets the contenders of one model read the real replies, and write their own.
+
+    The base with the training prompt is a neutral reader as well: once all have written, it reads what they wrote. That
+    is a pass of its own: all contenders read the real replies in the same packs, so that rounding makes no difference
+    between them.
 
     Args:
         task: What is common.
-        group: Contenders whose weights are the same.
+        group: Contenders whose weights are the same. Those of the base model come after all others.
+        writers: The names of all contenders.
     """
-    after = task.read_after(task.comments)
-    to_read = [one for one in group if missing(task, one.name, [REAL], after)]
+    to_read = {one.name: left_to_read(task, one.name, [REAL], task.comments) for one in group}
     to_write = [one for one in group if task.ids - task.folder.answered(one.name)]
-    if not to_read and not to_write:
+    is_base = any(one.kind == BASE for one in group)
+    replies_left = left_to_read(task, BASE, writers, task.matched) if is_base else {}
+    if not any(to_read.values()) and not to_write and not replies_left:
         return
     model, chat = load(group[0], task.trust_remote_code)
     prompts = {one.name: render(task, one.kind, model, chat) for one in group}
-    longest = longest_tokens(task, prompts.values())
-    if to_read:
-        reader, real = Reader(model, longest), {one.id: one.messages[-1]["content"] for one in task.comments}
-        for one in to_read:
-            read_answers(task, reader, chat, one.name, prompts[one.name], {REAL: real}, after)
-        del reader
+    longest, real = longest_tokens(task, prompts.values()), {REAL: real_answers(task)}
+    reader = Reader(model, longest) if any(to_read.values()) or replies_left else None
+    for name, left in to_read.items():
+        if left:
+            read_answers(task, reader, chat, name, prompts[name], real, left)
     if to_write:
-        adapters = [ENGINE_NAME] if group[0].adapter else []
-        with explained(f"{shown(group[0].model)} cannot answer here. Serve it with vLLM, and evaluate it with --api"):
-            engine = make_engine(model, chat, [ENGINE_NAME], adapters, longest)
-        try:
-            for one in to_write:
-                answered = task.folder.answered(one.name)
-                asked = {id: ids for id, (_, ids) in prompts[one.name].items() if id not in answered}
-                keep = keeper(task, one.name)
-                engine_replies(engine, ENGINE_NAME, asked, turn_separator(chat), task.sampling, keep)
-        finally:
-            engine.close()
-    del model
+        write_replies(task, group, to_write, model, chat, prompts, longest)
+    if replies_left:
+        read_answers(task, reader, chat, BASE, prompts[BASE], first_replies(task, writers), replies_left)
+    del model, reader
     gc.collect()  # Before the next model is loaded.
+
+
+def write_replies(
+    task: Task,
+    group: Sequence[Contender],
+    to_write: Sequence[Contender],
+    model: Any,
+    chat: Chat,
+    prompts: Mapping[str, Prompts],
+    longest: int,
+) -> None:
+    """Lets contenders of one model write their replies.
+
+    Args:
+        task: What is common.
+        group: As for `run_models`.
+        to_write: Those of them with comments left to answer.
+        model: Loaded.
+        chat: Its template.
+        prompts: Contender -> what `render` gave.
+        longest: Prompt and reply together, tokens.
+    """
+    attention = model.config._attn_implementation
+    with explained(f"{shown(group[0].model)} cannot answer here. Serve it with vLLM, and evaluate it with --api"):
+        engine = make_engine(model, chat, [ENGINE_NAME], [ENGINE_NAME] if group[0].adapter else [], longest)
+    try:
+        for one in to_write:
+            answered = task.folder.answered(one.name)
+            asked = {id: ids for id, (_, ids) in prompts[one.name].items() if id not in answered}
+            engine_replies(engine, ENGINE_NAME, asked, turn_separator(chat), task.sampling, keeper(task, one.name))
+    finally:
+        engine.close()
+        model.config._attn_implementation = attention  # The engine has one of its own.
+
+
+def real_answers(task: Task) -> dict[str, str]:
+    """A comment's id -> its real answer."""
+    return {one.id: one.messages[-1]["content"] for one in task.comments}
+
+
+def first_replies(task: Task, writers: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Writer -> a matched comment's id -> the first reply to it."""
+    rows, ids = task.folder.replies(), [one.id for one in task.matched]
+    return {
+        writer: {id: rows[writer][id]["replies"][0] for id in ids if id in rows[writer]}
+        for writer in writers if writer in rows
+    }  # fmt: skip
 
 
 def longest_tokens(task: Task, prompts: Any) -> int:
@@ -211,27 +270,10 @@ def run_api(task: Task, one: Contender, client: Any) -> None:
             api_replies(client, one.model, asked, task.sampling, keeper(task, one.name))
 
 
-def read_replies(task: Task, base: Contender, names: Sequence[str]) -> None:
-    """Lets the base with the training prompt read everybody's replies, as a neutral reader.
-
-    Args:
-        task: What is common.
-        base: The reader.
-        names: Whose replies.
-    """
-    after = task.read_after(task.matched)
-    if not missing(task, base.name, names, after):
-        return
-    model, chat = load(base, task.trust_remote_code)
-    prompts, rows = render(task, BASE, model, chat), task.folder.replies()
-    first = {of: {id: row["replies"][0] for id, row in rows.get(of, {}).items()} for of in names}
-    read_answers(task, Reader(model, longest_tokens(task, [prompts])), chat, base.name, prompts, first, after)
-
-
 def work_left(task: Task, contenders: Sequence[Contender]) -> int:
-    """Questions to read and comments to answer."""
-    after, left = task.read_after(task.comments), 0
+    """Questions to read and comments to answer, those among them whose prompts will be too long."""
+    left = len(left_to_read(task, BASE, [one.name for one in contenders], task.matched))
     for one in contenders:
-        left += missing(task, one.name, [REAL], after) if one.kind != API else 0
+        left += len(left_to_read(task, one.name, [REAL], task.comments)) if one.kind != API else 0
         left += len(task.ids - task.folder.answered(one.name))
-    return left + missing(task, BASE, [one.name for one in contenders], task.read_after(task.matched))
+    return left
