@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils.data.held_out import Comment  # noqa: E402
 from utils.evaluate.intervals import Interval  # noqa: E402
-from utils.files import from_root  # noqa: E402
+from utils.files import from_root, read_json  # noqa: E402
 
 STEP = 16  # Comments an update.
 WAYS = ("random", "context", "likeliest", "middle", "unlikeliest", "likes", "longest", "diverse")
@@ -80,13 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("check", choices=("selection", "amount"))
     add("--data_dir", required=True, help="crawl")
     add("--model", required=True, help="folder of the base model")
-    add("--work_dir", default="benchmarks/output/data", help="for the data, the runs and the evaluations")
+    add("--work_dir", default="benchmarks/output/data", help="for the data, the runs and the evaluation of one crawl")
     add("--test_size", type=float, default=0.15, help="share of the videos that is held out")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--limit", type=int, default=200, help="held-out comments")
-    add("--matched", type=int, default=0, help="of these, replies that are also read after other questions")
-    add("--max_new_tokens", type=int, default=1, help="longest reply; 1: as good as none, only likelihoods are wanted")
-    add("--name", default="all", help="of the evaluation: another one for other settings or seeds")
     add("--counts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="amount: comments")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="selection: which ones")
     add("--count", type=int, default=480, help="selection: comments that are chosen")
@@ -127,7 +124,7 @@ def score(comments: Sequence[Comment], model_dir: Path, others: int, path: Path)
     from utils.serve.generate import load_for_inference
 
     if path.is_file():
-        return {id: Score(*found) for id, found in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {id: Score(*found) for id, found in read_json(path).items()}
     model, chat = load_for_inference(model_dir)
     prompts = {one.id: chat.prompt_ids(one.messages[:-1]) for one in comments}
     draw, after = random.Random(0), {one.id: [one.id] for one in comments}
@@ -219,11 +216,14 @@ def train(part: Part, model: Path, work: Path) -> Path:
     place = work / f"{part.name}-{part.seed}"
     place.mkdir(exist_ok=True)
     adapter = place / f"output/DS-{model.parent.name}/{model.name}/1/adapter"
-    if adapter.is_dir():
-        return adapter
     lines = [json.dumps({"id": one.id, "video_id": one.video_id, "messages": one.messages}, ensure_ascii=False)
              for one in part.comments]  # fmt: skip
-    (place / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data, text = place / "train.jsonl", "\n".join(lines) + "\n"
+    if data.is_file() and data.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{place} was trained on other comments. Name another --work_dir.")
+    if adapter.is_dir():
+        return adapter
+    data.write_text(text, encoding="utf-8")
     flags = {"model_dir": model.parents[1], "model_name": f"{model.parent.name}/{model.name}", "data_dir": place}
     flags |= {"output_dir": place / "output", "epochs": 1, "batch_size": 4, "grad_accum": STEP // 4, "seed": part.seed}
     flags |= {"eval_samples": 0, "save_steps": 10**6}
@@ -235,39 +235,30 @@ def evaluate(args: argparse.Namespace, adapters: dict[str, Path], model: Path, w
     """Evaluates all adapters; returns the evaluation's folder."""
     flags = {"model": f"base={model}", "adapter": [f"{name}={path}" for name, path in adapters.items()]}
     flags |= {"data": work / "data/data_test.json", "train_data": work / "data/data_train.json", "shots": 0}
-    flags |= {"limit": args.limit, "matched": args.matched, "max_new_tokens": args.max_new_tokens}
-    flags |= {"name": args.name, "output_dir": work / "eval"}
+    # Only likelihoods are wanted: replies are as short as can be, and read after no other questions.
+    flags |= {"limit": args.limit, "matched": 0, "max_new_tokens": 1, "name": "all", "output_dir": work / "eval"}
     run("evaluate.py", flags, work / "evaluate.log")
-    return work / "eval" / args.name
+    return work / "eval/all"
 
 
 def table(place: Path, names: list[str], seeds: list[int], control: str) -> list[dict[str, Any]]:
     """Each name's bits per character, its seeds apart and together, and by how much that differs from another's."""
-    from utils.evaluate.folder import EvaluationFolder
-    from utils.evaluate.measures import Videos
-    from utils.files import read_json
+    from utils.evaluate.folder import EvaluationFolder, answer_of
+    from utils.evaluate.measures import Videos, bits
 
     folder, said = EvaluationFolder(place), read_json(place / "settings.json")
     rows = [row for own in folder.replies().values() for row in own.values()]
-    comments = {row["id"]: Comment(row["id"], row["video_id"], [{"role": "assistant", "content": row["real"]}])
-                for row in rows}  # fmt: skip
+    comments = {row["id"]: Comment(row["id"], row["video_id"], [answer_of(row)]) for row in rows}
     videos = Videos([*comments.values()])
-    evidence = {one.name: one for one in folder.evidence(said["kinds"], "base")}
-
-    def bits(name: str) -> dict[str, tuple[float, float]]:
-        real = evidence[name].real
-        return {
-            id: (-after[id] / math.log(2), float(len(comments[id].messages[-1]["content"])))
-            for id, after in real.items()
-        }
+    parts = {one.name: bits(comments, one) for one in folder.evidence(said["kinds"], "base")}
 
     def together(name: str) -> Any:
-        parts = [bits(name)] if name == "base" else [bits(f"{name}-{seed}") for seed in seeds]
-        return videos.ratio({id: tuple(map(sum, zip(*(part[id] for part in parts), strict=True))) for id in parts[0]})
+        several = [parts[name]] if name == "base" else [parts[f"{name}-{seed}"] for seed in seeds]
+        return videos.ratio({id: tuple(map(sum, zip(*(one[id] for one in several), strict=True))) for id in several[0]})
 
     found = []
     for name in ["base", *names]:
-        alone = [videos.ratio(bits(f"{name}-{seed}")).value for seed in seeds] if name != "base" else []
+        alone = [videos.ratio(parts[f"{name}-{seed}"]).value for seed in seeds] if name != "base" else []
         mean = together(name)
         found.append({"name": name, "bits": mean.interval(), "seeds": alone,
                       "difference": (mean - together(control)).interval()})  # fmt: skip
@@ -288,7 +279,7 @@ def selected(args: argparse.Namespace, comments: list[Comment], model: Path, wor
     known = [one for one in comments if one.id in likes]
     pool = random.Random(0).sample(known, min(args.pool, len(known)))
     print(f"{len(known)} of them with likes, of which {len(pool)} are to choose from", flush=True)
-    scores = score(pool, model, args.others, work / "scores.json")
+    scores = score(pool, model, args.others, work / f"scores-{args.pool}-{args.others}.json")
     return [
         Part(way, seed, choose(way, pool, args.count, seed, scores, likes)) for seed in args.seeds for way in args.ways
     ]
@@ -311,9 +302,7 @@ def main(args: argparse.Namespace) -> None:
     for part in parts:
         adapters[f"{part.name}-{part.seed}"] = train(part, model, work)
         length = statistics.median(len(one.messages[-1]["content"]) for one in part.comments)
-        print(
-            f"{part.name}, seed {part.seed}: {len(part.comments)} comments, half up to {length} characters", flush=True
-        )
+        print(f"{part.name}, seed {part.seed}: {len(part.comments)} comments, median {length} characters", flush=True)
     names = list(dict.fromkeys(part.name for part in parts))
     found = table(evaluate(args, adapters, model, work), names, args.seeds, control=names[0])
     print(f"\n| {args.check} | bits per character | each seed | more than {names[0]} |\n|---|---|---|---|")

@@ -5,11 +5,11 @@ python -m pytest tests/test_utils_api.py
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from conftest import LocalServer
 
 from utils.api import is_local, make_client
 
@@ -35,9 +35,8 @@ class Models(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Models.came.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server = LocalServer(Models)
+    yield f"{server.url}/v1"
     server.shutdown()
     server.server_close()
 

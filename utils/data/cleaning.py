@@ -98,7 +98,7 @@ MACROS = rf"""
 CREATE MACRO without_emoticons(x) AS
     CASE WHEN contains(x, '[') THEN regexp_replace(x, '\[[^\[\]]{{1,20}}\]', '', 'g') ELSE x END;
 -- lower() and translate() are slow, and few texts need them.
-CREATE MACRO lower_half_width(x) AS CASE WHEN regexp_matches(x, '[\p{{Lu}}\p{{Lt}}Ａ-Ｚａ-ｚ]')
+CREATE MACRO lower_half_width(x) AS CASE WHEN regexp_matches(x, '[\p{{Lu}}\p{{Lt}}ａ-ｚ]')
     THEN lower(translate(x, {sql_text(FULL_WIDTH)}, {sql_text(HALF_WIDTH)})) ELSE x END;
 -- Without what stands for people and contact details.
 CREATE MACRO own_words(x) AS CASE WHEN contains(x, '{SOMEONE}') OR contains(x, '{MASK}')

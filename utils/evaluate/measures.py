@@ -100,12 +100,18 @@ def wins(
     return counted
 
 
+def bits(comments: Mapping[str, Comment], one: Evidence) -> dict[str, tuple[float, float]]:
+    """What a contender needs to guess the real replies: a comment's id -> bits, and the characters of its reply."""
+    return {
+        id: (-after[id] / math.log(2), len(comments[id].messages[-1]["content"])) for id, after in one.real.items()
+    }
+
+
 def estimates(videos: Videos, one: Evidence) -> dict[str, Estimate]:
     """All numbers of a contender that can be measured."""
     comments = videos.comments
     found: dict[str, Estimate | None] = {}
-    bits = {id: (-after[id] / math.log(2), len(comments[id].messages[-1]["content"])) for id, after in one.real.items()}
-    found["likelihood"] = videos.ratio(bits)
+    found["likelihood"] = videos.ratio(bits(comments, one))
     firsts = {id: one.replies[id][0] for id in one.written}
     echoes = {
         id for id, text in firsts.items()

@@ -104,24 +104,22 @@ def render(task: Task, kind: str, model: Any, chat: Chat) -> Prompts:
 
 
 def left_to_read(
-    task: Task, name: str, writers: Sequence[str], own: Sequence[Comment]
-) -> dict[str, dict[str, list[str]]]:
+    task: Task, name: str, writers: Sequence[str], after: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Sequence[str]]]:
     """Which answers a contender has yet to read.
 
     Args:
         task: What is common.
         name: The contender's.
         writers: Whose answers it reads.
-        own: The comments whose answers it reads after their own questions.
+        after: From `Task.read_after`.
 
     Returns:
         A question's id -> writer -> the ids of the comments whose answers it reads after that question.
     """
-    after, left = task.read_after(own), {}
-    for writer in writers:
-        for question in after.keys() - task.folder.read(name, writer):
-            left.setdefault(question, {})[writer] = after[question]
-    return {question: left[question] for question in after if question in left}
+    read = {writer: task.folder.read(name, writer) for writer in writers}
+    left = {id: {writer: ids for writer in writers if id not in read[writer]} for id, ids in after.items()}
+    return {id: by_writer for id, by_writer in left.items() if by_writer}
 
 
 def read_answers(
@@ -174,19 +172,23 @@ def run_models(task: Task, group: Sequence[Contender], writers: Sequence[str]) -
         group: Contenders whose weights are the same. Those of the base model come after all others.
         writers: The names of all contenders.
     """
-    to_read = {one.name: left_to_read(task, one.name, [REAL], task.comments) for one in group}
+    after = task.read_after(task.comments)
+    to_read = {one.name: left_to_read(task, one.name, [REAL], after) for one in group}
     to_write = [one for one in group if task.ids - task.folder.answered(one.name)]
     is_base = any(one.kind == BASE for one in group)
-    replies_left = left_to_read(task, BASE, writers, task.matched) if is_base else {}
+    replies_left = left_to_read(task, BASE, writers, task.read_after(task.matched)) if is_base else {}
     if not any(to_read.values()) and not to_write and not replies_left:
         return
     model, chat = load(group[0], task.trust_remote_code)
     prompts = {one.name: render(task, one.kind, model, chat) for one in group}
-    longest, real = longest_tokens(task, prompts.values()), {REAL: real_answers(task)}
+    longest, real = (
+        longest_tokens(task, prompts.values()),
+        {one.id: one.messages[-1]["content"] for one in task.comments},
+    )
     reader = Reader(model, longest) if any(to_read.values()) or replies_left else None
     for name, left in to_read.items():
         if left:
-            read_answers(task, reader, chat, name, prompts[name], real, left)
+            read_answers(task, reader, chat, name, prompts[name], {REAL: real}, left)
     if to_write:
         write_replies(task, group, to_write, model, chat, prompts, longest)
     if replies_left:
@@ -228,11 +230,6 @@ def write_replies(
         model.config._attn_implementation = attention  # The engine has one of its own.
 
 
-def real_answers(task: Task) -> dict[str, str]:
-    """A comment's id -> its real answer."""
-    return {one.id: one.messages[-1]["content"] for one in task.comments}
-
-
 def first_replies(task: Task, writers: Sequence[str]) -> dict[str, dict[str, str]]:
     """Writer -> a matched comment's id -> the first reply to it."""
     rows, ids = task.folder.replies(), [one.id for one in task.matched]
@@ -272,8 +269,9 @@ def run_api(task: Task, one: Contender, client: Any) -> None:
 
 def work_left(task: Task, contenders: Sequence[Contender]) -> int:
     """Questions to read and comments to answer, those among them whose prompts will be too long."""
-    left = len(left_to_read(task, BASE, [one.name for one in contenders], task.matched))
+    after, writers = task.read_after(task.comments), [one.name for one in contenders]
+    left = len(left_to_read(task, BASE, writers, task.read_after(task.matched)))
     for one in contenders:
-        left += len(left_to_read(task, one.name, [REAL], task.comments)) if one.kind != API else 0
+        left += len(left_to_read(task, one.name, [REAL], after)) if one.kind != API else 0
         left += len(task.ids - task.folder.answered(one.name))
     return left
