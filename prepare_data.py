@@ -91,22 +91,27 @@ OTHER_PLATFORMS = re.compile(r"(^|[/_])(xhs|douyin|dy|kuaishou|ks|weibo|wb|tieba
 REPLY_PREFIX = r"^(?:[\s\p{Cf}]*回复\s*[@＠](?:[^:：\n]{1,40}? :|[^\s:：]{1,40}\s*[:：])\s*)+"
 # E-mail addresses and mentions, but not "4K@120Hz". Group 1 is what stands before the @ and stays. \p{Cf} are the
 # characters without a width that come along when a mention is copied.
+_NAMES = r"(?:[@＠]\p{Cf}*[\p{L}\p{M}\p{N}_·-]+\p{Cf}*)+"
 MENTION = (
     r"[0-9A-Za-z._+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,}"
-    r"|(^|[^0-9A-Za-z])(?:[@＠]\p{Cf}*[\p{L}\p{M}\p{N}_·-]+\p{Cf}*)+"
+    rf"|(^|[^0-9A-Za-z]){_NAMES}"
     r"|(?:[@＠]\p{Cf}*(?:[\p{L}\p{M}_·-]|\p{N}{5})[\p{L}\p{M}\p{N}_·-]*)+"
 )
+# Other ways to write the @, and the marks that a search puts around a name.
+MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&commat;": "@"}
+FOUND_NAME = r"([@＠])<em[^>]*>([^<]*)</em>"
+_AT = rf"(?:[@＠]|{'|'.join(MENTION_FORMS)})"
+# The group makes the engine slow, and few texts need it: those with one of these. In the others this finds the same.
+BEFORE_AT = rf"[0-9A-Za-z._+-]{_AT}|<em"
+PLAIN_MENTION = rf"\B{_NAMES}"
 # Names that begin with emoji, marks or a space: rare, and too slow to look for everywhere.
 _MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
-MARKED_NAME = rf"[@＠]\p{{Cf}}*(?:{_MARKS}| {{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])"
+MARKED_NAME = rf"{_AT}\p{{Cf}}*(?:{_MARKS}| {{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])|<em"
 MARKED_MENTION = (
     rf"(^|[^0-9A-Za-z])[@＠](?:\p{{Cf}}*{_MARKS}+(?:[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?)?"
     r"|\p{Cf}* {1,2}\p{Cf}*[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*)"
 )
-# Other ways to write the @, and the marks that a search puts around a name.
-MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&commat;": "@"}
 ASIDE = "\ue000"  # Of those that are nobody's.
-FOUND_NAME = r"([@＠])<em[^>]*>([^<]*)</em>"
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
 
@@ -523,7 +528,9 @@ def anonymized(column: str, anonymize: bool) -> str:
         # What is found first is put aside, as the second pattern would go on where a name ends.
         marked = f"regexp_replace({text}, {sql_text(MARKED_MENTION)}, {sql_text(chr(92) + '1' + ASIDE)}, 'g')"
         text = f"CASE WHEN regexp_matches({column}, {sql_text(MARKED_NAME)}) THEN {marked} ELSE {text} END"
-        masked = f"regexp_replace({text}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
+        any_masked = f"regexp_replace({text}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
+        masked = f"regexp_replace({text}, {sql_text(PLAIN_MENTION)}, {sql_text(SOMEONE)}, 'g')"
+        masked = f"CASE WHEN regexp_matches({column}, {sql_text(BEFORE_AT)}) THEN {any_masked} ELSE {masked} END"
         masked = f"replace({masked}, {sql_text(ASIDE)}, {sql_text(SOMEONE)})"
         # Most texts have no mention, and looking for a character is cheap.
         has_any = " OR ".join(f"contains({column}, {sql_text(form)})" for form in ("@", "＠", *MENTION_FORMS))
@@ -548,17 +555,16 @@ def make_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
     own = f"CASE WHEN {prefixed} THEN {without} ELSE content END" if anonymize else "content"
     # Copies differ in the time of writing only; the row number decides between equal ones.
     newest = "SELECT arg_max(rowid, (modified, rowid)) FROM {} WHERE {} GROUP BY id"
-    title = anonymized("regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')", anonymize)
-    description = anonymized("coalesce(description, '')", anonymize)
+    title = "regexp_replace(coalesce(title, ''), '</?em[^>]*>', '', 'g')"
     # This is utils.data.records.comment_prompt in SQL, in which a million prompts take a second.
-    tells_nothing = f"{description} IN ('', '-') OR regexp_full_match({description}, {sql_text(MENTIONS)})"
-    head = f"""'视频标题：' || {title} ||
-        CASE WHEN {tells_nothing} THEN '' ELSE '\n视频简介：' || {description} END"""
-    said = f"replace(text, {sql_text(SOMEONE)}, '')" if anonymize else "text"
-    said = f"replace({said}, {sql_text(MASK)}, '')" if rules and rules.contacts == "mask" else said
+    tells_nothing = f"description IN ('', '-') OR regexp_full_match(description, {sql_text(MENTIONS)})"
+    head = f"""'视频标题：' || title || CASE WHEN {tells_nothing} THEN '' ELSE '\n视频简介：' || description END"""
+    said, has_mark = "text", "false"
+    for mark in [SOMEONE] * anonymize + [MASK] * (rules is not None and rules.contacts == "mask"):
+        said, has_mark = f"replace({said}, {sql_text(mark)}, '')", f"{has_mark} OR contains(text, {sql_text(mark)})"
     con.execute(f"""
         CREATE TABLE comments AS
-            SELECT id, parent, video, CASE WHEN strip({said}) = '' THEN '' ELSE text END text,
+            SELECT id, parent, video, CASE WHEN ({has_mark}) AND strip({said}) = '' THEN '' ELSE text END text,
                 CASE WHEN parent = 0 THEN regexp_matches(content, {sql_text(REPLY_PREFIX)}) END to_nobody,
                 {"contact, likes, author, fold(text) letters" if rules else "likes"}
             FROM (SELECT * EXCLUDE shown, {anonymized("coalesce(shown, '')", anonymize)} text
@@ -570,10 +576,12 @@ def make_tables(con: "DuckDBPyConnection", args: argparse.Namespace, test_share:
             SELECT id, to_json(head)::VARCHAR head, length(head) head_chars,
                 left(md5('{seed}:split:' || id), 13) < '{int(test_share * 16**13):013x}' test,
                 row_number() OVER (ORDER BY md5('{seed}:order:' || id)) position, title, author
-            FROM (SELECT id, {head} head, fold({title}) title, author
-                FROM (SELECT id, author, {masked("title") if masks else "title"} title,
-                        {masked("description") if masks else "description"} description FROM raw_videos
-                      WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")})))
+            FROM (SELECT id, {head} head, fold(title) title, author
+                FROM (SELECT id, author, {anonymized(title, anonymize)} title,
+                        {anonymized("coalesce(description, '')", anonymize)} description
+                    FROM (SELECT id, author, {masked("title") if masks else "title"} title,
+                            {masked("description") if masks else "description"} description FROM raw_videos
+                          WHERE rowid IN ({newest.format("raw_videos", "id IS NOT NULL")}))))
             ORDER BY position;
     """)
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -344,6 +345,12 @@ MENTIONED = [
     ("\u200b回复 @小明 :好", "好"),
     (" \ufeff 回复 @小明 :\u200b回复 @张三 :好", "好"),
     ("hi@12345678 来", "hi@某人 来"),
+    ("呵_@12 来", "呵_@某人 来"),
+    ("写信给 li﹫mail.example.com", "写信给 @某人"),
+    ("666&#64;bob 快来", "666@某人 快来"),
+    ("﹫😀张三 快看", "@某人 快看"),
+    ("@<em>😀张三</em> 快看", "@某人 快看"),
+    ("@<em>.a</em>@张三 快看", "@某人@某人 快看"),
 ]  # fmt: skip
 
 
@@ -361,6 +368,19 @@ def test_mentions(con: Any, text: str, expected: str | None) -> None:
     """None: nothing but mentions is left."""
     (found,) = con.execute(f"SELECT {prepare_data.anonymized('x', True)} FROM (SELECT ?::VARCHAR x)", [text]).fetchone()
     assert found == expected or (expected is None and not found.replace(prepare_data.SOMEONE, "").strip())
+
+
+def test_plain_mentions_are_what_the_whole_pattern_finds(con: Any) -> None:
+    """All texts of five pieces in which no letter, digit or mark of an address stands before an @."""
+    pieces = ["@", "＠", "张", "a", "1", ".", "-", "_", " ", "，", "\u200b"]
+    con.execute("CREATE OR REPLACE TABLE texts AS SELECT unnest($1::VARCHAR[]) x",
+                [["".join(text) for text in itertools.product(pieces, repeat=5)]])  # fmt: skip
+    quoted = prepare_data.sql_text
+    whole = f"regexp_replace(x, {quoted(prepare_data.MENTION)}, {quoted(chr(92) + '1' + prepare_data.SOMEONE)}, 'g')"
+    plain = f"regexp_replace(x, {quoted(prepare_data.PLAIN_MENTION)}, {quoted(prepare_data.SOMEONE)}, 'g')"
+    found = f"FROM texts WHERE NOT regexp_matches(x, {quoted(prepare_data.BEFORE_AT)})"
+    assert con.execute(f"SELECT count(*) {found} AND {plain} <> x").fetchone()[0] > 10_000
+    assert con.execute(f"SELECT x, {whole}, {plain} {found} AND {whole} <> {plain} LIMIT 3").fetchall() == []
 
 
 @pytest.mark.parametrize(("text", "expected"), [MENTIONED[0], MENTIONED[7], *(one for one in MENTIONED if not one[1])])
