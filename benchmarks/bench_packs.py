@@ -88,19 +88,19 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from utils.data.chat import make_chat
     from utils.data.samples import load_samples
     from utils.data.tokenizer import load_tokenizer
-    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.forward import supervised_logits, trie_format, use_tries
     from utils.train.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
     from utils.train.tensors import token_logprobs
-    from utils.weights.loading import add_lora, attention_windows, load_model, scale_early
+    from utils.weights.loading import add_lora, load_model, scale_early
 
     path = from_root(args.model)
     chat = make_chat(load_tokenizer(path))
     with tempfile.TemporaryDirectory() as cache:
         samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 1024, Path(cache)).samples
         model = add_lora(load_model(path, torch.float32), 16, 32, 0.0, "all-linear").train()
-        use_blocks(model)
+        use_tries(model)
         scale_early(model)
-        attention = attention_windows(model.config)
+        form = trie_format(model)
         windows = draw_windows(samples.group, args.window, args.group_size, 1, 0)[: args.updates]
         cost = pack_cost(model, "cpu")
         plans = {size: plan_packs(samples, windows, Layout(size, 1, True, cost)) for size in args.pack_tokens}
@@ -109,7 +109,7 @@ def train_some(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             for size, plan in plans.items():
                 started = time.perf_counter()
                 for pack in rank_packs(samples, plan, number, 0):
-                    logits = model(**model_inputs(pack, attention)).logits[0]
+                    logits = supervised_logits(model, pack, form)
                     (-token_logprobs(logits, pack.target_ids).sum()).backward()
                 seconds[size].append(time.perf_counter() - started)
         count = {size: plan.count(samples, range(len(windows))) for size, plan in plans.items()}

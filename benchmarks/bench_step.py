@@ -101,17 +101,17 @@ def main(args: argparse.Namespace) -> None:
     from utils.data.chat import make_chat
     from utils.data.samples import load_samples
     from utils.data.tokenizer import load_tokenizer
-    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.forward import model_inputs, trie_format, use_tries
     from utils.train.packing import Layout, draw_windows, pack_cost, plan_packs, rank_packs
     from utils.train.tensors import token_logprobs
-    from utils.weights.loading import add_lora, attention_windows, load_model, scale_early
+    from utils.weights.loading import add_lora, load_model, scale_early
 
     path = from_root(args.model)
     chat = make_chat(load_tokenizer(path))
     model = add_lora(load_model(path, torch.float32), 16, 32, 0.0, "all-linear").train()
-    use_blocks(model)
+    use_tries(model)
     scale_early(model)
-    attention = attention_windows(model.config)
+    form = trie_format(model)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-4)
     with tempfile.TemporaryDirectory() as cache:
         samples = load_samples(from_root(args.data_dir) / "data_train.json", chat, 1024, Path(cache)).samples
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     plan = plan_packs(samples, windows, Layout(2048, 1, True, pack_cost(model, "cpu")))
 
     def lay_out(number: int) -> list[Any]:
-        return [(pack, model_inputs(pack, attention)) for pack in rank_packs(samples, plan, number, 0)]
+        return [(pack, model_inputs(pack, form)) for pack in rank_packs(samples, plan, number, 0)]
 
     def compute(ready: list[Any]) -> None:
         for pack, inputs in ready:

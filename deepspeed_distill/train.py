@@ -225,14 +225,14 @@ def load_teacher(args: argparse.Namespace, precision: str, device: str) -> Any:
     return model.to(device).requires_grad_(False).eval()
 
 
-def teacher_logprobs(model: Any, attention: Any, vocab_size: int, temperature: float, pack: Any) -> Any:
+def teacher_logprobs(model: Any, form: Any, vocab_size: int, temperature: float, pack: Any) -> Any:
     """(T, V) fp32 log-probabilities of a local teacher at the places before a pack's targets."""
     import torch
 
-    from utils.train.attention import model_inputs
+    from utils.train.forward import supervised_logits
 
     with torch.no_grad():
-        logits = model(**model_inputs(pack.to(model.device), attention)).logits[0]
+        logits = supervised_logits(model, pack.to(model.device), form)
         return torch.log_softmax(logits[:, :vocab_size].float() / temperature, -1)
 
 
@@ -253,7 +253,7 @@ def topk_logprobs(logprobs: Any, k: int) -> list[Any]:
     return [ids.int(), torch.cat([values, rest], 1).half()]
 
 
-def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | None]:
+def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], tuple[Any, str] | None]:
     """Makes functions that give the teacher's distributions for a pack, for the training and the held-out samples.
 
     Args:
@@ -261,38 +261,35 @@ def make_teachers(run: Run, vocab_size: int | None) -> tuple[list[Any], str | No
         vocab_size: V.
 
     Returns:
-        For each a function of a pack that makes what `distill_loss` takes; and, if the teacher takes no tree masks, a
-        line that says so.
+        For each a function of a pack that makes what `distill_loss` takes; and how the teacher computes packs while the
+        student learns, with a line that says why not as tries.
     """
     import numpy as np
     from deepspeed.accelerator import get_accelerator
 
-    from utils.train.attention import usable_masks
-    from utils.train.packing import Layout, pack_cost
+    from utils.train.forward import choose_format, make_layout
     from utils.train.reference import compute_or_load, target_begin, target_places
-    from utils.weights.loading import attention_windows
 
     args, sets = run.args, (run.train_set, run.eval_set)
 
     def load() -> tuple[Any, Any, str]:
         model = load_teacher(args, run.precision, run.device)
-        masks, why_not = usable_masks(model, attention_windows(model.config), args.max_tokens, run.precision)
-        return model.eval(), masks, f"Teacher: {why_not}"
+        form, why_not = choose_format(model, args.max_tokens, run.precision)
+        return model.eval(), form, f"Teacher: {why_not}" if why_not else ""
 
     if args.kd == "sft":
         return [lambda pack: None] * len(sets), None
     if args.kd == "logits":
-        model, masks, why_not = load()
-        logprobs = partial(teacher_logprobs, model, masks, vocab_size, args.kd_temperature)
-        return [logprobs] * len(sets), why_not if masks is None else None
+        model, form, why_not = load()
+        logprobs = partial(teacher_logprobs, model, form, vocab_size, args.kd_temperature)
+        return [logprobs] * len(sets), (form, why_not)
 
     @cache_in_memory
     def make_ready() -> tuple[Any, Any]:
-        model, masks, _ = load()
-        cost = pack_cost(model, get_accelerator().device_name())
-        layout = Layout(args.pack_tokens if masks else 0, run.world_size, masks is not None, cost)
+        model, form, _ = load()
+        layout = make_layout(form, model, get_accelerator().device_name(), args.pack_tokens, run.world_size)
         return layout, lambda pack: topk_logprobs(
-            teacher_logprobs(model, masks, vocab_size, args.kd_temperature, pack), args.kd_topk
+            teacher_logprobs(model, form, vocab_size, args.kd_temperature, pack), args.kd_topk
         )
 
     name = run.data_facts["files"]["teacher"]
@@ -363,12 +360,12 @@ def check_teacher(run: Run) -> tuple[int | None, dict[str, int]]:
 
 def evaluate(run: Run, teacher: Any, vocab_size: int | None) -> dict[str, float]:
     """Means of the losses over the held-out samples, over all ranks, in nats."""
-    from utils.train.attention import model_inputs
+    from utils.train.forward import supervised_logits
     from utils.train.tensors import means_over_ranks
 
     sums: Counter[str] = Counter()
     for pack in run.eval_packs():
-        logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+        logits = supervised_logits(run.engine, pack, run.form)
         _, part = distill_loss(logits, pack.target_ids, pack.target_weight, teacher(pack), vocab_size, run.args)
         sums.update(part)
     return means_over_ranks(sums, int(run.eval_set.targets.sum()))
@@ -377,7 +374,7 @@ def evaluate(run: Run, teacher: Any, vocab_size: int | None) -> dict[str, float]
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and sample replies in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
-    from utils.train.attention import model_inputs
+    from utils.train.forward import supervised_logits
     from utils.train.tensors import means_over_ranks
 
     run.load_data(training_files(args), columns=columns_of_files(args))
@@ -385,15 +382,15 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     panels = PANELS if args.kd != "sft" else {"loss": PANELS["loss"]}
     run.open(Path(__file__).with_name("ds_config.json"), panels, needed)
     # Before weights are sharded as they are read: each rank has the whole of the teacher.
-    (teacher, eval_teacher), no_masks = make_teachers(run, vocab_size)
+    (teacher, eval_teacher), teacher_form = make_teachers(run, vocab_size)
     run.load_model()
-    run.make_engine(no_masks)
+    run.make_engine(teacher_form)
     measure = partial(evaluate, run, eval_teacher, vocab_size)
     run.resume_or_evaluate(measure)
     for step in run.steps():
         sums, tokens = Counter(), run.supervised_tokens(step)
         for pack in run.packs(step):
-            logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+            logits = supervised_logits(run.engine, pack, run.form)
             said = teacher(pack)
             loss, part = distill_loss(logits, pack.target_ids, pack.target_weight, said, vocab_size, args)
             run.backward(loss, tokens)

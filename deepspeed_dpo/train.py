@@ -243,9 +243,9 @@ def make_references(run: Run) -> list[Any]:
     elif args.precompute_reference:  # Before a checkpoint is loaded: the engine is still what it starts from.
         start = fingerprint(run.model_path, *([from_root(args.adapter)] if args.adapter else []))
         made_from = f"{start} {run.precision} {run.quant_bits}"
-        how = (run.layout, run.masks, made_from, run.cache)
+        how = (run.layout, run.form, made_from, run.cache)
         known = [precompute_reference(run.engine, *pairs, *how) for pairs in drawn]
-    now = partial(reference_logps, run.engine, attention=run.masks, own_adapter=keeps_adapter(args))
+    now = partial(reference_logps, run.engine, form=run.form, own_adapter=keeps_adapter(args))
     return [partial(now, known=values) for values in known]
 
 
@@ -254,14 +254,14 @@ def keeps_adapter(args: argparse.Namespace) -> bool:
     return bool(args.adapter) and not args.precompute_reference and args.loss not in WITHOUT_REFERENCE
 
 
-def answer_groups(packs: list[Any], reference: Any, masks: Any) -> list[tuple[list[Any], Any, Any]]:
+def answer_groups(packs: list[Any], reference: Any, form: Any) -> list[tuple[list[Any], Any, Any]]:
     """Packs whose answers the loss needs together: each by itself, or two where every sample has a pack of its own.
 
     With (T,) the reference's log-probabilities, and (S,) the tokens of each answer.
     """
     import torch
 
-    size, logps, groups = 1 if masks else PAIR, reference(packs), []
+    size, logps, groups = PAIR if form.way == "single" else 1, reference(packs), []
     for start in range(0, len(packs), size):
         group = packs[start : start + size]
         sizes = torch.cat([pack.sample_targets for pack in group])
@@ -274,8 +274,8 @@ def evaluate(run: Run, reference: Any) -> dict[str, float]:
     from utils.train.reference import token_logps
 
     sums: Counter[str] = Counter()
-    for packs, reference_logps, sizes in answer_groups(run.eval_packs(), reference, run.masks):
-        sums.update(pair_loss(token_logps(run.engine, packs, run.masks), reference_logps, sizes, run.args)[1])
+    for packs, reference_logps, sizes in answer_groups(run.eval_packs(), reference, run.form):
+        sums.update(pair_loss(token_logps(run.engine, packs, run.form), reference_logps, sizes, run.args)[1])
     return means(sums, len(run.eval_set) // PAIR)
 
 
@@ -305,8 +305,8 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     run.resume_or_evaluate(partial(evaluate, run, eval_reference))
     for step in run.steps():
         sums, pairs = Counter(), len(run.windows[step - 1])
-        for packs, reference_logps, sizes in answer_groups(run.packs(step), reference, run.masks):
-            loss, part = pair_loss(token_logps(run.engine, packs, run.masks), reference_logps, sizes, args)
+        for packs, reference_logps, sizes in answer_groups(run.packs(step), reference, run.form):
+            loss, part = pair_loss(token_logps(run.engine, packs, run.form), reference_logps, sizes, args)
             run.backward(loss, pairs)
             sums.update(part)
         run.engine.step()

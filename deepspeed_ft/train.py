@@ -87,12 +87,12 @@ def own_problems(args: argparse.Namespace) -> list[str]:
 
 def evaluate(run: Run) -> dict[str, float]:
     """Mean loss of the supervised tokens of the held-out samples, over all ranks, in nats."""
-    from utils.train.attention import model_inputs
+    from utils.train.forward import supervised_logits
     from utils.train.tensors import all_reduced
 
     loss_sum = 0.0
     for pack in run.eval_packs():
-        logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+        logits = supervised_logits(run.engine, pack, run.form)
         loss_sum += sft_loss(logits, pack.target_ids, pack.target_weight).item()
     return {"loss": all_reduced(loss_sum) / int(run.eval_set.targets.sum())}
 
@@ -100,7 +100,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and sample replies in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
-    from utils.train.attention import model_inputs
+    from utils.train.forward import supervised_logits
     from utils.train.tensors import all_reduced
 
     run.load_data(find_splits(from_root(args.data_dir)), columns=args.columns)
@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     for step in run.steps():
         loss_sum, tokens = 0.0, run.supervised_tokens(step)
         for pack in run.packs(step):
-            logits = run.engine(**model_inputs(pack, run.masks)).logits[0]
+            logits = supervised_logits(run.engine, pack, run.form)
             loss = sft_loss(logits, pack.target_ids, pack.target_weight)
             run.backward(loss, tokens)
             loss_sum += loss.item()

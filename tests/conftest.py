@@ -110,13 +110,58 @@ def make_tokenizer(vocab_size: int = 800) -> Any:
     return tokenizer
 
 
+DELTA_RULE = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    layer_types=["linear_attention", "full_attention"],
+)
+MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=2)
+# Models with recurrent layers: the gated delta rule, Mamba-2 and short convolutions.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5": DELTA_RULE,
+    "qwen3_next": DELTA_RULE
+    | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32),
+    "kimi_linear": dict(
+        linear_attn_config=dict(
+            num_heads=4, head_dim=16, short_conv_kernel_size=4, kda_layers=[1], full_attn_layers=[2]
+        ),
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        num_experts=4,
+        num_experts_per_token=2,
+        moe_intermediate_size=32,
+    ),
+    "granitemoehybrid": MAMBA2
+    | dict(num_local_experts=0, shared_intermediate_size=96, layer_types=["mamba", "attention"]),
+    "falcon_h1": MAMBA2 | dict(mamba_d_ssm=128),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2
+    ),
+    "lfm2": dict(layer_types=["conv", "full_attention"], block_ff_dim=96),
+}
+# Models that compute no tries.
+OTHERS: dict[str, dict[str, Any]] = {
+    "jamba": dict(mamba_d_state=16, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2),
+    "mamba": dict(state_size=16),
+    "mamba2": dict(num_heads=8, state_size=16, n_groups=1),
+    "bloom": dict(n_head=4, n_layer=2),
+    "gpt2": dict(n_embd=64, n_head=4, n_layer=2, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+}
+
+
 def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
     """A random model of two small layers: "llama", "qwen2" (tied embeddings), "qwen3", "gemma2", "gemma3" or "mistral"
-    (windows of 16)."""
+    (windows of 16), or one of `HYBRIDS` and `OTHERS`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    names = {"gemma3": "gemma3_text"}
+    names = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
     sizes = dict(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -135,6 +180,7 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
         sizes["sliding_window"] = 16
     if kind in ("gemma2", "gemma3"):
         sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    sizes |= HYBRIDS.get(kind, OTHERS.get(kind, {}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(names.get(kind, kind), **(sizes | changes)))
     # Larger than the usual first weights, so that attention is far from uniform and the tests can see its mask.
@@ -177,6 +223,43 @@ def kindred(draw: Any, vocab_size: int = 3, longest: int = 10) -> list[Sample]:
     return samples
 
 
+@st.composite
+def trees(draw: Any) -> list[int | None]:
+    """The parents of tokens in depth-first order; None for a tree's first token."""
+    parents: list[int | None] = []
+    path: list[int] = []  # From the current tree's root to the token before.
+    for place in range(draw(st.integers(1, 24))):
+        keep = draw(st.integers(0, len(path)))
+        path = path[:keep]
+        parents.append(path[-1] if path else None)
+        path.append(place)
+    return parents
+
+
+def ancestors(parents: list[int | None], place: int) -> list[int]:
+    """A token and its ancestors, the nearest first."""
+    found = []
+    here: int | None = place
+    while here is not None:
+        found.append(here)
+        here = parents[here]
+    return found
+
+
+def pack_of(parents: list[int | None]) -> Any:
+    """A pack of these trees: depth and the index after the last descendant come from counting."""
+    import torch
+
+    from utils.train.packing import Pack
+
+    places = range(len(parents))
+    ends = [place + sum(place in ancestors(parents, other) for other in places) for place in places]
+    depths = [len(ancestors(parents, place)) - 1 for place in places]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    tree = (torch.zeros(len(parents), dtype=torch.int64), torch.tensor(depths), torch.tensor(ends))
+    return Pack(*tree, nothing, nothing, nothing.float(), nothing, nothing)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()
@@ -186,7 +269,7 @@ def tokenizer() -> Any:
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A folder of downloaded models: tiny/llama, tiny/qwen2, tiny/qwen3 and so on."""
     folder = tmp_path_factory.mktemp("model")
-    for kind in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"):
+    for kind in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "qwen3_5", "granitemoehybrid", "bloom"):
         make_model(kind, len(tokenizer)).save_pretrained(folder / "tiny" / kind)
         tokenizer.save_pretrained(folder / "tiny" / kind)
     return folder

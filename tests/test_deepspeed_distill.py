@@ -389,7 +389,7 @@ def test_a_resumed_run_is_the_same(distill: ModuleType, distill_args: Build, tmp
         slow({"kd": "topk", "kd_loss": "jsd", "answers": "big"}),
         slow({"kd": "logits", "teacher_bnb_enabled": True, "train_bnb_enabled": True}),
         slow({"kd": "logits", "tuner": "full", "lr": 1e-3}),
-        slow({"kd": "logits", "teacher_model_name": "tiny/gemma2", "model_name": "tiny/qwen3"}),
+        slow({"kd": "logits", "teacher_model_name": "tiny/bloom", "model_name": "tiny/qwen3_5"}),
     ],
     ids=str,
 )

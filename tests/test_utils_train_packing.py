@@ -65,22 +65,26 @@ def what_packs_learn(packs: list[Pack]) -> Counter[tuple[tuple[int, ...], int]]:
     samples=kindred(),
     pack_tokens=st.integers(10, 40),
     world_size=st.integers(1, 4),
-    share_prefix=st.booleans(),
+    kind=st.sampled_from(["shared", "chains", "padded"]),
     window_samples=st.integers(1, 12),
 )
 @property_test
 def test_packs_learn_what_samples_teach(
-    samples: list[Sample], pack_tokens: int, world_size: int, share_prefix: bool, window_samples: int
+    samples: list[Sample], pack_tokens: int, world_size: int, kind: str, window_samples: int
 ) -> None:
     everything = stored(samples)
     windows = draw_windows(everything.group, window_samples, 8, 1, 0)
-    plan = plan_packs(everything, windows, Layout(pack_tokens, world_size, share_prefix, COST))
+    layout = Layout(pack_tokens, world_size, kind == "shared", COST, padded=kind == "padded")
+    plan = plan_packs(everything, windows, layout)
     executed = 0
     for number, window in enumerate(windows):
         by_rank = [rank_packs(everything, plan, number, rank) for rank in range(world_size)]
         assert len({len(packs) for packs in by_rank}) == 1
         packs = [pack for rank in by_rank for pack in rank]
         assert all(len(pack.input_ids) <= pack_tokens for pack in packs)
+        if kind == "padded":
+            rows = [everything.lengths[pack.sample.tolist()] for pack in packs if len(pack.sample)]
+            assert all(len(own) * own.max() <= pack_tokens for own in rows)
         assert what_packs_learn(packs) == what_is_learnt([samples[place] for place in window])
         count = plan.count(everything, range(number, number + 1))
         assert count["logical"] == sum(len(samples[place].input_ids) for place in window)
@@ -164,6 +168,21 @@ def test_the_cut_is_the_cheapest(
         np.array(lengths), np.array(shared), 0, len(row), pack_tokens, PackCost(dense_tokens, overhead)
     )
     assert price(found) == pytest.approx(min(map(price, partitions(len(row)))))
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), overhead=st.integers(0, 200))
+@property_test
+def test_the_cut_of_rows_is_the_cheapest(lengths: list[int], overhead: int) -> None:
+    """All rows of a batch are as long as the longest."""
+    lengths = sorted(lengths)
+
+    def price(ends: list[int]) -> float:
+        tokens = [(end - start) * lengths[end - 1] for start, end in zip([0, *ends], ends, strict=False)]
+        return sum(n + n * n / 500 + overhead for n in tokens) if max(tokens) <= 60 else float("inf")
+
+    rows = np.array(lengths)
+    found = packing._cut(rows, np.zeros_like(rows), 0, len(rows), 60, PackCost(500, overhead), rows)
+    assert price(found) == pytest.approx(min(map(price, partitions(len(lengths)))))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import make_model, sample_of, stored
 from peft import LoraConfig, get_peft_model
-from test_utils_train_attention import COST, KINDS, Engine
+from test_utils_train_forward import COST, KINDS, Engine
 
 from utils.data.chat import Sample
 from utils.data.samples import Samples
-from utils.train.attention import usable_masks
 from utils.train.engine import start_ranks
+from utils.train.forward import PACKED, SINGLE, PackFormat, trie_format
 from utils.train.packing import Layout, Pack, plan_packs, rank_packs
 from utils.train.reference import (
     compute_or_load,
@@ -27,7 +27,6 @@ from utils.train.reference import (
     target_places,
     token_logps,
 )
-from utils.weights.loading import attention_windows
 
 PROMPTS = [30, 21]  # Tokens; longer than the windows of 16.
 ANSWERS = [(5, 9), (1, 12), (7, 3)]  # Chosen and rejected; the first two pairs have the same prompt.
@@ -80,7 +79,7 @@ def assert_alone(found: list[torch.Tensor], packs: list[Pack], samples: Samples,
 def test_a_pack_says_what_its_answers_say_alone(kind: str) -> None:
     model, samples = make_model(kind, 800), pairs()
     packs = packs_of(samples)
-    logps = token_logps(Engine(model), packs, attention_windows(model.config))
+    logps = token_logps(Engine(model), packs, trie_format(model))
     sizes = [len(pack.target_ids) for pack in packs]
     assert sum(sizes) == sum(map(sum, ANSWERS))
     assert_alone([*logps.split(sizes)], packs, samples, model)
@@ -90,30 +89,30 @@ def test_a_pack_says_what_its_answers_say_alone(kind: str) -> None:
 def test_without_its_adapter_a_model_is_its_base(training: bool) -> None:
     model, samples = with_lora("qwen2"), pairs()
     base = make_model("qwen2", 800)
-    engine, packs, windows = Engine(model), packs_of(samples), attention_windows(model.config)
+    engine, packs, form = Engine(model), packs_of(samples), trie_format(model)
     engine.train(training)
-    found = reference_logps(engine, packs, windows, own_adapter=False, known=None)
+    found = reference_logps(engine, packs, form, own_adapter=False, known=None)
     assert_alone(found, packs, samples, base)
     # It is as it was: the adapter counts, learns, and the mode is the same.
     assert model.training == training and not any(values.requires_grad for values in found)
     model.eval()
-    now = token_logps(engine, packs, windows)
+    now = token_logps(engine, packs, form)
     assert now.requires_grad and (now - torch.cat(found)).abs().max() > 0.1
 
 
 def test_the_first_adapter_stays_the_reference(tmp_path: Path) -> None:
     model, samples = with_lora("qwen2"), pairs()
     model.save_pretrained(tmp_path)
-    packs, windows = packs_of(samples), attention_windows(model.config)
-    before = token_logps(Engine(model), packs, windows).detach()
+    packs, form = packs_of(samples), trie_format(model)
+    before = token_logps(Engine(model), packs, form).detach()
     model.load_adapter(tmp_path, "reference")
     learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in model.named_parameters():
         if "lora_B.default" in name:
             weight.data.mul_(2)
-    found = torch.cat(reference_logps(Engine(model), packs, windows, own_adapter=True, known=None))
+    found = torch.cat(reference_logps(Engine(model), packs, form, own_adapter=True, known=None))
     assert torch.equal(found, before)
-    assert (token_logps(Engine(model), packs, windows) - before).abs().max() > 0.1
+    assert (token_logps(Engine(model), packs, form) - before).abs().max() > 0.1
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == learning
     assert learning and all(".default." in name for name in learning)
 
@@ -122,7 +121,7 @@ def test_what_was_computed_is_read_again(tmp_path: Path) -> None:
     """Of two of three pairs; another model, or other pairs, are computed anew."""
     start_ranks(0)
     model, samples = make_model("qwen2", 800), pairs()
-    windows, units = attention_windows(model.config), np.array([0, 2])
+    form, units = trie_format(model), np.array([0, 2])
     calls = 0
 
     def count(*_: Any) -> None:
@@ -131,21 +130,21 @@ def test_what_was_computed_is_read_again(tmp_path: Path) -> None:
 
     model.register_forward_pre_hook(count)
     engine = Engine(model)
-    values, begin = precompute_reference(engine, samples, units, LAYOUT, windows, "model 1", tmp_path)
+    values, begin = precompute_reference(engine, samples, units, LAYOUT, form, "model 1", tmp_path)
     first = calls
     expected = [alone(model, samples[number]) for number in range(6)]
     expected[2:4] = [torch.zeros_like(part) for part in expected[2:4]]
     assert torch.allclose(values, torch.cat(expected), rtol=1e-5, atol=1e-5)
     calls = 0
-    again, _ = precompute_reference(engine, samples, units, LAYOUT, windows, "model 1", tmp_path)
+    again, _ = precompute_reference(engine, samples, units, LAYOUT, form, "model 1", tmp_path)
     assert calls == 0 < first and torch.equal(again, values)
     (pack,) = rank_packs(samples, plan_packs(samples, [units], LAYOUT), 0, 0)
-    (read,) = reference_logps(engine, [pack], windows, own_adapter=False, known=(values, begin))
+    (read,) = reference_logps(engine, [pack], form, own_adapter=False, known=(values, begin))
     assert calls == 0
     assert_alone([read], [pack], samples, model)
     for other_units, made_from in ((units, "model 2"), (np.array([0, 1]), "model 1")):
         calls = 0
-        precompute_reference(engine, samples, other_units, LAYOUT, windows, made_from, tmp_path)
+        precompute_reference(engine, samples, other_units, LAYOUT, form, made_from, tmp_path)
         assert calls == first
 
 
@@ -197,13 +196,14 @@ def test_places_by_hand() -> None:
     assert target_places(begin, pack._replace(sample=nothing, sample_targets=nothing)).tolist() == []
 
 
-def test_models_without_tree_masks_are_computed_one_by_one() -> None:
-    """gemma2: a pack an answer, and no mask."""
+@pytest.mark.parametrize("form", [PACKED, SINGLE], ids=lambda form: form.way)
+def test_models_without_tree_masks(form: PackFormat) -> None:
+    """Answers as the rows of a batch, and a pack an answer."""
     start_ranks(0)
-    model, samples = make_model("gemma2", 800), pairs()
-    assert usable_masks(Engine(model), attention_windows(model.config), 256, "fp32")[0] is None
-    plan = plan_packs(samples, [np.arange(len(ANSWERS))], LAYOUT._replace(pack_tokens=0, share_prefix=False))
-    packs = rank_packs(samples, plan, 0, 0)
-    assert len(packs) == 6
-    found = [token_logps(Engine(model), [pack], None) for pack in packs]
+    model, samples = make_model("llama", 800), pairs()
+    pack_tokens, padded = (150, True) if form is PACKED else (0, False)
+    layout = LAYOUT._replace(pack_tokens=pack_tokens, share_prefix=False, padded=padded)
+    packs = rank_packs(samples, plan_packs(samples, [np.arange(len(ANSWERS))], layout), 0, 0)
+    assert len(packs) == (6 if form is SINGLE else 3)
+    found = [token_logps(Engine(model), [pack], form) for pack in packs]
     assert_alone(found, packs, samples, model)

@@ -59,6 +59,18 @@ def test_all_layouts_give_the_same_tensors(model: Any, layouts: dict[str, Path])
     assert len(digests) == 1
 
 
+def test_small_tensors_are_digested_to_their_end(tmp_path: Path) -> None:
+    """Recurrent layers have a number a head; and a scale is one number."""
+    from safetensors.torch import save_file
+
+    digests = set()
+    for last in (0.0, 1.0):
+        tensors = {"decay": torch.tensor([1.0, 2, 3, last]), "scale": torch.ones(1), "number": torch.tensor(2.0)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        digests.add(weights_digest(open_weights(tmp_path)))
+    assert len(digests) == 2
+
+
 def test_the_digest_tells_bases_apart(model: Any, layouts: dict[str, Path], tmp_path: Path) -> None:
     digest = weights_digest(open_weights(layouts["safetensors"]))
     state = load_file(layouts["safetensors"] / "model.safetensors")

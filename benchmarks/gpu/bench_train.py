@@ -42,10 +42,10 @@ class Trainer:
         from comments import load_comments
         from random_models import config_of, random_model, with_lora
 
-        from utils.train.attention import usable_masks
         from utils.train.engine import choose_precision, make_ds_config, make_engine, start_ranks
-        from utils.train.packing import Layout, pack_cost, plan_packs
-        from utils.weights.loading import DTYPES, attention_windows
+        from utils.train.forward import choose_format, make_layout
+        from utils.train.packing import plan_packs
+        from utils.weights.loading import DTYPES
 
         self.script = load_script("deepspeed_ft/train.py")
         flags = {"lr": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0, "gradient_checkpointing": True}
@@ -59,16 +59,14 @@ class Trainer:
         model = with_lora(model, self.run_args.lora_r, self.run_args.lora_alpha, self.run_args.lora_dropout)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.engine = make_engine(model, self.run_args, config, 1000)
-        self.masks, self.problem = usable_masks(
-            self.engine, attention_windows(model.config), MAX_TOKENS, self.precision
-        )
+        self.form, self.problem = choose_format(self.engine, MAX_TOKENS, self.precision)
         self.samples = load_comments(part.dry)
-        layout = Layout(pack_tokens, 1, share_prefix and self.masks is not None, pack_cost(model, part.device))
+        layout = make_layout(self.form, model, part.device, pack_tokens, 1, share_prefix)
         self.plan = plan_packs(self.samples, windows_of(self.samples), layout)
 
     def update(self, number: int) -> dict[str, float]:
         """An optimizer step."""
-        from utils.train.attention import model_inputs
+        from utils.train.forward import supervised_logits
         from utils.train.packing import rank_packs
 
         tokens = self.plan.count(self.samples, range(number, number + 1))
@@ -76,7 +74,7 @@ class Trainer:
         loss_sum = 0.0
         for pack in packs:
             pack = pack.to(self.engine.device)
-            logits = self.engine(**model_inputs(pack, self.masks)).logits[0]
+            logits = supervised_logits(self.engine, pack, self.form)
             loss = self.script.sft_loss(logits, pack.target_ids, pack.target_weight)
             self.engine.backward(loss / tokens["supervised"], scale_wrt_gas=False)
             loss_sum += loss.item()

@@ -70,17 +70,16 @@ def compare(part: Part, dtype: Any, bits: int | None, exact: list[Any] | None) -
     from comments import load_comments, pack_of
     from random_models import config_of, random_model, with_lora
 
-    from utils.train.attention import model_inputs, use_blocks
+    from utils.train.forward import SINGLE, model_inputs, trie_format, use_tries
     from utils.train.packing import lay_out
     from utils.train.tensors import token_logprobs
-    from utils.weights.loading import attention_windows
 
     config = config_of(SHAPE, part.dry)
     model = with_lora(random_model(config, dtype, part.device, bits), dropout=0.0, trained=True).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     samples = load_comments(part.dry)
     numbers, pack = pack_of(samples, 256 if part.dry else PACK_TOKENS)
-    windows = attention_windows(model.config)
+    form = trie_format(model)
 
     def loss(inputs: dict[str, Any], own: Any) -> Any:
         logits = model(**inputs).logits[0]
@@ -88,17 +87,17 @@ def compare(part: Part, dtype: Any, bits: int | None, exact: list[Any] | None) -
 
     def alone(number: int) -> Any:
         own = lay_out([samples[number]], [0]).to(part.device)
-        return loss(model_inputs(own, None), own)
+        return loss(model_inputs(own, SINGLE), own)
 
     def together() -> Any:
         own = pack.to(part.device)
-        return loss(model_inputs(own, windows), own)
+        return loss(model_inputs(own, form), own)
 
     def under_flex() -> Any:
         own = tree_flex.padded(pack)
         mask = tree_flex.block_mask(own.subtree_end, part.device)
         own = own.to(part.device)
-        return loss(model_inputs(own, None) | {"attention_mask": mask}, own)
+        return loss(model_inputs(own, SINGLE) | {"attention_mask": mask}, own)
 
     plain_loss, plain = gradients(model, [lambda number=number: alone(number) for number in numbers])
     figures: dict[str, Any] = {
@@ -120,7 +119,7 @@ def compare(part: Part, dtype: Any, bits: int | None, exact: list[Any] | None) -
             figures["attention"][name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
             model.zero_grad()
 
-    use_blocks(model)
+    use_tries(model)
     for name, held_to in KERNELS.items():
         if not held_to or part.device == "cuda":
             hold(name, together, held_to)

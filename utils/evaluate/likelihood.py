@@ -21,10 +21,10 @@ from utils.data.chat import Chat
 from utils.data.held_out import Comment
 from utils.data.records import Message, UnusableRecord
 from utils.data.samples import Samples
-from utils.train.attention import model_inputs, usable_masks
-from utils.train.packing import Layout, lay_out, pack_cost, plan_packs
+from utils.train.forward import choose_format, make_layout, supervised_logits
+from utils.train.packing import lay_out, plan_packs
 from utils.train.tensors import sample_sums, token_logprobs
-from utils.weights.loading import DTYPES, attention_windows
+from utils.weights.loading import DTYPES
 
 OTHERS = 7  # Other contexts of each kind that an answer is read under.
 ROOM_TOKENS = 1024  # Of a pack, for what follows the longest question: each has a row of logits over the vocabulary.
@@ -60,12 +60,11 @@ class Reader:
         """
         self.model = model
         precision = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
-        self._masks, why_not = usable_masks(model, attention_windows(model.config), longest, precision)
+        self._form, why_not = choose_format(model, longest, precision)
         model.eval()
         if why_not:
             print(why_not.replace("samples", "answers").strip())
-        self._cost = pack_cost(model, model.device.type)
-        self._caches = self._masks is not None and self._reads_alike()
+        self._caches = self._form.way == "shared" and self._reads_alike()
 
     @torch.no_grad()
     def read(self, readings: Sequence[Reading]) -> Iterator[tuple[str, dict[Any, float]]]:
@@ -128,17 +127,13 @@ class Reader:
             targets=lengths[:, 1],
             ids=[""] * len(texts),
         )
-        pack_tokens = int(lengths[:, 0].max()) + ROOM_TOKENS if self._masks else 0
-        layout = Layout(pack_tokens, 1, self._masks is not None, self._cost)
+        pack_tokens = int(lengths[:, 0].max()) + ROOM_TOKENS
+        layout = make_layout(self._form, self.model, self.model.device.type, pack_tokens)
         plan = plan_packs(samples, [np.arange(len(texts))], layout)
-        count = cached[0][0].shape[2] if cached else 0
         for number in plan.packs(0):
             numbers, shared = plan.order[plan.draws(number)], plan.shared[plan.draws(number)]
             pack = lay_out([samples[place] for place in numbers], shared.tolist()).to(self.model.device)
-            inputs = model_inputs(pack, self._masks, count)
-            if cached:
-                inputs["past_key_values"] = DynamicCache(cached)  # A new one: the model adds the pack's.
-            logits = self.model(**inputs).logits[0]
+            logits = supervised_logits(self.model, pack, self._form, DynamicCache(cached) if cached else None)
             nats = sample_sums(token_logprobs(logits, pack.target_ids).double(), pack.sample_targets)
             yield from zip(numbers.tolist(), nats.tolist(), strict=True)
 

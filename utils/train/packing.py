@@ -127,6 +127,7 @@ class Layout(NamedTuple):
     # So many samples in a row belong together, as the two answers of a preference pair: windows name units (unit n is
     # the samples n * unit ...), and a unit's samples stand in one pack.
     unit: int = 1
+    padded: bool = False  # Whether a pack's samples are the rows of a batch, each as long as the longest.
 
 
 def make_plan(samples: Samples, windows: list[np.ndarray], layout: Layout, cache: Path) -> Plan:
@@ -152,7 +153,7 @@ def make_plan(samples: Samples, windows: list[np.ndarray], layout: Layout, cache
 
 def plan_packs(samples: Samples, windows: list[np.ndarray], layout: Layout) -> Plan:
     """What `make_plan` does, without the cache."""
-    pack_tokens, world_size, share_prefix, cost, unit = layout
+    pack_tokens, world_size, share_prefix, cost, unit, padded = layout
     order, shared, pack_end, pack_rank, window_end = [], [], [], [], []
     drawn = 0
     for window in windows:
@@ -160,6 +161,8 @@ def plan_packs(samples: Samples, windows: list[np.ndarray], layout: Layout) -> P
         if share_prefix:
             # Sorted by their bytes, samples that begin alike stand together, and a prefix before what it begins.
             units.sort(key=lambda part: samples.tokens[samples.begin[part[0]] : samples.end[part[0]]].tobytes())
+        if padded:  # Rows of about the same length stand together.
+            units.sort(key=lambda part: max(samples.end[number] - samples.begin[number] for number in part))
         numbers = [number for numbers in units for number in numbers]
         texts = [samples.tokens[samples.begin[number] : samples.end[number]] for number in numbers]
         common = np.array([0, *map(_common_tokens, texts, texts[1:])] if share_prefix else [0] * len(texts))
@@ -169,7 +172,9 @@ def plan_packs(samples: Samples, windows: list[np.ndarray], layout: Layout) -> P
         lengths = own.reshape(-1, unit).sum(1) + before
         start = 0
         for rank, end in enumerate(_deal(lengths, before, world_size)):
-            for pack_start, pack_stop in pairwise([start, *_cut(lengths, before, start, end, pack_tokens, cost)]):
+            rows = own.reshape(-1, unit).max(1) * unit if padded else None
+            cuts = _cut(lengths, before, start, end, pack_tokens, cost, rows)
+            for pack_start, pack_stop in pairwise([start, *cuts]):
                 common[pack_start * unit] = 0  # A pack's first sample shares nothing.
                 size = (pack_stop - pack_start) * unit if pack_tokens else 1
                 ends = range(drawn + pack_start * unit + size, drawn + pack_stop * unit + 1, size)
@@ -217,8 +222,25 @@ def _deal(lengths: np.ndarray, shared: np.ndarray, world_size: int) -> list[int]
     return ends + [len(lengths)] * (world_size - len(ends))
 
 
-def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tokens: int, cost: PackCost) -> list[int]:
+def _cut(
+    lengths: np.ndarray,
+    shared: np.ndarray,
+    start: int,
+    end: int,
+    pack_tokens: int,
+    cost: PackCost,
+    rows: np.ndarray | None = None,
+) -> list[int]:
     """Cuts samples start ... end - 1, in their order, in the cheapest packs (dynamic programming over the last pack).
+
+    Args:
+        lengths: Of all samples, tokens.
+        shared: Tokens that each has in common with the one before it.
+        start: The first sample.
+        end: Behind the last one.
+        pack_tokens: The most in a pack.
+        cost: Of a pack.
+        rows: Of samples that are the rows of a batch and never get shorter: the tokens of each row if it ends there.
 
     Returns:
         Where each pack ends.
@@ -232,6 +254,8 @@ def _cut(lengths: np.ndarray, shared: np.ndarray, start: int, end: int, pack_tok
     for last in range(1, end - start + 1):
         first = min(int(np.searchsorted(total, total[last] - pack_tokens)), last - 1)
         tokens = whole[first:last] + total[last]
+        if rows is not None:
+            tokens = np.arange(last - first, 0, -1) * rows[start + last - 1]
         prices = price[first:last] + tokens * (1 + tokens / cost.dense_tokens) + cost.overhead_tokens
         prices[:-1][tokens[:-1] > pack_tokens] = np.inf
         best = int(prices.argmin())

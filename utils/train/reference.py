@@ -20,19 +20,18 @@ from deepspeed.accelerator import get_accelerator
 from utils.cli import progress_bar
 from utils.data.samples import Samples
 from utils.files import atomic_write, create_once, drop_damaged, sha256, shown
-from utils.train.attention import model_inputs
+from utils.train.forward import SINGLE, PackFormat, supervised_logits
 from utils.train.packing import Layout, Pack, lay_out, make_plan, rank_packs
 from utils.train.tensors import all_reduced, token_logprobs
 
 KEEP_SEC = 5  # So often what has been computed is written to the disk.
 
 
-def token_logps(engine: Any, packs: list[Pack], attention: dict[str, int | None] | None) -> torch.Tensor:
+def token_logps(engine: Any, packs: list[Pack], form: PackFormat) -> torch.Tensor:
     """(T,) fp32 log-probabilities of the supervised tokens of packs, one after the other."""
     parts = []
     for pack in packs:
-        logits = engine(**model_inputs(pack, attention)).logits[0]
-        parts.append(token_logprobs(logits, pack.target_ids))
+        parts.append(token_logprobs(supervised_logits(engine, pack, form), pack.target_ids))
     return torch.cat(parts)
 
 
@@ -41,7 +40,7 @@ def answer_logps(model: Any, samples: Samples, progress: str) -> torch.Tensor:
     """(N,) fp32 log-probabilities of samples' answers, each computed by itself without a mask, nats."""
     bar = progress_bar(samples, progress, "answer", total=len(samples))
     packs = (lay_out([sample], [0]).to(model.device) for sample in bar)
-    return torch.stack([token_logps(model, [pack], None).sum().cpu() for pack in packs])
+    return torch.stack([token_logps(model, [pack], SINGLE).sum().cpu() for pack in packs])
 
 
 @contextmanager
@@ -63,13 +62,13 @@ def as_reference(engine: Any, own_adapter: bool) -> Iterator[None]:
     engine.train(training)
 
 
-def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter: bool, known: Any) -> list[Any]:
+def reference_logps(engine: Any, packs: list[Pack], form: PackFormat, own_adapter: bool, known: Any) -> list[Any]:
     """The reference's log-probabilities of each pack's answers.
 
     Args:
         engine: In any mode; it is left as it was.
         packs: On the engine's device.
-        attention: From `utils.train.attention.usable_masks`.
+        form: From `utils.train.forward.choose_format`.
         own_adapter: Whether the reference is an adapter of its own, or the model without one.
         known: (K,) from `precompute_reference` and `target_begin` of the same samples; None to compute them now.
 
@@ -79,11 +78,11 @@ def reference_logps(engine: Any, packs: list[Pack], attention: Any, own_adapter:
     if known is not None:
         return [known[0][target_places(known[1], pack)].to(engine.device) for pack in packs]
     with as_reference(engine, own_adapter):
-        return [token_logps(engine, [pack], attention) for pack in packs]
+        return [token_logps(engine, [pack], form) for pack in packs]
 
 
 def precompute_reference(
-    engine: Any, samples: Samples, units: np.ndarray, layout: Layout, attention: Any, made_from: str, cache: Path
+    engine: Any, samples: Samples, units: np.ndarray, layout: Layout, form: PackFormat, made_from: str, cache: Path
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Computes the log-probabilities of answers with the engine as it is, before its first step, by `compute_or_load`.
 
@@ -92,7 +91,7 @@ def precompute_reference(
     """
 
     def compute(pack: Pack) -> list[torch.Tensor]:
-        return [token_logps(engine, [pack.to(engine.device)], attention)]
+        return [token_logps(engine, [pack.to(engine.device)], form)]
 
     engine.eval()
     with torch.no_grad():

@@ -48,6 +48,12 @@ from utils.train.engine import (
 from utils.train.signals import StopSignals
 
 SHOWN_REPLIES = 4
+# How samples are computed.
+SAID = {
+    "shared": "Packs are shared: what samples begin with is computed once.",
+    "packed": "Samples are packed: several are computed in a pass, and nothing is shared.",
+    "single": "Samples are computed singly.",
+}
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -64,7 +70,7 @@ class Run:
         cache: Folder of what was rendered, planned or computed before.
         model: The model, with the weights to train marked by `requires_grad`.
         engine: DeepSpeed's.
-        masks: What `model_inputs` makes masks of; None for a model that takes none.
+        form: How the model computes packs.
         layout: How samples are laid out in packs.
         windows: The units (samples, or pairs) of every step.
     """
@@ -144,19 +150,18 @@ class Run:
         self.model = build_model(self.args, self.model_path, self.precision, self.device, adapter)
         self._parameters = count_parameters(self.model)
 
-    def make_engine(self, no_masks: str | None = None) -> None:
-        """Makes the engine, tries the masks, plans all packs, and prints what will be computed.
+    def make_engine(self, teacher: tuple[Any, str] | None = None) -> None:
+        """Makes the engine, tries how it can compute packs, plans all of them, and prints what will be computed.
 
         Args:
-            no_masks: If something else than the model rules masks out, a line on what it is.
+            teacher: How another model computes the same packs, and a line that says why not as tries.
         """
         import numpy as np
         import torch
         from deepspeed.accelerator import get_accelerator
 
-        from utils.train.attention import usable_masks
-        from utils.train.packing import Layout, draw_windows, make_plan, pack_cost
-        from utils.weights.loading import attention_windows
+        from utils.train.forward import WAYS, choose_format, make_layout
+        from utils.train.packing import draw_windows, make_plan
 
         args, unit = self.args, self._unit
         window_size = args.batch_size * args.grad_accum * self.world_size
@@ -165,13 +170,11 @@ class Run:
         self.engine = make_engine(self.model, args, self._ds_config, len(self.windows))
         # Until here all ranks drew the same numbers; dropout is each rank's own.
         torch.manual_seed(args.seed + self.rank)
-        sees = attention_windows(self.model.config)
-        self.masks, why_not = usable_masks(self.engine, sees, args.max_tokens, self.precision)
-        if no_masks is not None:
-            self.masks, why_not = None, no_masks
-        shares = args.share_prefix and self.masks is not None
-        cost = pack_cost(self.model, get_accelerator().device_name())
-        self.layout = Layout(args.pack_tokens if self.masks else 0, self.world_size, shares, cost, unit)
+        self.form, why_not = choose_format(self.engine, args.max_tokens, self.precision)
+        if teacher and WAYS.index(teacher[0].way) < WAYS.index(self.form.way):
+            self.form, why_not = teacher
+        where = (self.model, get_accelerator().device_name())
+        self.layout = make_layout(self.form, *where, args.pack_tokens, self.world_size, args.share_prefix, unit)
         self._plan = make_plan(self.train_set, self.windows, self.layout, self.cache)
         if self.eval_set:
             all_units = [np.arange(len(self.eval_set) // unit)]
@@ -191,8 +194,9 @@ class Run:
 
     def _token_counts(self) -> str:
         tokens = self._plan.count(self.train_set, range(len(self.windows)))
+        way = "shared" if self.layout.share_prefix else "packed" if self.layout.pack_tokens else "single"
         return (
-            f"{tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; {tokens['executed']:,} are "
+            f"{SAID[way]} {tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; {tokens['executed']:,} are "
             f"computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
         )
 

@@ -9,6 +9,12 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NF4 with double quantisation: 4 bits a weight and 0.127 bits a weight of scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = 4.127 / 8
+# Kinds of layers, in the words of transformers' configurations: those that have two in them, and those without either.
+HYBRID_LAYERS = {
+    "hybrid": {"full_attention", "linear_attention"},
+    "hybrid_sliding": {"sliding_attention", "linear_attention"},
+}
+OTHER_LAYERS = {"mlp", "moe"}
 
 # On CPUs with AVX512-BF16 bitsandbytes asks at its import for a package of kernels that `load_model` has no use for.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -125,11 +131,12 @@ def attention_windows(config: Any) -> dict[str, int | None]:
 
     Returns:
         Kind of layer -> window in tokens, or None where a layer sees all. Models with one kind take one mask, models
-        with several take a dict of masks by kind.
+        with several take a dict of masks by kind. Recurrent layers are among them; a hybrid layer is two.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    kinds = set().union(*(HYBRID_LAYERS.get(kind, {kind}) for kind in kinds)) - OTHER_LAYERS
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
@@ -143,5 +150,3 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
     sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
-
-
