@@ -1,11 +1,15 @@
 """Measures LoRA fine-tuning on real comments against plain PyTorch, LLaMA-Factory and TRL: speed, memory, loss.
 
     python benchmarks/bench_sft.py --model model/HuggingFaceTB/SmolLM2-135M-Instruct-from-q4 --data_dir data
+    python benchmarks/bench_sft.py --model ... --data_dir data --architecture qwen3_5
 
 All train one epoch on the same comments (whole videos) with the same model, LoRA on all linear layers, fp32, learning
 rate and samples an update, in turn, --rounds times; then ours and the fastest peer that keeps samples apart once more
 on --final comments. Seconds are those of the training loop, without loading; memory is the process's peak; the held-out
 loss is measured for all by the same plain loop. Peers get virtual environments of their own in --work_dir.
+
+--architecture takes random weights of about 0.1B numbers instead, with --model's tokenizer, and compares the ways of
+computing packs: shared, packed and one by one; and says which part of the time recurrent layers take.
 
 Prints a markdown table and a JSON line.
 """
@@ -16,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +37,43 @@ PACK_TOKENS = 2048
 CONTENDERS = {
     "ours": ("ours", True, 99),
     "ours, nothing shared": ("ours", True, 99),
+    "ours, one by one": ("ours", True, 99),
     "plain PyTorch, padded": ("ours", True, 99),
     "LLaMA-Factory, padded": ("llamafactory", True, 99),
     "LLaMA-Factory, packing": ("llamafactory", False, 99),
     "LLaMA-Factory, neat_packing": ("llamafactory", True, 1),
     "TRL, padded": ("trl", True, 99),
     "TRL, packing": ("trl", True, 99),
+}
+WAYS = ["ours", "ours, nothing shared", "ours, one by one"]
+SHAPE = {
+    "hidden_size": 640,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+DELTA_RULE = {
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+ARCHITECTURES = {
+    "llama": {"model_type": "llama"},
+    "qwen3_5": {"model_type": "qwen3_5_text"} | DELTA_RULE,
+    "granitemoehybrid": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["mamba", "mamba", "mamba", "attention"] * 4,
+        "mamba_n_heads": 20,
+        "mamba_d_head": 64,
+        "mamba_d_state": 64,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 1792,
+    },
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "conv", "conv", "full_attention"] * 4},
 }
 PEERS = {
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
@@ -58,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--final", type=int, default=400, help="comments of the last comparison; 0: none")
     parser.add_argument("--only", default="", help="names of contenders separated by ; (not given: all)")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="of a random model, in the place of --model")
     return parser
 
 
@@ -122,6 +159,68 @@ def in_fp32(model: Path, work: Path) -> Path:
     return folder
 
 
+def make_random(architecture: str, tokenizer: Path, work: Path) -> Path:
+    """A folder of a model with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    own = AutoTokenizer.from_pretrained(tokenizer)
+    own.save_pretrained(folder)
+    torch.manual_seed(0)
+    ends = {"vocab_size": len(own), "bos_token_id": None, "eos_token_id": own.eos_token_id, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **ends, **ARCHITECTURES[architecture]))
+    model.save_pretrained(folder)
+    print(f"{architecture}: {sum(weight.numel() for weight in model.parameters()):,} weights", flush=True)
+    return folder
+
+
+def recurrent_part(folder: Path, work: Path) -> float:
+    """Which part of the time of forward and backward passes over shared packs recurrent layers take."""
+    import time
+
+    import numpy as np
+    import torch
+
+    from utils.data.chat import make_chat
+    from utils.data.samples import load_samples
+    from utils.data.tokenizer import load_tokenizer
+    from utils.train.forward import make_layout, supervised_logits, trie_format, use_tries
+    from utils.train.packing import plan_packs, rank_packs
+    from utils.train.tensors import token_logprobs
+    from utils.weights.loading import add_lora, load_model
+
+    chat = make_chat(load_tokenizer(folder))
+    samples = load_samples(work / "data_train.json", chat, SETTINGS["max_tokens"], work / "cache").samples
+    model = add_lora(load_model(folder, torch.float32), SETTINGS["lora_r"], SETTINGS["lora_alpha"], 0.0, "all-linear")
+    use_tries(model)
+    model.train()
+    layout = make_layout(trie_format(model), model, "cpu", PACK_TOKENS)
+    window = [np.arange(min(len(samples), SETTINGS["batch_size"] * SETTINGS["grad_accum"]))]
+    spent, started = [0.0], [0.0]
+
+    def begin(*_: Any) -> None:
+        started[0] = time.perf_counter()
+
+    def end(*_: Any) -> None:
+        spent[0] += time.perf_counter() - started[0]
+
+    for layer in model.modules():
+        if hasattr(layer, "conv1d") or type(layer).__name__.endswith("ShortConv"):
+            layer.register_forward_pre_hook(begin)
+            layer.register_forward_hook(end)
+            layer.register_full_backward_pre_hook(begin)
+            layer.register_full_backward_hook(end)
+    packs = rank_packs(samples, plan_packs(samples, window, layout), 0, 0)
+    for _ in range(2):  # The first one warms up.
+        spent[0], whole = 0.0, time.perf_counter()
+        for pack in packs:
+            logits = supervised_logits(model, pack, trie_format(model))
+            (-token_logprobs(logits, pack.target_ids).sum()).backward()
+    return spent[0] / (time.perf_counter() - whole)
+
+
 def command(name: str, python: Path, model: Path, work: Path, output: Path) -> list[str]:
     """What runs a contender."""
     flags = [text for key, value in SETTINGS.items() for text in (f"--{key}", str(value))]
@@ -137,8 +236,9 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "warmup_ratio": 0,
             "eval_samples": 0,
             "precision": "fp32",
-            "pack_tokens": PACK_TOKENS,
+            "pack_tokens": 1 if name == "ours, one by one" else PACK_TOKENS,
             "share_prefix": name == "ours",
+            "group_size": 8,
         }
         own_flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
         return [str(python), str(ROOT / "deepspeed_ft/train.py"), *flags, *own_flags]
@@ -206,6 +306,17 @@ def loop_seconds(name: str, output: Path) -> float:
     return json.loads((output / "result.json").read_text())["seconds"]
 
 
+def tokens_saved(output: Path) -> float:
+    """How many times fewer tokens one of our runs has computed than its samples have."""
+    (metrics,) = output.rglob("metrics.jsonl")
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "train/step_sec" in line]
+    logical, executed = (
+        sum(line[f"train/{name}_per_sec"] * line["train/step_sec"] for line in lines)
+        for name in ("tokens", "executed_tokens")
+    )
+    return logical / executed
+
+
 def adapter_of(output: Path) -> Path:
     """Where a finished run left its adapter; runs without held-out samples save once, at the end."""
     (path,) = output.rglob("adapter_model.safetensors")
@@ -219,6 +330,8 @@ def run(name: str, model: Path, work: Path, number: int) -> dict[str, float]:
     print(f"round {number}: {name} ...", flush=True)
     _, peak_gb = measured(command(name, python, model, work, output))
     result = {"seconds": loop_seconds(name, output), "peak_gb": peak_gb}
+    if name == "ours":
+        result["fewer_tokens"] = tokens_saved(output)
     if number == 1:
         probe = work / "held_out_loss"
         adapter = ["--adapter", str(adapter_of(output))]
@@ -249,8 +362,9 @@ def main(args: argparse.Namespace) -> None:
     """Runs all in turn and prints the figures."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # All on the CPU.
     work = from_root(args.work_dir)
-    model = in_fp32(from_root(args.model), work)
-    chosen = args.only.split(";") if args.only else list(CONTENDERS)
+    make = partial(make_random, args.architecture) if args.architecture else in_fp32
+    model = make(from_root(args.model), work)
+    chosen = args.only.split(";") if args.only else WAYS if args.architecture else list(CONTENDERS)
     comments = write_data(args, args.comments, work / "few")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for number in range(1, args.rounds + 1):
@@ -258,7 +372,9 @@ def main(args: argparse.Namespace) -> None:
             if number <= CONTENDERS[name][2]:
                 results[name].append(run(name, model, work / "few", number))
     table("In turn", comments, results)
-    if args.final:
+    if args.architecture:
+        print(f"\nRecurrent layers take {recurrent_part(model, work / 'few'):.0%} of the time of shared packs.")
+    elif args.final:
         apart = [name for name in chosen if CONTENDERS[name][1] and not name.startswith("ours")]
         best = min(apart, key=lambda name: min(run["seconds"] for run in results[name]))
         final_comments = write_data(args, args.final, work / "many")

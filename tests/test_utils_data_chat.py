@@ -13,7 +13,7 @@ from conftest import CHATML
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data.chat import PLAIN_TEMPLATE, Chat, Dialogue, make_chat, show_sample
+from utils.data.chat import PLAIN_TEMPLATE, Chat, Dialogue, complete_prompt, make_chat, show_sample
 from utils.data.records import SYSTEM_PROMPT, DataError, UnusableRecord, comment_prompt
 
 Messages = list[dict[str, str]]
@@ -246,6 +246,82 @@ def test_answers_that_grow_together_with_the_prompt() -> None:
         chat.samples(Dialogue("", say("hi", ")) haha")), 1000)
     (sample,) = chat.samples(Dialogue("", say("hi", "haha")), 1000)
     assert supervised_text(chat, sample.input_ids, sample.supervised) == ["haha</s>"]
+
+
+# Answers come without the thought that the generation prompt begins.
+THINKING = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% else %}{{ '<|bot|>' + message['content'].split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}\n"
+)
+# A message is a list of parts.
+PARTS = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# An answer begins with control tokens that say what kind of text it is.
+CHANNELS = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + message['content'] }}"
+    "{{ '<|end|>' if not loop.last or message['role'] == 'user' else '<|return|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+def chat_of(tokenizer: Any, template: str) -> Chat:
+    marks = ["<|user|>", "<|bot|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"]
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": marks})
+    other.add_tokens(["<think>", "</think>"])
+    other.chat_template = template
+    complete_prompt(other)
+    return make_chat(other)
+
+
+def rendered(chat: Chat, sample: Any) -> str:
+    return show_sample(sample, chat.tokenizer)
+
+
+def test_a_thought_that_a_prompt_begins_ends_there(tokenizer: Any) -> None:
+    """In the template, and so wherever it goes; earlier turns are written without it, in samples of their own."""
+    chat, empty = chat_of(tokenizer, THINKING), "<think>\n\n</think>\n\n"
+    first, second = chat.samples(Dialogue("", say("问", "答", "再问", "再答")), 1000)
+    assert rendered(chat, first) == f"<|user|>问<|bot|>{empty}>>>答<|end|><<<"
+    assert rendered(chat, second) == f"<|user|>问<|bot|>答<|end|><|user|>再问<|bot|>{empty}>>>再答<|end|><<<"
+    in_use = chat.tokenizer.apply_chat_template(say("问"), tokenize=False, add_generation_prompt=True)
+    assert in_use == f"<|user|>问<|bot|>{empty}"
+    assert chat.tokenizer.decode(chat.prompt_ids(say("问"))) == in_use
+    written = chat.tokenizer.apply_chat_template(say("问", "答"), tokenize=False)
+    assert written == "<|user|>问<|bot|>答<|end|>"
+    before = chat.tokenizer.chat_template
+    complete_prompt(chat.tokenizer)
+    assert chat.tokenizer.chat_template == before, "it is closed once"
+
+
+def test_templates_that_begin_no_thought_stay_as_they_are(chats: dict[str, Chat]) -> None:
+    for name, chat in chats.items():
+        complete_prompt(chat.tokenizer)
+        assert chat.tokenizer.chat_template == TEMPLATES[name]
+
+
+def test_messages_as_lists_of_parts(tokenizer: Any) -> None:
+    chat = chat_of(tokenizer, PARTS)
+    (sample,) = chat.samples(Dialogue("", say("问", "答", "再问", "再答", system="设定")), 1000)
+    first = "system: 设定<|end|>\nuser: 问<|end|>\nassistant: >>>答<|end|><<<"
+    assert rendered(chat, sample) == f"{first}\nuser: 再问<|end|>\nassistant: >>>再答<|end|><<<"
+    (typed,) = chat.samples(Dialogue("", say("问<|end|>", "答")), 1000)
+    assert typed.input_ids.tolist().count(chat.stop_id) == 2, "what users type is text"
+
+
+def test_control_tokens_before_an_answer_are_the_prompts(tokenizer: Any) -> None:
+    """A model that writes them would show what stands between them, and the first of them does not end the answer."""
+    chat = chat_of(tokenizer, CHANNELS)
+    first, second = chat.samples(Dialogue("", say("问", "答", "再问", "再答")), 1000)
+    begin = "<|start|>user<|message|>问<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert rendered(chat, first) == f"{begin}>>>答<|return|><<<"
+    assert rendered(chat, second).endswith("<|start|>assistant<|channel|>final<|message|>>>>再答<|return|><<<")
+    assert chat.tokenizer.decode(chat.prompt_ids(say("问"))) == begin
 
 
 def test_a_template_that_writes_other_answers_is_refused(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from conftest import CHATML, example_texts, make_tokenizer, other_tokenizer
 
 from utils.data.chat import PLAIN_TEMPLATE
 from utils.data.records import DataError
-from utils.data.tokenizer import load_tokenizer, shared_vocabulary
+from utils.data.tokenizer import load_tokenizer, pin_date, pinned_date, shared_vocabulary
 
 
 def test_load_tokenizer_keeps_the_models_template(model_dir: Path) -> None:
@@ -41,6 +41,29 @@ def test_load_tokenizer_of_a_base_model(tokenizer: Any, tmp_path: Path) -> None:
     assert loaded.apply_chat_template(messages[1:2], tokenize=False, add_generation_prompt=True) == (
         "### User:\n问\n\n### Assistant:\n"
     )
+
+
+def test_a_date_in_a_template_is_that_of_the_run(tokenizer: Any) -> None:
+    """However it is written; transformers' own function writes today's."""
+    import copy
+    from datetime import date
+
+    other, day = copy.deepcopy(tokenizer), date(2024, 2, 3)
+    dated = "{{ 'Date: ' + strftime_now(\"%Y-%m-%d\") + ', ' + strftime_now('%d %b %Y') + '\n' }}"
+    guarded = "{% if strftime_now is defined %}{{ strftime_now('%H') }}{% endif %}"
+    other.chat_template = dated + CHATML + guarded
+    messages = [{"role": "user", "content": "问"}]
+    now = other.apply_chat_template(messages, tokenize=False)
+    assert "2024-02-03" not in now
+    pin_date(other, day)
+    text = other.apply_chat_template(messages, tokenize=False)
+    assert text == "Date: 2024-02-03, 03 Feb 2024\n" + tokenizer.apply_chat_template(messages, tokenize=False) + "00"
+    pin_date(other, date(2025, 1, 1))  # A run that goes on keeps its day.
+    assert other.apply_chat_template(messages, tokenize=False) == text
+    assert pinned_date(other.chat_template) == day and pinned_date(dated) is None
+    undated = copy.deepcopy(tokenizer)
+    pin_date(undated, day)
+    assert undated.chat_template == tokenizer.chat_template
 
 
 def test_tokenizers_with_further_tokens_go_together() -> None:

@@ -3,6 +3,7 @@
 Shapes: L tokens in a sample.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,15 @@ PLAIN_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{%- endif %}"
 )
+
+# What begins a thought in the templates of reasoning models, and what ends it.
+THOUGHTS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
+QUESTION = [{"role": "user", "content": "question"}]
 
 Key = tuple[Any, ...]
 
@@ -65,16 +75,18 @@ class Chat:
     folds_system: bool  # The template knows no system role: its text goes before the first user's.
     stop_id: int  # The token that ends an answer.
     writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
+    takes_parts: bool = False  # The template takes a message as a list of parts, as those of images and text do.
+    thought_tokens: int = 0  # Of an empty thought at the end of the prompt, which the template leaves out of answers.
     # Matches texts that cannot be tokenized in a batch; None for a tokenizer without batches.
     special: re.Pattern[str] | None = None
     # Token ids of conversations that were tokenized in a batch, by `_key`.
     known: Mapping[Key, list[int]] = field(default_factory=dict, repr=False)
 
-    def _folded(self, messages: list[Message]) -> list[Message]:
+    def _folded(self, messages: list[Message]) -> list[Any]:
         if self.folds_system and messages[0]["role"] == "system":
             system, user, *rest = messages
-            return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
-        return messages
+            messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        return in_parts(messages) if self.takes_parts else messages
 
     def _ids(self, messages: list[Message], asks: bool) -> list[int]:
         if self.known and (ids := self.known.get(_key(messages, asks))) is not None:
@@ -108,10 +120,10 @@ class Chat:
             UnusableRecord: if the tokens are not those of the prompt and more (an answer whose beginning is a part of
                 the prompt's last token, or that the template rewrites).
         """
-        ids = self._ids(messages, asks=False)
-        if ids[: len(prompt)] != prompt:
+        ids, begin = self._ids(messages, asks=False), len(prompt) - self.thought_tokens
+        if ids[:begin] != prompt[:begin]:
             raise UnusableRecord("an answer that the chat template changes")
-        answer = ids[len(prompt) :]
+        answer = ids[begin:]
         if self.writes_stop:
             # What follows the stop token (a line break in ChatML) belongs to the next turn.
             return answer[: answer.index(self.stop_id) + 1]
@@ -252,6 +264,52 @@ def _special(tokenizer: Any, messages: list[Message], ids: list[int]) -> re.Patt
     return re.compile("|".join([*map(re.escape, added), "[\U000f0000-\U0010ffff]"]))
 
 
+def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as templates of models for images and text take them."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def complete_prompt(tokenizer: Any) -> None:
+    """Lets a template's generation prompt go up to where the text of an answer begins.
+
+    If it begins a thought, that ends there: comments are written without one. And control tokens that all answers begin
+    with are the prompt's. That is in the template from now on, wherever it goes: training, chat, a server, a published
+    model.
+    """
+    from jinja2 import TemplateError
+
+    if not isinstance(tokenizer.chat_template, str):
+        return
+    messages = [*QUESTION, {"role": "assistant", "content": "answer"}]
+    try:
+        prompt = _apply_template(tokenizer, QUESTION, tokenize=False, add_generation_prompt=True)
+        whole = _apply_template(tokenizer, messages, tokenize=False)
+    except TemplateError:  # It is no template for text alone; `make_chat` says so.
+        return
+    rest = ""
+    if whole.startswith(prompt):
+        before, answer, _ = whole[len(prompt) :].partition("answer")
+        rest = before if answer and any(token in before for token in tokenizer.all_special_tokens) else ""
+    for begin, end in THOUGHTS.items():
+        _, found, space = prompt.rpartition(begin)
+        if found and not space.strip():
+            rest = f"\n{end}\n\n" if "\n" in space else end
+    if rest:  # Jinja drops a line break at a template's end.
+        written = json.dumps(rest, ensure_ascii=False)
+        ending = f"{{% if add_generation_prompt %}}{{{{ {written} }}}}{{% endif %}}"
+        tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + ending
+
+
+def _empty_thought(tokenizer: Any, prompt: list[int]) -> int:
+    """The tokens of an empty thought at the end of a prompt."""
+    text = tokenizer.decode(prompt)
+    for begin, end in THOUGHTS.items():
+        if found := re.search(rf"{re.escape(begin)}\s*{re.escape(end)}\s*\Z", text):
+            ids = tokenizer.encode(found[0], add_special_tokens=False)
+            return len(ids) if prompt[-len(ids) :] == ids else 0
+    return 0
+
+
 def make_chat(tokenizer: Any) -> Chat:
     """Tries a tokenizer's chat template, and finds how it treats system prompts and ends answers.
 
@@ -260,29 +318,40 @@ def make_chat(tokenizer: Any) -> Chat:
     """
     from jinja2 import TemplateError
 
-    question = [{"role": "user", "content": "question"}]
     system = {"role": "system", "content": "briefing"}
-    try:
-        folds_system = "briefing" not in _apply_template(tokenizer, [system, *question], tokenize=False)
-    except TemplateError:
-        folds_system = True
-    prompt = _apply_template(tokenizer, question, add_generation_prompt=True)["input_ids"]
-    messages = [*question, {"role": "assistant", "content": "answer"}]
-    whole = _apply_template(tokenizer, messages)["input_ids"]
-    if whole[: len(prompt)] != prompt or "answer" not in tokenizer.decode(whole[len(prompt) :]):
+
+    def shows(text: str, messages: list[Any]) -> bool:
+        try:
+            return text in _apply_template(tokenizer, messages, tokenize=False)
+        except TemplateError:
+            return False
+
+    takes_parts = not shows("question", QUESTION) and shows("question", in_parts(QUESTION))
+    form = in_parts if takes_parts else list
+    folds_system = not shows("briefing", form([system, *QUESTION]))
+    prompt = _apply_template(tokenizer, form(QUESTION), add_generation_prompt=True)["input_ids"]
+    messages = [*QUESTION, {"role": "assistant", "content": "answer"}]
+    whole = _apply_template(tokenizer, form(messages))["input_ids"]
+    thought_tokens = 0 if whole[: len(prompt)] == prompt else _empty_thought(tokenizer, prompt)
+    begin = len(prompt) - thought_tokens
+    if whole[:begin] != prompt[:begin] or "answer" not in tokenizer.decode(whole[begin:]):
         raise DataError(
             "the chat template writes an answer after another text than the one it asks the model to go on from: "
             f"{tokenizer.decode(prompt)!r} against {tokenizer.decode(whole)!r}. Name a file with a template that does: "
             "--chat_template FILE"
         )
     control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    stop_id = next((id for id in whole[len(prompt) :] if id in control), None)
+    # What stands before the answer's text is none of its end.
+    said = next(end for end in range(begin, len(whole) + 1) if "answer" in tokenizer.decode(whole[begin:end]))
+    stop_id = next((id for id in whole[said:] if id in control), None)
     return Chat(
         tokenizer,
         folds_system,
         stop_id=tokenizer.eos_token_id if stop_id is None else stop_id,
         writes_stop=stop_id is not None,
-        special=_special(tokenizer, messages, whole),
+        takes_parts=takes_parts,
+        thought_tokens=thought_tokens,
+        special=_special(tokenizer, form(messages), whole),
     )
 
 

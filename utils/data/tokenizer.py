@@ -1,12 +1,17 @@
 """The tokenizer of a model, with a chat template, and what two tokenizers have in common."""
 
+import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from utils.data.chat import PLAIN_TEMPLATE
+from utils.data.chat import PLAIN_TEMPLATE, complete_prompt
 from utils.data.records import DataError
 
 SHOWN_CHARACTERS = 60
+# Calls of what templates write today's date with.
+DATES = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
+PINNED = re.compile(r'\{%- set run_date = "([0-9-]+)" -%\}')
 
 
 def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool = False) -> Any:
@@ -18,7 +23,8 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
         trust_remote_code: Whether the model's own Python code may run.
 
     Returns:
-        A tokenizer; with the plain template where there is no other.
+        A tokenizer; with the plain template where there is no other. Its prompts go up to where the text of an answer
+        begins.
 
     Raises:
         ValueError: if the folder has a tokenizer's settings but not its vocabulary; transformers would go on without.
@@ -29,7 +35,30 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
     if not tokenizer.encode("a", add_special_tokens=False):
         raise ValueError("the tokenizer has no vocabulary (is tokenizer.json missing?)")
     tokenizer.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+    complete_prompt(tokenizer)
     return tokenizer
+
+
+def pin_date(tokenizer: Any, day: date) -> None:
+    """Lets a template that writes today's date write this day: what is trained is then what is used later.
+
+    A macro of the same name stands before the function that templates call.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or PINNED.match(template):
+        return
+    forms = dict.fromkeys(one or other for one, other in DATES.findall(template))
+    if not forms:
+        return
+    cases = "".join(f"{{%- if form == {form!r} -%}}{day.strftime(form)}{{%- endif -%}}" for form in forms)
+    macro = f"{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}"
+    tokenizer.chat_template = f'{{%- set run_date = "{day.isoformat()}" -%}}{macro}{template}'
+
+
+def pinned_date(template: str) -> date | None:
+    """The day that `pin_date` wrote into a template."""
+    found = PINNED.match(template)
+    return date.fromisoformat(found[1]) if found else None
 
 
 def shared_vocabulary(student: Any, teacher: Any, texts: list[str], used: int) -> int:

@@ -25,6 +25,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 from utils.cli import fail, progress_bar
 from utils.data.samples import Parse, conversation, load_splits
-from utils.files import from_root, shown
+from utils.data.tokenizer import pin_date, pinned_date
+from utils.files import explained, from_root, read_json, shown
 from utils.train.arguments import quant_bits, run_dir
 from utils.train.checkpoint import load_checkpoint, make_record, open_run, save_checkpoint
 from utils.train.engine import (
@@ -56,6 +58,15 @@ SAID = {
 }
 
 Evaluate = Callable[[], dict[str, float]]
+
+
+def template_date(folder: Path, args: argparse.Namespace) -> date | None:
+    """The day that chat templates write: that of the run's start."""
+    record = folder / f"{args.ckpt_id}-last/run.json"
+    if not args.resume or not record.is_file():  # What is missing is told when the run's folder is opened.
+        return date.today()
+    with explained(f"--resume: {shown(record)} cannot be used"):
+        return pinned_date(read_json(record)["chat_template"])
 
 
 class Run:
@@ -82,6 +93,8 @@ class Run:
         from deepspeed.accelerator import get_accelerator
 
         self.chat = load_chat(args, model_path, read_template(args))
+        if day := template_date(run_dir(args), args):
+            pin_date(self.chat.tokenizer, day)
         self.precision, self.device = choose_precision(args.precision), get_accelerator().current_device_name()
         self.quant_bits, self.cache = quant_bits(args), from_root(args.output_dir) / "cache"
         if args.lr is None:
@@ -196,8 +209,8 @@ class Run:
         tokens = self._plan.count(self.train_set, range(len(self.windows)))
         way = "shared" if self.layout.share_prefix else "packed" if self.layout.pack_tokens else "single"
         return (
-            f"{SAID[way]} {tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; {tokens['executed']:,} are "
-            f"computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
+            f"{SAID[way]} {tokens['logical']:,} tokens, of which {tokens['supervised']:,} are learnt; "
+            f"{tokens['executed']:,} are computed, {tokens['logical'] / tokens['executed']:.2f}x fewer."
         )
 
     def resume_or_evaluate(self, evaluate: Evaluate) -> None:
