@@ -3,6 +3,8 @@
 python -m pytest tests/test_utils_train_recurrence.py
 """
 
+import functools
+import sys
 from typing import Any
 
 import pytest
@@ -83,6 +85,32 @@ def test_a_convolution_sees_the_nearest_ancestors(parents: list[int | None], wid
         line = ancestors(parents, place)[:width]
         expected = sum(inputs[0, :, one] * weight[:, -1 - back] for back, one in enumerate(line))
         torch.testing.assert_close(found[0, :, place], expected)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_kernels_are_called_as_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many arguments stand by place, and the others by name: a kernel's order is another after the first ones."""
+    from utils.train.forward import model_inputs
+
+    model = make_model(kind, 50).eval()
+    calls: dict[str, set[tuple[int, bool]]] = {}
+    for module in {sys.modules[type(layer).__module__] for layer in model.modules()}:
+        for name in (*SCANS, CONVOLUTION):
+            if function := getattr(module, name, None):
+                original = getattr(function, "__wrapped__", function)
+
+                def noted(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
+                    calls.setdefault(name, set()).add((len(args), kwargs.get("initial_state") is not None))
+                    return original(*args, **kwargs)
+
+                monkeypatch.setattr(module, name, functools.wraps(original)(noted))
+    pack = pack_of([None, 0, 1, 1, 0])
+    with torch.no_grad():
+        model(input_ids=pack.input_ids[None])
+        before = {name: {count for count, _ in found} for name, found in calls.items()}
+        use_segments(model)
+        model(**model_inputs(pack, trie_format(model)))
+    assert before and before == {name: {count for count, _ in found} for name, found in calls.items()}
 
 
 def test_without_segments_the_functions_are_transformers_own() -> None:

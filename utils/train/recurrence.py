@@ -31,6 +31,9 @@ CHUNK_TOKENS = 64  # The scans' own, and the most here: they compute so many tok
 SMALLEST_CHUNK = 16
 
 
+Arguments = dict[str, Any]  # By the names that transformers' functions give them.
+
+
 class Scan(NamedTuple):
     """How a scan's function is called.
 
@@ -189,38 +192,32 @@ def padded_tokens(length: int) -> int:
 # In the place of transformers' functions
 
 
-def scan_segments(
-    function: Callable[..., Any], scan: Scan, segments: Segments, arguments: inspect.BoundArguments
-) -> Any:
+def scan_segments(call: Callable[[Arguments], Any], scan: Scan, segments: Segments, given: Arguments) -> torch.Tensor:
     """Computes a scan over a trie.
 
     Args:
-        function: The scan.
+        call: The scan, of its arguments by name.
         scan: How it is called.
         segments: The trie.
-        arguments: Of the call, for tokens (1, L, ...).
+        given: The arguments for tokens (1, L, ...).
 
     Returns:
-        What the function returns for L tokens: (1, L, ...), with None as final state where one belongs to it.
+        (1, L, ...), what the scan gives for each token after its ancestors.
     """
-    values = arguments.arguments
-    if "dt" in values:
-        values |= time_steps(**values)
-    sequences = {name: values[name][0] for name in scan.sequences}
+    if "dt" in given:
+        given = given | time_steps(**given)
+    sequences = {name: given[name][0] for name in scan.sequences}
     found, states = [], None
     for level in segments.levels:
         left = []
         for batch in level:
-            for name, tensor in sequences.items():
-                own = tensor[batch.places]
-                if name in scan.neutral:
-                    is_token = batch.is_token.reshape(*batch.is_token.shape, *[1] * (own.dim() - 2))
-                    own = own.masked_fill(~is_token, scan.neutral[name])
-                values[name] = own
-            values[scan.initial] = None if states is None else states[batch.parents]
-            values[scan.final] = True
-            values["chunk_size"] = min(CHUNK_TOKENS, batch.places.shape[1])
-            outputs, final = function(*arguments.args, **arguments.kwargs)
+            own = {name: tensor[batch.places] for name, tensor in sequences.items()}
+            for name, value in scan.neutral.items():
+                is_token = batch.is_token.reshape(*batch.is_token.shape, *[1] * (own[name].dim() - 2))
+                own[name] = own[name].masked_fill(~is_token, value)
+            own[scan.initial] = None if states is None else states[batch.parents]
+            chunk_size = min(CHUNK_TOKENS, batch.places.shape[1])
+            outputs, final = call(given | own | {scan.final: True, "chunk_size": chunk_size})
             found.append(outputs[batch.is_token])
             if batch.has_children:
                 left.append(final)
@@ -246,7 +243,7 @@ def time_steps(
 
 def over_segments(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Lets a function of transformers take a trie: another argument, `segments`."""
-    signature = inspect.signature(function)
+    names = [*inspect.signature(function).parameters]
 
     @functools.wraps(function)
     def wrapped(*args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
@@ -254,16 +251,21 @@ def over_segments(function: Callable[..., Any], name: str) -> Callable[..., Any]
             return function(*args, **kwargs)
         if name == FUSED:
             return None
-        arguments = signature.bind(*args, **kwargs)
         segments.taken[name] += 1
+        placed = names[: len(args)]
+
+        def call(given: Arguments) -> Any:
+            """With the same arguments by place as before: a kernel has others after them."""
+            given = dict(given)
+            return function(*[given.pop(name) for name in placed], **given)
+
+        given = dict(zip(placed, args, strict=True)) | kwargs
         if name == CONVOLUTION:
-            inputs, weight = arguments.arguments["hidden_states"], arguments.arguments["weight"]
-            places, kept = segments.with_heads(weight.shape[-1] - 1)
-            arguments.arguments["hidden_states"] = pad(inputs, (1, 0))[:, :, places]
-            return function(*arguments.args, **arguments.kwargs)[:, :, kept]
-        asked = arguments.arguments.get(SCANS[name].final, False)
-        outputs = scan_segments(function, SCANS[name], segments, arguments)
-        return (outputs, None) if asked or SCANS[name] is DELTA_RULE else outputs
+            places, kept = segments.with_heads(given["weight"].shape[-1] - 1)
+            return call(given | {"hidden_states": pad(given["hidden_states"], (1, 0))[:, :, places]})[:, :, kept]
+        scan = SCANS[name]
+        outputs = scan_segments(call, scan, segments, given)
+        return (outputs, None) if scan is DELTA_RULE or given.get(scan.final) else outputs
 
     wrapped.takes_segments = True
     return wrapped
