@@ -12,6 +12,8 @@ import pytest
 from conftest import CHATML
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from tokenizers import AddedToken
 
 from utils.data.chat import PLAIN_TEMPLATE, Chat, Dialogue, complete_prompt, make_chat, show_sample
 from utils.data.records import SYSTEM_PROMPT, DataError, UnusableRecord, comment_prompt
@@ -299,6 +301,30 @@ def test_a_thought_that_a_prompt_begins_ends_there(tokenizer: Any) -> None:
     assert chat.tokenizer.chat_template == before, "it is closed once"
 
 
+@pytest.mark.parametrize("space", ["\n", "\n\n", ""])
+def test_a_thought_that_answers_begin_with_ends_as_in_them(tokenizer: Any, space: str) -> None:
+    """The template writes an empty thought before an answer, in its own way."""
+    before = f"<|bot|><think>\n\n</think>{space}".replace("\n", "\\n")
+    template = THINKING.replace("'<|bot|>' + message", f"'{before}' + message")
+    chat = chat_of(tokenizer, template)
+    (sample,) = chat.samples(Dialogue("", say("问", "答")), 1000)
+    assert rendered(chat, sample) == f"<|user|>问<|bot|><think>\n\n</think>{space}>>>答<|end|><<<"
+
+
+def test_a_thought_of_another_form_in_answers_is_refused(tokenizer: Any) -> None:
+    """The prompt would end one, and the model would learn to begin another."""
+    with pytest.raises(DataError, match="--chat_template"):
+        chat_of(tokenizer, THINKING.replace("'<|bot|>' + message", "'<|bot|><think></think>' + message"))
+
+
+def test_templates_that_cannot_do_with_a_question_are_refused(tokenizer: Any) -> None:
+    """Not with a traceback, whatever they do with what they get."""
+    with pytest.raises((DataError, TemplateError)):
+        chat_of(tokenizer, "{{ raise_exception('system first') if messages[0]['role'] != 'system' }}{{ messages }}")
+    shows_answers = "{% for message in messages %}{{ 'a' if loop.first else 'b' + message['content'] }}{% endfor %}"
+    assert not chat_of(tokenizer, shows_answers).takes_parts
+
+
 def test_templates_that_begin_no_thought_stay_as_they_are(chats: dict[str, Chat]) -> None:
     for name, chat in chats.items():
         complete_prompt(chat.tokenizer)
@@ -322,6 +348,12 @@ def test_control_tokens_before_an_answer_are_the_prompts(tokenizer: Any) -> None
     assert rendered(chat, first) == f"{begin}>>>答<|return|><<<"
     assert rendered(chat, second).endswith("<|start|>assistant<|channel|>final<|message|>>>>再答<|return|><<<")
     assert chat.tokenizer.decode(chat.prompt_ids(say("问"))) == begin
+    other = copy.deepcopy(tokenizer)  # Special, and in none of the tokenizer's lists.
+    other.add_tokens([AddedToken(mark, special=True) for mark in ("<|start|>", "<|channel|>", "<|message|>")])
+    other.chat_template = CHANNELS
+    complete_prompt(other)
+    written = other.apply_chat_template(say("问"), tokenize=False, add_generation_prompt=True)
+    assert written.endswith("<|start|>assistant<|channel|>final<|message|>")
 
 
 def test_a_template_that_writes_other_answers_is_refused(tokenizer: Any) -> None:

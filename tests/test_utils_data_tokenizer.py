@@ -61,6 +61,11 @@ def test_a_date_in_a_template_is_that_of_the_run(tokenizer: Any) -> None:
     pin_date(other, date(2025, 1, 1))  # A run that goes on keeps its day.
     assert other.apply_chat_template(messages, tokenize=False) == text
     assert pinned_date(other.chat_template) == day and pinned_date(dated) is None
+    forms = ("strftime_now('%d ')", "strftime_now(format='%Y')", "'|'", "strftime_now('%' + 'm')")
+    other.chat_template = "\n " + "".join(f"{{{{ {form} }}}}" for form in forms)
+    as_it_was = "\n 03 2024|2024-02-03"
+    pin_date(other, day)
+    assert other.apply_chat_template(messages, tokenize=False) == as_it_was, "space stays, other forms are a date"
     undated = copy.deepcopy(tokenizer)
     pin_date(undated, day)
     assert undated.chat_template == tokenizer.chat_template

@@ -3,6 +3,7 @@
 python -m pytest tests/test_utils_train_forward.py
 """
 
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from utils.train.packing import Layout, Pack, PackCost, plan_packs, rank_packs
 from utils.train.tensors import token_logprobs
 
 COST = PackCost(dense_tokens=2048, overhead_tokens=32)
+WAYS = ["single", "packed", "shared"]
 KINDS = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "gemma2"]
 
 
@@ -293,6 +295,23 @@ def test_models_that_compute_no_tries_are_found(precision: str, monkeypatch: pyt
     monkeypatch.setattr(model, "forward", lambda attention_mask=None, position_ids=None, **rest: forward(**rest))
     form, why_not = choose_format(Engine(model), 256, precision)
     assert form is SINGLE and "one by one" in why_not
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("mamba2", "bf16"), ("lfm2", "bf16"), ("falcon_h1", "fp32")])
+def test_models_that_see_what_is_padded_are_found(kind: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that has forgotten it at the end of a long row has not at the end of a short one."""
+    model = make_model(kind, 800).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    for module in {sys.modules[type(layer).__module__] for layer in model.modules()}:
+        if hasattr(module, "apply_mask_to_padding_states"):
+            monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda states, mask: states)
+    assert choose_format(Engine(model), 256, precision, most="packed")[0] is SINGLE
+    monkeypatch.undo()
+    assert choose_format(Engine(model), 256, precision, most="packed")[0] is PACKED
+
+
+def test_another_model_may_know_no_better_way() -> None:
+    model = make_model("llama", 800)
+    assert [choose_format(model, 256, "fp32", most=way)[0].way for way in WAYS] == WAYS
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.train.forward import trie_format
-from utils.train.recurrence import CONVOLUTION, SCANS, Segments, all_taken, cut, over_segments, parents_of, use_segments
+from utils.train.recurrence import (
+    CONVOLUTION,
+    FUSED,
+    SCANS,
+    Segments,
+    all_taken,
+    cut,
+    over_segments,
+    parents_of,
+    use_segments,
+)
 
 property_test = settings(max_examples=100, deadline=None)
 
@@ -111,6 +121,13 @@ def test_kernels_are_called_as_before(kind: str, monkeypatch: pytest.MonkeyPatch
         use_segments(model)
         model(**model_inputs(pack, trie_format(model)))
     assert before and before == {name: {count for count, _ in found} for name, found in calls.items()}
+
+
+def test_no_kernel_takes_a_whole_layer() -> None:
+    """It would pass over LoRA's matrices and over what is padded; what it returns, the layer takes for its output."""
+    called = []
+    kernel = over_segments(lambda *args, **kwargs: called.append(1) or "output", FUSED)
+    assert kernel(1, segments=None) is None and kernel(1) is None and not called
 
 
 def test_without_segments_the_functions_are_transformers_own() -> None:

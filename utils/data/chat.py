@@ -34,6 +34,7 @@ THOUGHTS = {
     "<|START_THINKING|>": "<|END_THINKING|>",
 }
 QUESTION = [{"role": "user", "content": "question"}]
+ANSWER = {"role": "assistant", "content": "answer"}
 
 Key = tuple[Any, ...]
 
@@ -269,6 +270,20 @@ def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether a template shows messages only as lists of parts."""
+    return not _shows(tokenizer, "question", QUESTION) and _shows(tokenizer, "question", in_parts(QUESTION))
+
+
+def _shows(tokenizer: Any, text: str, messages: list[Any]) -> bool:
+    from jinja2 import TemplateError
+
+    try:
+        return text in _apply_template(tokenizer, messages, tokenize=False)
+    except (TemplateError, TypeError):  # A template may do with a list what can be done with a text only.
+        return False
+
+
 def complete_prompt(tokenizer: Any) -> None:
     """Lets a template's generation prompt go up to where the text of an answer begins.
 
@@ -276,28 +291,30 @@ def complete_prompt(tokenizer: Any) -> None:
     with are the prompt's. That is in the template from now on, wherever it goes: training, chat, a server, a published
     model.
     """
-    from jinja2 import TemplateError
-
     if not isinstance(tokenizer.chat_template, str):
         return
-    messages = [*QUESTION, {"role": "assistant", "content": "answer"}]
-    try:
-        prompt = _apply_template(tokenizer, QUESTION, tokenize=False, add_generation_prompt=True)
-        whole = _apply_template(tokenizer, messages, tokenize=False)
-    except TemplateError:  # It is no template for text alone; `make_chat` says so.
-        return
+    form = in_parts if takes_parts(tokenizer) else list
+    if not _shows(tokenizer, "answer", form([*QUESTION, ANSWER])):
+        return  # `make_chat` says so.
+    prompt = _apply_template(tokenizer, form(QUESTION), tokenize=False, add_generation_prompt=True)
+    whole = _apply_template(tokenizer, form([*QUESTION, ANSWER]), tokenize=False)
+    before = whole[len(prompt) :].partition("answer")[0] if whole.startswith(prompt) else None
+    opened = next((begin for begin in THOUGHTS if prompt.rstrip().endswith(begin)), None)
     rest = ""
-    if whole.startswith(prompt):
-        before, answer, _ = whole[len(prompt) :].partition("answer")
-        rest = before if answer and any(token in before for token in tokenizer.all_special_tokens) else ""
-    for begin, end in THOUGHTS.items():
-        _, found, space = prompt.rpartition(begin)
-        if found and not space.strip():
-            rest = f"\n{end}\n\n" if "\n" in space else end
+    if opened is not None:
+        end = THOUGHTS[opened]
+        own = before is not None and before.strip() == end
+        rest = before if own else f"\n{end}\n\n" if prompt.endswith("\n") else end
+    elif before is not None and any(token in before for token in _control(tokenizer).values()):
+        rest = before
     if rest:  # Jinja drops a line break at a template's end.
         written = json.dumps(rest, ensure_ascii=False)
         ending = f"{{% if add_generation_prompt %}}{{{{ {written} }}}}{{% endif %}}"
         tokenizer.chat_template = tokenizer.chat_template.removesuffix("\n") + ending
+
+
+def _control(tokenizer: Any) -> dict[int, str]:
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _empty_thought(tokenizer: Any, prompt: list[int]) -> int:
@@ -316,31 +333,23 @@ def make_chat(tokenizer: Any) -> Chat:
     Raises:
         DataError: if the template does not show the model an answer as what follows its prompt.
     """
-    from jinja2 import TemplateError
-
-    system = {"role": "system", "content": "briefing"}
-
-    def shows(text: str, messages: list[Any]) -> bool:
-        try:
-            return text in _apply_template(tokenizer, messages, tokenize=False)
-        except TemplateError:
-            return False
-
-    takes_parts = not shows("question", QUESTION) and shows("question", in_parts(QUESTION))
-    form = in_parts if takes_parts else list
-    folds_system = not shows("briefing", form([system, *QUESTION]))
+    parts = takes_parts(tokenizer)
+    form = in_parts if parts else list
+    folds_system = not _shows(tokenizer, "briefing", form([{"role": "system", "content": "briefing"}, *QUESTION]))
     prompt = _apply_template(tokenizer, form(QUESTION), add_generation_prompt=True)["input_ids"]
-    messages = [*QUESTION, {"role": "assistant", "content": "answer"}]
+    messages = [*QUESTION, ANSWER]
     whole = _apply_template(tokenizer, form(messages))["input_ids"]
     thought_tokens = 0 if whole[: len(prompt)] == prompt else _empty_thought(tokenizer, prompt)
     begin = len(prompt) - thought_tokens
-    if whole[:begin] != prompt[:begin] or "answer" not in tokenizer.decode(whole[begin:]):
+    written = tokenizer.decode(whole[begin:])
+    thinks = thought_tokens and any(mark in written for mark in THOUGHTS)
+    if whole[:begin] != prompt[:begin] or "answer" not in written or thinks:
         raise DataError(
             "the chat template writes an answer after another text than the one it asks the model to go on from: "
             f"{tokenizer.decode(prompt)!r} against {tokenizer.decode(whole)!r}. Name a file with a template that does: "
             "--chat_template FILE"
         )
-    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = _control(tokenizer)
     # What stands before the answer's text is none of its end.
     said = next(end for end in range(begin, len(whole) + 1) if "answer" in tokenizer.decode(whole[begin:end]))
     stop_id = next((id for id in whole[said:] if id in control), None)
@@ -349,7 +358,7 @@ def make_chat(tokenizer: Any) -> Chat:
         folds_system,
         stop_id=tokenizer.eos_token_id if stop_id is None else stop_id,
         writes_stop=stop_id is not None,
-        takes_parts=takes_parts,
+        takes_parts=parts,
         thought_tokens=thought_tokens,
         special=_special(tokenizer, form(messages), whole),
     )

@@ -1,5 +1,6 @@
 """The tokenizer of a model, with a chat template, and what two tokenizers have in common."""
 
+import json
 import re
 from datetime import date
 from pathlib import Path
@@ -10,7 +11,7 @@ from utils.data.records import DataError
 
 SHOWN_CHARACTERS = 60
 # Calls of what templates write today's date with.
-DATES = re.compile(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""")
+DATES = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?:'([^']*)'|"([^"]*)")\s*\)""")
 PINNED = re.compile(r'\{%- set run_date = "([0-9-]+)" -%\}')
 
 
@@ -42,17 +43,18 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
 def pin_date(tokenizer: Any, day: date) -> None:
     """Lets a template that writes today's date write this day: what is trained is then what is used later.
 
-    A macro of the same name stands before the function that templates call.
+    A macro of the same name stands before the function that templates call. Where the form of the date is no literal,
+    it writes year, month and day.
     """
     template = tokenizer.chat_template
-    if not isinstance(template, str) or PINNED.match(template):
+    if not isinstance(template, str) or PINNED.match(template) or "strftime_now(" not in template:
         return
     forms = dict.fromkeys(one or other for one, other in DATES.findall(template))
-    if not forms:
-        return
-    cases = "".join(f"{{%- if form == {form!r} -%}}{day.strftime(form)}{{%- endif -%}}" for form in forms)
-    macro = f"{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}"
-    tokenizer.chat_template = f'{{%- set run_date = "{day.isoformat()}" -%}}{macro}{template}'
+    cases = "".join(
+        f"format == {json.dumps(form)} -%}}{{{{ {json.dumps(day.strftime(form))} }}}}{{%- elif " for form in forms
+    )
+    macro = f"{{%- macro strftime_now(format) -%}}{{%- if {cases}true -%}}{day}{{%- endif -%}}{{%- endmacro +%}}"
+    tokenizer.chat_template = f'{{%- set run_date = "{day}" -%}}{macro}{template}'  # The + keeps a line break after it.
 
 
 def pinned_date(template: str) -> date | None:

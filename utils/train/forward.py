@@ -16,8 +16,6 @@ from utils.train.recurrence import RECURRENT, Segments, all_taken, use_segments
 from utils.train.tensors import all_reduced
 from utils.weights.loading import attention_windows
 
-WAYS = ("single", "packed", "shared")
-
 
 class PackFormat(NamedTuple):
     """How a model computes a pack.
@@ -155,7 +153,7 @@ def make_layout(
 # Which of the ways a model can take
 
 
-def choose_format(model: Any, max_tokens: int, precision: str) -> tuple[PackFormat, str]:
+def choose_format(model: Any, max_tokens: int, precision: str, most: str = "shared") -> tuple[PackFormat, str]:
     """Tries how a model can compute several samples in a pass: a trie first, then the rows of a batch.
 
     The logits have to be those of the samples by themselves.
@@ -164,6 +162,7 @@ def choose_format(model: Any, max_tokens: int, precision: str) -> tuple[PackForm
         model: An engine in training mode, or a model by itself. All ranks call this together.
         max_tokens: The longest sample.
         precision: Of the arithmetic.
+        most: The first way to try; another model that computes the same packs may not know a better one.
 
     Returns:
         How packs are to be computed; and why not as tries, if they cannot be.
@@ -173,10 +172,11 @@ def choose_format(model: Any, max_tokens: int, precision: str) -> tuple[PackForm
     # The branches part beyond every window that a sample can reach.
     depth = 32 + max((window for window in shared.windows.values() if window and window < max_tokens), default=0)
     model.eval()
-    why = _problem(model, shared, depth, precision)
+    why = _problem(model, shared, depth, precision) if most == "shared" else ""
     form = shared
     if why is not None:
-        form = PACKED if _problem(model, PACKED, depth, precision) is None else SINGLE
+        packs = most != "single" and _problem(model, PACKED, depth, precision) is None
+        form = PACKED if packs else SINGLE
     model.train()
     if why is None:
         return form, ""
@@ -201,21 +201,28 @@ def _problem(model: Any, form: PackFormat, depth: int, precision: str) -> str | 
 
 @torch.no_grad()
 def _format_error(model: Any, form: PackFormat, depth: int) -> float:
-    """Error of the logits at the ends of samples that part at a depth, relative to the logits' spread."""
+    """Error of the logits of samples that part at a depth, or of a short one and a long one, relative to their spread.
+
+    That of the sample that fares worse, at its last places: a model may see what is padded, and forget it later.
+    """
     random = np.random.default_rng(0)
     vocab_size = getattr(model, "module", model).get_input_embeddings().num_embeddings
     trunk, *branches = (random.integers(0, vocab_size, length).astype(np.int32) for length in (depth, 8, 11))
-    texts = [np.concatenate([trunk, branch]) for branch in branches]
-    chains = [Sample("", text, np.arange(len(text)) == len(text) - 1) for text in texts]
+    together = form.way == "shared"
+    texts = [np.concatenate([trunk[: depth * together], branches[0]]), np.concatenate([trunk, branches[1]])]
+    chains = [Sample("", text, np.arange(len(text)) > len(text) - 8) for text in texts]
 
     packs = [lay_out([chain], [0]).to(model.device) for chain in chains]
-    alone = torch.cat([supervised_logits(model, pack, SINGLE).float() for pack in packs])
-    pack = lay_out(chains, [0, depth if form.way == "shared" else 0]).to(model.device)
+    alone = [supervised_logits(model, pack, SINGLE).float() for pack in packs]
+    pack = lay_out(chains, [0, depth if together else 0]).to(model.device)
     if form.segments:
         inputs = model_inputs(pack, form)
-        together = model(**inputs).logits[0].float()
+        found = model(**inputs).logits[0].float()
         if not all_taken(getattr(model, "module", model).config, inputs["segments"]):
             raise ValueError("its recurrent layers cannot begin with a state")
     else:
-        together = supervised_logits(model, pack, form).float()
-    return ((together - alone).norm() / (alone - alone.mean(-1, keepdim=True)).norm()).item()
+        found = supervised_logits(model, pack, form).float()
+    return max(
+        ((one - other).norm() / (other - other.mean(-1, keepdim=True)).norm()).item()
+        for one, other in zip(found.split(pack.sample_targets.tolist()), alone, strict=True)
+    )

@@ -59,7 +59,8 @@ SCANS = {
     "mamba2_chunk_scan": Scan(("hidden_states", "dt", "B", "C"), {"dt": 0.0}, "initial_states", "return_final_states"),
 }  # fmt: skip
 CONVOLUTION = "causal_conv1d_fn"
-FUSED = "mamba2_split_conv1d_scan_combined"  # A whole layer in one kernel, which knows nothing of tries.
+# A whole layer in one kernel, where transformers finds it: it knows nothing of tries, LoRA or padding.
+FUSED = "mamba2_split_conv1d_scan_combined"
 
 
 class Batch(NamedTuple):
@@ -247,10 +248,10 @@ def over_segments(function: Callable[..., Any], name: str) -> Callable[..., Any]
 
     @functools.wraps(function)
     def wrapped(*args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
+        if name == FUSED:
+            return None  # The layer then goes on with its parts.
         if segments is None:
             return function(*args, **kwargs)
-        if name == FUSED:
-            return None
         segments.taken[name] += 1
         placed = names[: len(args)]
 

@@ -22,6 +22,7 @@ samples; `Run` calls it in evaluation mode and without gradients.
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,12 +62,17 @@ Evaluate = Callable[[], dict[str, float]]
 
 
 def template_date(folder: Path, args: argparse.Namespace) -> date | None:
-    """The day that chat templates write: that of the run's start."""
-    record = folder / f"{args.ckpt_id}-last/run.json"
-    if not args.resume or not record.is_file():  # What is missing is told when the run's folder is opened.
-        return date.today()
-    with explained(f"--resume: {shown(record)} cannot be used"):
-        return pinned_date(read_json(record)["chat_template"])
+    """The day that chat templates write: that of the run's start, as rank 0 knows it."""
+    from utils.train.tensors import all_reduced
+
+    record = folder / (f"{args.ckpt_id}-last/run.json" if args.resume else "run.json")
+    day: date | None = date.today()
+    if record.is_file() and not args.overwrite:  # What is missing is told when the run's folder is opened.
+        with explained(f"{shown(record)} cannot be read. Start the run anew: --overwrite"):
+            day = pinned_date(read_json(record)["chat_template"])
+    ordinal = day.toordinal() if day and int(os.environ.get("RANK", 0)) == 0 else 0
+    ordinal = int(all_reduced(float(ordinal)))
+    return date.fromordinal(ordinal) if ordinal else None
 
 
 class Run:
@@ -173,7 +179,7 @@ class Run:
         import torch
         from deepspeed.accelerator import get_accelerator
 
-        from utils.train.forward import WAYS, choose_format, make_layout
+        from utils.train.forward import choose_format, make_layout
         from utils.train.packing import draw_windows, make_plan
 
         args, unit = self.args, self._unit
@@ -183,9 +189,10 @@ class Run:
         self.engine = make_engine(self.model, args, self._ds_config, len(self.windows))
         # Until here all ranks drew the same numbers; dropout is each rank's own.
         torch.manual_seed(args.seed + self.rank)
-        self.form, why_not = choose_format(self.engine, args.max_tokens, self.precision)
-        if teacher and WAYS.index(teacher[0].way) < WAYS.index(self.form.way):
-            self.form, why_not = teacher
+        most = teacher[0].way if teacher else "shared"
+        self.form, why_not = choose_format(self.engine, args.max_tokens, self.precision, most)
+        if teacher and self.form.way == most:
+            why_not = teacher[1]
         where = (self.model, get_accelerator().device_name())
         self.layout = make_layout(self.form, *where, args.pack_tokens, self.world_size, args.share_prefix, unit)
         self._plan = make_plan(self.train_set, self.windows, self.layout, self.cache)
