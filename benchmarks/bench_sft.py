@@ -20,7 +20,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ PACK_TOKENS = 2048
 CONTENDERS = {
     "ours": ("ours", True, 99),
     "ours, nothing shared": ("ours", True, 99),
-    "ours, one by one": ("ours", True, 99),
     "plain PyTorch, padded": ("ours", True, 99),
     "LLaMA-Factory, padded": ("llamafactory", True, 99),
     "LLaMA-Factory, packing": ("llamafactory", False, 99),
@@ -45,7 +43,7 @@ CONTENDERS = {
     "TRL, padded": ("trl", True, 99),
     "TRL, packing": ("trl", True, 99),
 }
-WAYS = ["ours", "ours, nothing shared", "ours, one by one"]
+WAYS = ("shared", "packed", "single")
 SHAPE = {
     "hidden_size": 640,
     "intermediate_size": 1792,
@@ -95,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--final", type=int, default=400, help="comments of the last comparison; 0: none")
     parser.add_argument("--only", default="", help="names of contenders separated by ; (not given: all)")
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="of a random model, in the place of --model")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -159,8 +158,8 @@ def in_fp32(model: Path, work: Path) -> Path:
     return folder
 
 
-def make_random(architecture: str, tokenizer: Path, work: Path) -> Path:
-    """A folder of a model with random weights."""
+def make_random(architecture: str, tokenizer: Path, work: Path) -> None:
+    """Writes a model with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -173,21 +172,24 @@ def make_random(architecture: str, tokenizer: Path, work: Path) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **ends, **ARCHITECTURES[architecture]))
     model.save_pretrained(folder)
     print(f"{architecture}: {sum(weight.numel() for weight in model.parameters()):,} weights", flush=True)
-    return folder
 
 
-def recurrent_part(folder: Path, work: Path) -> float:
-    """Which part of the time of forward and backward passes over shared packs recurrent layers take."""
+def train_one_way(folder: Path, work: Path, way: str) -> dict[str, float]:
+    """Trains LoRA for an epoch, computing packs in one way.
+
+    Returns:
+        `seconds` of the loop, `tokens` that were computed, and `recurrent`, the part of the time that is spent in
+        recurrent layers.
+    """
     import time
 
-    import numpy as np
     import torch
 
     from utils.data.chat import make_chat
     from utils.data.samples import load_samples
     from utils.data.tokenizer import load_tokenizer
-    from utils.train.forward import make_layout, supervised_logits, trie_format, use_tries
-    from utils.train.packing import plan_packs, rank_packs
+    from utils.train.forward import SINGLE, make_layout, supervised_logits, trie_format, use_tries
+    from utils.train.packing import draw_windows, plan_packs, rank_packs
     from utils.train.tensors import token_logprobs
     from utils.weights.loading import add_lora, load_model
 
@@ -195,16 +197,21 @@ def recurrent_part(folder: Path, work: Path) -> float:
     samples = load_samples(work / "data_train.json", chat, SETTINGS["max_tokens"], work / "cache").samples
     model = add_lora(load_model(folder, torch.float32), SETTINGS["lora_r"], SETTINGS["lora_alpha"], 0.0, "all-linear")
     use_tries(model)
-    model.train()
-    layout = make_layout(trie_format(model), model, "cpu", PACK_TOKENS)
-    window = [np.arange(min(len(samples), SETTINGS["batch_size"] * SETTINGS["grad_accum"]))]
-    spent, started = [0.0], [0.0]
+    form = SINGLE if way == "single" else trie_format(model)
+    layout = make_layout(form, model, "cpu", PACK_TOKENS, share_prefix=way == "shared")
+    windows = draw_windows(samples.group, SETTINGS["batch_size"] * SETTINGS["grad_accum"], 8, 1, 0)
+    plan = plan_packs(samples, windows, layout)
+    weights = [weight for weight in model.train().parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=SETTINGS["lr"])
+    spent, started = 0.0, 0.0
 
     def begin(*_: Any) -> None:
-        started[0] = time.perf_counter()
+        nonlocal started
+        started = time.perf_counter()
 
     def end(*_: Any) -> None:
-        spent[0] += time.perf_counter() - started[0]
+        nonlocal spent
+        spent += time.perf_counter() - started
 
     for layer in model.modules():
         if hasattr(layer, "conv1d") or type(layer).__name__.endswith("ShortConv"):
@@ -212,13 +219,41 @@ def recurrent_part(folder: Path, work: Path) -> float:
             layer.register_forward_hook(end)
             layer.register_full_backward_pre_hook(begin)
             layer.register_full_backward_hook(end)
-    packs = rank_packs(samples, plan_packs(samples, window, layout), 0, 0)
-    for _ in range(2):  # The first one warms up.
-        spent[0], whole = 0.0, time.perf_counter()
-        for pack in packs:
-            logits = supervised_logits(model, pack, trie_format(model))
-            (-token_logprobs(logits, pack.target_ids).sum()).backward()
-    return spent[0] / (time.perf_counter() - whole)
+    loop = time.perf_counter()
+    for number in range(len(windows)):
+        for pack in rank_packs(samples, plan, number, 0):
+            logits = supervised_logits(model, pack, form)
+            (-token_logprobs(logits, pack.target_ids).sum() / len(samples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - loop
+    tokens = plan.count(samples, range(len(windows)))["executed"]
+    return {"seconds": seconds, "tokens": tokens, "recurrent": spent / seconds}
+
+
+def compare_ways(args: argparse.Namespace, comments: int, work: Path) -> dict[str, list[dict[str, float]]]:
+    """Trains a random model in all ways, in turn, each in a process of its own; prints a table."""
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(1, args.rounds + 1):
+        for way in WAYS:
+            print(f"round {number}: {way} ...", flush=True)
+            own = [sys.executable, __file__, "--model", args.model, "--work_dir", args.work_dir, "--way", way]
+            _, peak_gb = measured(own)
+            found = json.loads((work / f"{way}.json").read_text(encoding="utf-8"))
+            results[way].append(found | {"peak_gb": peak_gb})
+            print(f"    {results[way][-1]}", flush=True)
+    print(f"\n{args.architecture}: {comments} comments, {os.cpu_count()} cores\n")
+    print("| | samples/s | shared is faster by | tokens | in recurrent layers | peak memory, GB |")
+    print("|---|---|---|---|---|---|")
+    for way, runs in results.items():
+        ratios = sorted(run["seconds"] / ours["seconds"] for run, ours in zip(runs, results["shared"], strict=True))
+        range_text = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
+        speed = sorted(comments / run["seconds"] for run in runs)[len(runs) // 2]
+        print(
+            f"| {way} | {speed:.2f} | {ratios[len(ratios) // 2]:.2f}x{range_text} | {runs[0]['tokens']:,} "
+            f"| {runs[0]['recurrent']:.0%} | {max(run['peak_gb'] for run in runs):.2f} |"
+        )
+    return results
 
 
 def command(name: str, python: Path, model: Path, work: Path, output: Path) -> list[str]:
@@ -236,9 +271,8 @@ def command(name: str, python: Path, model: Path, work: Path, output: Path) -> l
             "warmup_ratio": 0,
             "eval_samples": 0,
             "precision": "fp32",
-            "pack_tokens": 1 if name == "ours, one by one" else PACK_TOKENS,
+            "pack_tokens": PACK_TOKENS,
             "share_prefix": name == "ours",
-            "group_size": 8,
         }
         own_flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
         return [str(python), str(ROOT / "deepspeed_ft/train.py"), *flags, *own_flags]
@@ -306,17 +340,6 @@ def loop_seconds(name: str, output: Path) -> float:
     return json.loads((output / "result.json").read_text())["seconds"]
 
 
-def tokens_saved(output: Path) -> float:
-    """How many times fewer tokens one of our runs has computed than its samples have."""
-    (metrics,) = output.rglob("metrics.jsonl")
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "train/step_sec" in line]
-    logical, executed = (
-        sum(line[f"train/{name}_per_sec"] * line["train/step_sec"] for line in lines)
-        for name in ("tokens", "executed_tokens")
-    )
-    return logical / executed
-
-
 def adapter_of(output: Path) -> Path:
     """Where a finished run left its adapter; runs without held-out samples save once, at the end."""
     (path,) = output.rglob("adapter_model.safetensors")
@@ -330,8 +353,6 @@ def run(name: str, model: Path, work: Path, number: int) -> dict[str, float]:
     print(f"round {number}: {name} ...", flush=True)
     _, peak_gb = measured(command(name, python, model, work, output))
     result = {"seconds": loop_seconds(name, output), "peak_gb": peak_gb}
-    if name == "ours":
-        result["fewer_tokens"] = tokens_saved(output)
     if number == 1:
         probe = work / "held_out_loss"
         adapter = ["--adapter", str(adapter_of(output))]
@@ -362,9 +383,19 @@ def main(args: argparse.Namespace) -> None:
     """Runs all in turn and prints the figures."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # All on the CPU.
     work = from_root(args.work_dir)
-    make = partial(make_random, args.architecture) if args.architecture else in_fp32
-    model = make(from_root(args.model), work)
-    chosen = args.only.split(";") if args.only else WAYS if args.architecture else list(CONTENDERS)
+    if args.way:
+        found = train_one_way(work / "model", work / "few", args.way)
+        (work / "few" / f"{args.way}.json").write_text(json.dumps(found), encoding="utf-8")
+        return
+    if args.architecture:
+        make_random(args.architecture, from_root(args.model), work)
+        comments = write_data(args, args.comments, work / "few")
+        results = compare_ways(args, comments, work / "few")
+        print("\n" + json.dumps({"bench": "sft", "architecture": args.architecture, "comments": comments,
+                                 "settings": SETTINGS, "results": results}))  # fmt: skip
+        return
+    model = in_fp32(from_root(args.model), work)
+    chosen = args.only.split(";") if args.only else list(CONTENDERS)
     comments = write_data(args, args.comments, work / "few")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for number in range(1, args.rounds + 1):
@@ -372,9 +403,7 @@ def main(args: argparse.Namespace) -> None:
             if number <= CONTENDERS[name][2]:
                 results[name].append(run(name, model, work / "few", number))
     table("In turn", comments, results)
-    if args.architecture:
-        print(f"\nRecurrent layers take {recurrent_part(model, work / 'few'):.0%} of the time of shared packs.")
-    elif args.final:
+    if args.final:
         apart = [name for name in chosen if CONTENDERS[name][1] and not name.startswith("ours")]
         best = min(apart, key=lambda name: min(run["seconds"] for run in results[name]))
         final_comments = write_data(args, args.final, work / "many")
