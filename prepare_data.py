@@ -98,18 +98,18 @@ MENTION = (
     r"|(?:[@＠]\p{Cf}*(?:[\p{L}\p{M}_·-]|\p{N}{5})[\p{L}\p{M}\p{N}_·-]*)+"
 )
 # Other ways to write the @, and the marks that a search puts around a name.
-MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&commat;": "@"}
-FOUND_NAME = r"([@＠])<em[^>]*>([^<]*)</em>"
+MENTION_FORMS = {"﹫": "@", "&#64;": "@", "&#x40;": "@", "&amp;#64;": "@", "&commat;": "@"}
+FOUND_NAME = r"([@＠])<[A-Za-z]+[^>]*>([^<]*)</[A-Za-z]+>"
 _AT = rf"(?:[@＠]|{'|'.join(MENTION_FORMS)})"
 # The group makes the engine slow, and few texts need it: those with one of these. In the others this finds the same.
-BEFORE_AT = rf"[0-9A-Za-z._+-]{_AT}|<em"
+BEFORE_AT = rf"[0-9A-Za-z._+-]{_AT}|<[A-Za-z]"
 PLAIN_MENTION = rf"\B{_NAMES}"
 # Names that begin with emoji, marks or a space: rare, and too slow to look for everywhere.
 _MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
-MARKED_NAME = rf"{_AT}\p{{Cf}}*(?:{_MARKS}| {{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])|<em"
+MARKED_NAME = rf"{_AT}\p{{Cf}}*(?:{_MARKS}|[ \x{{A0}}\x{{3000}}]{{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])|<[A-Za-z]"
 MARKED_MENTION = (
-    rf"(^|[^0-9A-Za-z])[@＠](?:\p{{Cf}}*{_MARKS}+(?:[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?)?"
-    r"|\p{Cf}* {1,2}\p{Cf}*[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*)"
+    rf"(^|[^0-9A-Za-z])[@＠](?:(?:\p{{Cf}}*{_MARKS})+(?:\p{{Cf}}*[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?)?"
+    r"|\p{Cf}*[ \x{A0}\x{3000}]{1,2}\p{Cf}*[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*)"
 )
 ASIDE = "\ue000"  # Of those that are nobody's.
 

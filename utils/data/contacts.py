@@ -15,12 +15,14 @@ _LINK_CHARACTERS = "[号码是为叫加聊搜索同呗个下我：:＝=>→\t \u
 _LINK = _LINK_CHARACTERS + "{0,6}(?:id[：: ]{1,2})?"
 _BEFORE = "(^|[^0-9A-Za-z])"
 _WECHAT = (
-    "微[ ❤♥\ufe0f]*信|[薇威维徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx|wx|v[：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)"
-    "|[+][ ]?v[x信]?[：:]|wei[ ]?xin|we[ ]?chat"
+    "微[ ❤♥\ufe0f]*信|[薇威维維徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx|wx|v[：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)"
+    "|[+][ ]?v[x信]?[：: ]|wei[ ]?xin|we[ ]?chat|卫星[：:]"
 )
-_QQ = "扣扣|企鹅|🐧|q[ ]?q|ｑｑ|qun|[扣裙群羣峮]|君羊"
+# Those that begin with a Latin letter or a mark, and those that are found behind letters and digits too ("1群").
+_QQ = "(?:q[ ]?q|ｑｑ)[群裙羣峮号]{0,2}|qun|q[号群裙羣峮：:]|[➕＋+][ ]?q"
+_GROUP = "扣扣|企鹅|🐧|[扣裙群羣峮]号?|君羊|[抠叩蔻球秋]{2}|[加联系找私][ ]?q"
 _PHONE = "电话|手机号?|联系方式|联系|致电|热线|tel"
-_USER = "(?:u|b站|玩家)?id|uid"
+_USER = "(?:u|b站|玩家|bili[ ]?)?id|uid|(?:小红书|抖音|快手)号?"
 _TOP_LEVEL = "(?:com|cn|net|org|edu|me|io|cc|co|top|xyz|vip)"
 
 
@@ -33,23 +35,30 @@ NAMES = (
     f"(?i){_BEFORE}(?:"
     f"(?:{_WECHAT}){_LINK}(?:[a-z_-]{{1,15}}[0-9_][a-z0-9_-]{{2,}}|[0-9]{{1,5}}[a-z][a-z0-9_-]{{3,}})"
     f"|(?:{_WECHAT}){_LINK_CHARACTERS}{{0,3}}(?:id)?[号是搜：:][是：: ]{{0,2}}[a-z][a-z0-9_-]{{5,19}}"
-    f"|[加＋➕][我个 ]{{0,2}}(?:v|vx|wx|微信?|薇信?|威信?){_LINK_CHARACTERS}{{1,6}}[a-z][a-z0-9_-]{{5,19}}"
+    f"|[加＋➕+][我个 ]{{0,2}}(?:v|vx|wx|微信?|薇信?|威信?){_LINK_CHARACTERS}{{1,6}}[a-z][a-z0-9_-]{{5,19}}"
     r"|[0-9A-Za-z._+-]+(?:[@＠]|[ ]?(?:艾特|\(at\))[ ]?)[0-9A-Za-z-]+(?:[.。．点][0-9A-Za-z-]+)*[.。．点]"
     rf"{_TOP_LEVEL}"
-    r"|(?:https?://)?(?:space\.bilibili\.com|m\.bilibili\.com/space|(?:b23\.tv|bili(?:22|23|33|2233)\.cn|t\.cn|dwz\.cn|"
+    "|[微薇][号：: ]{0,2}(?:[a-z_-]{1,15}[0-9_][a-z0-9_-]{2,}|[0-9]{1,5}[a-z][a-z0-9_-]{3,})"
+    r"|(?:https?://)?(?:space\.bilibili\.com|(?:m\.|www\.)?bilibili\.com/space|(?:b23[.。．点]tv|bili(?:22|23|33|2233)[.。．点]cn|t\.cn|dwz\.cn|"
     r"url\.cn|suo\.im|is\.gd|bit\.ly|tinyurl\.com|t\.me|wa\.me|discord\.gg|t\.zsxq\.com|[cem]\.tb\.cn|u\.jd\.com|"
-    r"3\.cn|v\.douyin\.com|xhslink\.com|(?:jq|qm|q|wpa)\.qq\.com|u\.wechat\.com|work\.weixin\.qq\.com)/)"
+    r"3\.cn|pan\.(?:quark\.cn|baidu\.com|xunlei\.com)|drive\.uc\.cn|(?:www\.)?(?:aliyundrive|alipan)\.com|"
+    r"cloud\.189\.cn|(?:www\.)?123pan\.com|(?:[a-z0-9-]+\.)?lanzou[a-z]?\.com|v\.douyin\.com|xhslink\.com|(?:jq|qm|q|wpa)\.qq\.com|u\.wechat\.com|work\.weixin\.qq\.com)/)"
     r"[0-9A-Za-z_./?=&%+#-]*)"
 )
-# Numbers: after a word, nine to eleven digits before an invitation, or a telephone's. Groups 1, 2 and 5 are what stands
-# before, of one of these forms, and 3, 4 and 6 what follows.
+_SPACE = "[ \ufe0f\u20e3-]{0,3}"  # In a telephone's number.
+_INVITES = "(?:这是|是)?(?:加[我群qv微薇入个，,。!！ ]|满[了员人]|[进来聊群裙私扣])"
+# Numbers: after a word, nine to eleven digits before an invitation, or a telephone's. Groups 1, 2, 3 and 6 are what
+# stands before, of one of these forms, and 4, 5 and 7 what follows.
 NUMBERS = (
     f"(?i)(?:{_BEFORE}(?:(?:{_WECHAT}|{_QQ}){_LINK}{_digits(6)}|q[ ]?q{_LINK}{_digits(5)}"
-    f"|(?:{_PHONE}){_LINK}{_digits(10)}|(?:{_USER})[：: ]{{0,3}}{_digits(6)})"
-    "|(^|[^0-9A-Za-z/=_.-])(?:[1-9１-９][0-9０-９]{8,10}[ ，,。!！~]{0,2}([加进来聊群裙满私])))"
+    f"|(?:{_PHONE}){_LINK}{_digits(10)}|(?:{_USER})[：: 是]{{0,3}}{_digits(6)})"
+    f"|(^|(?s:.))(?:{_GROUP}){_LINK}{_digits(6)}"
+    f"|(^|[^0-9A-Za-z/=_.-])(?:[1-9１-９][0-9０-９]{{8,10}}[ ，,。!！~（(]{{0,2}}({_INVITES})))"
     "($|[^0-9０-９.%％元块刀分万亿年月日次人度积保多只种名位米播]|[.](?:$|[^0-9]))"
-    f"|(^|[^0-9A-Za-z/=_.-])(?:(?:[+＋]?86[ -]?)?[1１一幺壹][ -]?[3-9３-９三四五六七八九](?:[ -]{{0,2}}{_DIGIT}){{9}}"
-    "|0[0-9]{2,3}-[0-9]{7,8}|[48]00[ -]?[0-9]{3}[ -]?[0-9]{4})($|[^0-9０-９])"
+    f"|(^|[^0-9A-Za-z/=_.-])(?:(?:[+＋]?86[ -]?)?[1１一幺壹①]{_SPACE}[3-9３-９三四五六七八九叁肆伍陆柒捌玖③-⑨]"
+    f"(?:{_SPACE}{_DIGIT}){{9}}"
+    "|1[3-9][0-9][./，,丶、·_ ]{1,2}[0-9]{4}[./，,丶、·_ ]{1,2}[0-9]{4}"
+    "|0[0-9]{2,3}-[0-9]{7,8}|[48]00-?[0-9]{3}-?[0-9]{4})($|[^0-9０-９])"
 )
-MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2\5{MASK}\3\4\6"
+MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2\3\6{MASK}\4\5\7"
 CONTACT = re.compile(f"{NAMES}|{NUMBERS.removeprefix('(?i)')}")
