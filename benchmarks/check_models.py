@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.files import from_root, read_json  # noqa: E402
+from utils.train.run import SAID  # noqa: E402
 
 STEPS = ("packs", "LoRA", "QLoRA", "convert", "GGUF", "chat", "vLLM")
-SAID = {"shared": "Packs are shared", "packed": "Samples are packed", "single": "Samples are computed singly"}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

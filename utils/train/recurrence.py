@@ -30,7 +30,6 @@ RECURRENT = ("linear_attention", "conv")  # Kinds of layers, in the words of tra
 CHUNK_TOKENS = 64  # The scans' own, and the most here: they compute so many tokens with matrices.
 SMALLEST_CHUNK = 16
 
-
 Arguments = dict[str, Any]  # By the names that transformers' functions give them.
 
 
@@ -93,10 +92,9 @@ class Segments:
     def __init__(self, pack: Pack) -> None:
         """Cuts a pack's trie."""
         self._parents = parents_of(pack)
-        count = len(self._parents)
         device = pack.position_ids.device
         starts, parent = cut(self._parents)
-        ends = np.append(starts[1:], count)
+        ends = np.append(starts[1:], len(self._parents))
         self._starts, self._ends, self._device = starts, ends, device
         depth = np.zeros(len(starts), dtype=np.int64)
         for number, above in enumerate(parent.tolist()):
