@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--api_key_env", metavar="VARIABLE", help="environment variable that holds its key")
     add = parser.add_argument_group("how much").add_argument
     add("--limit", type=int, default=500, help="held-out comments, spread over the videos; -1: all")
-    add("--matched", type=int, default=100, help="of these, replies that are also read after other questions; -1: all")
+    add("--matched", type=int, default=50, help="of these, replies that are also read after other questions; -1: all")
     add("--replies", type=int, default=1, help="replies to each comment")
     add("--max_tokens", type=int, default=2048, help="longest prompt; comments with longer ones are left out")
     add = parser.add_argument_group("how replies are chosen, equal for all").add_argument

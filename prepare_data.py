@@ -105,13 +105,14 @@ _AT = rf"(?:[@＠]|{'|'.join(MENTION_FORMS)})"
 BEFORE_AT = rf"[0-9A-Za-z._+-]{_AT}|<[A-Za-z]"
 PLAIN_MENTION = rf"\B{_NAMES}"
 # Names that begin with emoji, marks or a space: rare, and too slow to look for everywhere.
-_MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^]"
+_MARKS = r"[\p{So}\p{Sk}\x{FE0F}.~～『「【《*^（(“\"'！!]"
 MARKED_NAME = rf"{_AT}\p{{Cf}}*(?:{_MARKS}|[ \x{{A0}}\x{{3000}}]{{1,2}}\p{{Cf}}*[\p{{L}}\p{{M}}_])|<[A-Za-z]"
 MARKED_MENTION = (
-    rf"(^|[^0-9A-Za-z])[@＠](?:(?:\p{{Cf}}*{_MARKS})+(?:\p{{Cf}}*[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～]?)?"
+    rf"(^|[^0-9A-Za-z])[@＠](?:(?:\p{{Cf}}*{_MARKS})+(?:\p{{Cf}}*[\p{{L}}\p{{M}}\p{{N}}_·-]+[』」】》~～）)”\"']?)?"
     r"|\p{Cf}*[ \x{A0}\x{3000}]{1,2}\p{Cf}*[\p{L}\p{M}_][\p{L}\p{M}\p{N}_·-]*)"
 )
-ASIDE = "\ue000"  # Of those that are nobody's.
+RATE = r"[@＠]([0-9]+(?:\.[0-9]+)?[ ]?(?:[GMk]?[Hh]z|fps|帧|m?V|m?W|[mn]m|℃))"  # "功耗@3.5GHz"
+ASIDE, RATE_ASIDE = "\ue000", "\ue001"  # Characters that are nobody's.
 
 EMOTICONS = r"(\s*\[[^\[\]]+\])+\s*"
 
@@ -520,7 +521,8 @@ def title_the_rest(con: "DuckDBPyConnection", title: str, description: str) -> N
 def anonymized(column: str, anonymize: bool) -> str:
     """Writes the SQL that removes "回复 @name :" and replaces mentions in a text column, and trims it."""
     if anonymize:
-        plain = column
+        rates = f"regexp_replace({column}, {sql_text(RATE)}, {sql_text(RATE_ASIDE + chr(92) + '1')}, 'g')"
+        plain = f"CASE WHEN regexp_matches({column}, '[@＠][0-9]') THEN {rates} ELSE {column} END"
         for form, at in MENTION_FORMS.items():
             plain = f"replace({plain}, {sql_text(form)}, {sql_text(at)})"
         plain = f"regexp_replace({plain}, {sql_text(FOUND_NAME)}, {sql_text(chr(92) + '1' + chr(92) + '2')}, 'g')"
@@ -531,7 +533,7 @@ def anonymized(column: str, anonymize: bool) -> str:
         any_masked = f"regexp_replace({text}, {sql_text(MENTION)}, {sql_text(chr(92) + '1' + SOMEONE)}, 'g')"
         masked = f"regexp_replace({text}, {sql_text(PLAIN_MENTION)}, {sql_text(SOMEONE)}, 'g')"
         masked = f"CASE WHEN regexp_matches({column}, {sql_text(BEFORE_AT)}) THEN {any_masked} ELSE {masked} END"
-        masked = f"replace({masked}, {sql_text(ASIDE)}, {sql_text(SOMEONE)})"
+        masked = f"replace(replace({masked}, {sql_text(ASIDE)}, {sql_text(SOMEONE)}), {sql_text(RATE_ASIDE)}, '@')"
         # Most texts have no mention, and looking for a character is cheap.
         has_any = " OR ".join(f"contains({column}, {sql_text(form)})" for form in ("@", "＠", *MENTION_FORMS))
         column = f"CASE WHEN {has_any} THEN {masked} ELSE {column} END"

@@ -19,7 +19,7 @@ from test_prepare_data import Record, answer, comment, prepare, prompt, quick_pl
 from utils.data import near_repeats
 from utils.data.cleaning import MACROS, REASONS, has_contact, masked
 from utils.data.contacts import MASK, NAMES, NUMBERS
-from utils.data.near_repeats import alike, are_near, fingerprints
+from utils.data.near_repeats import alike, are_near, fingerprints, grouped
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ CONTACTS = [
     "745812309 扣扣", "745812309这是群号", "745812309（裙）", "我的id是34567890", "bilibili.com/space/34567",
     "抖音号：34567890",
     "b23点tv/AbCdEf", "https://pan.quark.cn/s/0f1e2d3c", "pan.baidu.com/s/1abc",
+    "微信 lilywangwang", "vx tingtingli", "薇 lilywang", "V abc98765", "交流群①：745812309", "群2：745812309",
+    "7458123（裙）", "薇 x y 9 8 7", "QQ⁷⁶⁵⁴³²¹", "QQ 𝟕𝟔𝟓𝟒𝟑𝟐𝟏", "公众号：小张说车", "公粽号「小张说车」",
 ]  # fmt: skip
 NO_CONTACTS = [
     "求链接", "同求，河北的", "蹲一个结果", "加我一份", "2025年10月", "排名45000", "一加13", "微信转账也行",
@@ -85,6 +87,8 @@ NO_CONTACTS = [
     "扣20000保证金", "手机 20251001", "手机13 14 15 16", "联系 2025-10-01", "c++ volatile", "加virtual", "+vitaminc",
     "6 @Mr.Li 快来看", "OK@Dr.Li", "2160p@60Hz.HDR", "感光度 400 800 1600 3200", "123456789 加油", "1500000000满意",
     "2000000000 加上利息", "微距100mm", "一群人", "Q3财报", "微软win11", "球球你了",
+    "公众号文章里说的", "V神2024", "GTA V 2013", "wechat account", "群1：下午开会", "（裙）12345678件", "微信 8.0.60",
+    "微信登录iphone", "x²+y²=z²",
 ]  # fmt: skip
 
 
@@ -206,14 +210,50 @@ def test_fingerprints_estimate_similarity(monkeypatch: pytest.MonkeyPatch) -> No
         assert (alone.bitmaps[:, 0] == prints.bitmaps[:, at]).all()
 
 
-def test_alike_takes_what_goes_beyond_the_cap() -> None:
-    """Of one hash: texts 0, 2, 3, 5 of one kind and 1, 4, 6 of another, which has none to spare; 7 has its own."""
+def test_texts_are_paired_with_the_first_of_their_kind() -> None:
+    """Of one hash: texts 0, 2, 3, 5 of one kind and 1, 4, 6 of another; 7 has a hash of its own."""
     one, two = (1 << 20) - 1, ((1 << 20) - 1) << 20
     hashes = np.array([9, 9, 9, 9, 9, 9, 9, 1], dtype=np.uint32)
     bitmaps = np.array([[one, two, one, one, two, one, two, one]], dtype=np.uint64)
-    assert alike(hashes, bitmaps, 3).tolist() == [[5, 0]]
-    assert sorted(alike(hashes, bitmaps, 2).tolist()) == [[3, 0], [5, 0], [6, 1]]
-    assert alike(hashes[:0], bitmaps[:, :0], 2).tolist() == []
+    assert sorted(alike(hashes, bitmaps).tolist()) == [[2, 0], [3, 0], [4, 1], [5, 0], [6, 1]]
+    assert alike(hashes[:0], bitmaps[:, :0]).tolist() == []
+    groups = grouped(np.array([[2, 0], [4, 1], [5, 2], [6, 1]]), 8, 2)
+    assert [group.tolist() for group in groups] == [[0, 2, 5], [1, 4, 6]]
+    assert grouped(np.zeros((0, 2), dtype=np.int64), 8, 2) == []
+
+
+def edited(text: str, draw: random.Random, letters: list[str]) -> str:
+    """A text with one or two letters changed, left out or put in."""
+    edits = [*text]
+    for _ in range(draw.randrange(1, 3)):
+        at = draw.randrange(len(edits))
+        edits[at : at + draw.randrange(2)] = draw.choices(letters, k=draw.randrange(2))
+    return "".join(edits)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_of_few_texts_that_are_near_so_many_stay(most: int) -> None:
+    """Groups of seven edits of one text, among others: what plain comparing of all pairs leaves, in the same order."""
+    import duckdb
+
+    draw = random.Random(most)
+    letters = [chr(code) for code in range(0x4E00, 0x4E00 + 300)]
+    seeds = ["".join(draw.choices(letters, k=30)) for _ in range(60)]
+    texts = [edited(text, draw, letters) for text in seeds for _ in range(7)]
+    texts += ["".join(draw.choices(letters, k=30)) for _ in range(300)]
+    draw.shuffle(texts)
+    stay: list[str] = []
+    expected = []
+    for number, text in enumerate(texts):
+        if sum(are_near(text, one) for one in stay) >= most:
+            expected.append(number)
+        else:
+            stay.append(text)
+    with duckdb.connect() as con:
+        con.execute("CREATE TABLE texts AS SELECT unnest($1) letters", [texts])
+        found = near_repeats.near_repeats(con, most).tolist()
+    # Near ones without a hash in common are not compared.
+    assert len({*found} & {*expected}) >= 0.98 * len(expected) and len(found) <= len(expected) == 60 * (7 - most)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +268,7 @@ def thread(parent: int, replies: list[str], first: int) -> list[Record]:
 def test_bait_goes_with_all_below_it(tmp_path: Path) -> None:
     comments = [
         *said(["笔记全整理成一份了，想看的留个言我私下传", "老师讲的第三章我没听懂", "第二题答案是不是错了"]),
-        *thread(1, ["想看", "2", "顶", "[打卡]", "麻烦了[比心]"], 10), *thread(10, ["已传，注意查收"], 20),
+        *thread(1, ["想看", "1", "顶", "[打卡]", "麻烦了[比心]"], 10), *thread(10, ["已传，注意查收"], 20),
         *thread(20, ["到了到了，多谢"], 30),
         *thread(2, ["第三章要先看第一章", "我也没懂", "建议配合课本一起看", "顶"], 40),
     ]  # fmt: skip
@@ -265,6 +305,48 @@ def test_equal_replies_are_bait_however_long(tmp_path: Path) -> None:
     assert {"放姜和料酒啊", "鱼要新鲜才行", "像我下班"} <= {*left}
 
 
+BAIT = {
+    "模板在我网盘里，要的滴滴": ["滴滴", "111", "我也要", "[打call]", "踢我一下啊"],
+    "整套讲义都有": ["[蹲蹲]", "[蹲蹲]", "求", "[打call]"],
+    "真题我都扫描好啦": ["想要一份", "求一份", "蹲一份", "来一份吧"],
+    "要讲义的举手": ["举手", "我举手", "举手举手", "举手啦"],
+    "打出口号就发链接给你": ["天天向上", "天天向上！！", "天天向上冲冲", "我要天天向上", "到"],
+    "需要的扣1，有人吗？": ["1", "11", "求求了", "1"],
+    "讲义免费送": ["求", "蹲", "老师", "看下"],
+}
+NO_BAIT = {
+    "你们提的是什么颜色": ["白", "黑", "灰色", "蓝", "白", "黑"],
+    "大家报一下坐标": ["杭州", "成都", "长沙", "北京", "武汉"],
+    "这车是几速的": ["10", "11", "9", "10"],
+    "家里几个孩子": ["1", "1", "2", "3"],
+    "你们学校排名多少": ["排名33000", "排名41000", "2万3", "3万5", "1万8"],
+    "说下名次吧": ["排名33000", "排名41000", "2万3", "3万5", "1万8"],
+    "什么时候考试": ["2024年11月", "2024年11月", "2024年12月", "11月"],
+    "想从零开始画画": ["我也想", "我也想学", "加油", "我也是"],
+    "这配色真好看": ["好看", "真好看", "确实好看", "太好看了"],
+    "求推荐一款入门的相机": ["求推荐", "同求，两千以内的", "佳能吧", "蹲一个后续", "看你拍啥"],
+    "第一次做就成功了": ["[点赞]", "厉害", "[doge]", "[星星眼]", "求图"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*BAIT, *NO_BAIT])
+def test_threads(tmp_path: Path, text: str) -> None:
+    """A crawl that holds this thread alone."""
+    comments = [*said([text]), *thread(1, (BAIT | NO_BAIT)[text], 10), comment(99, content="不相干的一条")]
+    _, dropped = kept(crawl(tmp_path, comments), "--min_chars", "0", "--max_repeats", "-1", "--max_emoticons", "-1")
+    assert dropped == ({"bait": len(comments) - 1} if text in BAIT else {})
+
+
+def test_answers_to_requests(tmp_path: Path) -> None:
+    """What answers a request goes, though nothing else of its thread was crawled; not what answers a question."""
+    comments = said(["求", "1", "我也要[保佑]", "求链接", "不是说好了要更新的嘛"])
+    answers = ["发你啦", "看私信", "给过你了", "搜索店名就有", "明天晚上就更新"]
+    for number, text in enumerate(answers):
+        comments += thread(number + 1, [text], 10 + number)
+    left, dropped = kept(crawl(tmp_path, comments), "--min_chars", "0")
+    assert dropped == {"bait": 3} and left[-2:] == answers[3:]
+
+
 def test_short_answers_alone_make_no_bait(tmp_path: Path) -> None:
     """Three replies tell nothing; half of them may be short; a comment that is its own parent is no thread."""
     comments = [
@@ -297,14 +379,16 @@ def test_a_name_is_no_word_of_ones_own(tmp_path: Path) -> None:
 def test_echo(tmp_path: Path) -> None:
     comments = [
         *said(["标题就是这么长的一个标题", "这个方案真的可行吗", "不同意标题里说的"]),
-        *thread(2, ["这个方案真的可行吗？？[doge]", "方案可行，我试过", "真的可行吗这个方案"], 10),
+        *thread(2, ["这个方案真的可行吗？？[doge]", "方案可行，我试过", "真的可行吗这个方案", "这个方案真是可行的吗",
+                    "这个方案真的不可行吗", "这个方案便宜得很吗"], 10),
     ]  # fmt: skip
     left, dropped = kept(crawl(tmp_path, comments, title="标题就是这么长的一个标题！"))
-    assert dropped == {"echo": 2}
-    assert left == ["这个方案真的可行吗", "不同意标题里说的", "方案可行，我试过", "真的可行吗这个方案"]
+    assert dropped == {"echo": 3}
+    assert left == ["这个方案真的可行吗", "不同意标题里说的", "方案可行，我试过", "真的可行吗这个方案",
+                    "这个方案真的不可行吗", "这个方案便宜得很吗"]  # fmt: skip
     assert kept(tmp_path / "crawl", "--drop_echo", "False")[1] == {}
     crawl(tmp_path, comments, title='标题就是<em class="keyword">这么长</em>的一个标题！')
-    assert kept(tmp_path / "crawl")[1] == {"echo": 2}, "the marks of a search are no part of a title"
+    assert kept(tmp_path / "crawl")[1] == {"echo": 3}, "the marks of a search are no part of a title"
 
 
 def test_lengths_and_emoticons(tmp_path: Path) -> None:

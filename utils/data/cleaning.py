@@ -26,14 +26,26 @@ REASONS = {
 
 THREAD_REPLIES = 4  # Fewer say little about the comment that they answer.
 SAME_PART = 0.6  # Of a thread in two texts.
-SHORT_LETTERS = 2
+REQUESTS_PART = 0.3  # Of a thread in requests: other short texts and emoticons are requests, too.
+SHORT_CHARS = 2
+SHORT_PARENT = 4  # Letters of a request to which answers are given: longer ones ask for something.
+CONTAINED_PART, ADDED_CHARS = 0.75, 4  # Of a thread in one text, with so many characters more.
+REPEATED_CHARS = 3  # Who repeats so many of the comment's ("好看") agrees.
 # A short text that stands in so many threads, and is so large a part of the crawl, recurs all over it.
 RECURRING_LETTERS = 8
 RECURRING_THREADS = 5
 RECURRING_PART = 0.0005
 ECHO_LETTERS = 4  # Shorter ones are words that both use.
 ECHO_PART = 0.8  # Of the longer text.
+ECHO_CHANGED, CHANGED_LETTERS = 0.2, 8  # So many of its bytes may differ, in texts of so many letters.
 NEAR_LETTERS = 6  # Shorter texts are like each other by chance.
+
+# Texts of a few of these characters ask for what is offered, those of the first kind alone, too.
+ASKING = "求蹲举要扣滴踢私戳顶发1d"
+AROUND = "手我俺也都还同想给个一份下来吧呀啊呢嘛哦了啦的感谢您你拜托老师学姐哥up主大佬已三连关注分享可以看吗"
+QUESTION = (
+    "[?？吗呢]|什么|哪|多少|几|怎么|怎样|啥|谁|如何|是不是|有没有|(?i:\\b(?:what|which|who|where|when|how|why)\\b)"
+)
 
 FULL_WIDTH = "".join(map(chr, range(0xFF01, 0xFF5F)))
 HALF_WIDTH = "".join(map(chr, range(0x21, 0x7F)))
@@ -112,9 +124,18 @@ CREATE MACRO is_laughter(x) AS length(x) >= 2 AND left(x, 1) = right(x, 1) AND r
 -- Letters and digits: as many as there are letters, where those are enough.
 CREATE MACRO said_chars(x, letters, enough) AS CASE WHEN length(letters) >= greatest(enough, 1) THEN length(letters)
     ELSE length(letters) + length(digits_of(x)) END;
+-- What tells texts of a thread apart: letters, and a short text's digits.
+CREATE MACRO said_of(x, letters) AS
+    CASE WHEN length(letters) <= {RECURRING_LETTERS} THEN letters || digits_of(x) ELSE letters END;
+CREATE MACRO is_request(x) AS length(x) <= {RECURRING_LETTERS}
+    AND regexp_matches(x, '^[{ASKING}{AROUND}]*[{ASKING}][{ASKING}{AROUND}]*$');
+CREATE MACRO asks(x) AS regexp_matches(x, {sql_text(QUESTION)});
 CREATE MACRO is_echo(x, y) AS length(x) >= {ECHO_LETTERS} AND length(y) >= {ECHO_LETTERS}
     AND least(length(x), length(y)) >= {ECHO_PART} * greatest(length(x), length(y))
-    AND (contains(x, y) OR contains(y, x));
+    AND (contains(x, y) OR contains(y, x)
+        OR CASE WHEN length(x) >= {CHANGED_LETTERS} AND (left(x, 2) = left(y, 2) OR right(x, 2) = right(y, 2))
+            AND regexp_matches(x, '[不没无非别]') = regexp_matches(y, '[不没无非别]')
+            THEN levenshtein(x, y) <= {ECHO_CHANGED} * greatest(strlen(x), strlen(y)) ELSE false END);
 """
 
 
@@ -144,10 +165,13 @@ def reasons(rules: Rules) -> str:
 def find_bait(con: "DuckDBPyConnection") -> None:
     """Finds bait by its replies; leaves `bait` (id).
 
-    Most of them say nothing: they have two letters or one digit at most, or what is said all over the crawl; or most of
-    them are two texts. Emoticons, mentions and laughter are not counted: these are below any good joke. All that is
-    said below bait goes with it, and so do answers to what is said all over the crawl: the rest of such a thread may
-    not have been crawled.
+    Most of them ask for something in few words ("求", "我也要一份") or are what is said all over the crawl; or most
+    are two texts, or one with a few characters more. Where a third are of the first kind, other texts of one or two
+    characters count as such, and emoticons. Elsewhere these are not counted, as laughter is not: they are below any
+    good joke, and short texts that differ are answers. What several say to a question may be its answer, too.
+
+    All that is said below bait goes with it, and so do answers to requests, and to what is mostly said below bait: the
+    rest of such a thread may not have been crawled.
     """
     con.execute(f"""
         CREATE TABLE recurring AS SELECT letters FROM comments WHERE length(letters) BETWEEN 1 AND {RECURRING_LETTERS}
@@ -155,22 +179,54 @@ def find_bait(con: "DuckDBPyConnection") -> None:
             GROUP BY letters HAVING count(DISTINCT (video, parent)) >= {RECURRING_THREADS}
                 AND count(*) >= {RECURRING_PART} * (SELECT count(*) FROM comments);
         CREATE TABLE replies AS
-            SELECT parent, said, count(*) n, bool_or(empty) empty FROM (
-                SELECT c.parent, CASE WHEN c.letters = '' THEN digits_of(c.text) ELSE c.letters END said,
-                    CASE WHEN c.letters = '' THEN length(said) = 1 ELSE length(c.letters) <= {SHORT_LETTERS} END
-                        OR r.letters IS NOT NULL empty
-                FROM comments c LEFT JOIN recurring r USING (letters) WHERE c.parent <> 0 AND c.parent <> c.id)
-            WHERE said <> '' AND NOT is_laughter(said) GROUP BY parent, said;
+            SELECT parent, said, n, recurs, is_request(said) request, length(said) <= {SHORT_CHARS} short FROM (
+                SELECT c.parent, said_of(c.text, c.letters) said, count(*) n,
+                    bool_or(r.letters IS NOT NULL AND said = c.letters) recurs
+                FROM comments c LEFT JOIN recurring r USING (letters)
+                WHERE c.parent IN (SELECT parent FROM comments WHERE parent NOT IN (0, id)
+                        GROUP BY parent HAVING count(*) >= {THREAD_REPLIES})
+                    AND c.parent <> c.id AND NOT (c.letters = '' AND contains(c.text, '{SOMEONE}'))
+                GROUP BY c.parent, said)
+            WHERE request OR NOT is_laughter(said);
+        CREATE TABLE parents AS
+            SELECT id, letters, asks(text) asks, asks AND NOT contains(text, '1') counts FROM comments
+            WHERE id IN (SELECT parent FROM replies GROUP BY parent HAVING sum(n) >= {THREAD_REPLIES});
+        CREATE TABLE threads AS
+            SELECT parent, asks, coalesce(sum(n) FILTER (said <> ''), 0) n,
+                coalesce(sum(n) FILTER (said = ''), 0) faces, coalesce(sum(n) FILTER (empty), 0) empty,
+                coalesce(sum(n) FILTER (short AND said <> '' AND NOT empty), 0) short
+            FROM (SELECT replies.*, asks, CASE WHEN request THEN NOT (counts AND said[1] = '1')
+                    ELSE recurs AND NOT asks END empty
+                FROM replies JOIN parents ON parents.id = replies.parent)
+            GROUP BY parent, asks;
+        CREATE TABLE texts AS
+            SELECT replies.parent, said, replies.n, threads.n of,
+                length(said) BETWEEN 2 AND {RECURRING_LETTERS}
+                    AND NOT (length(said) <= {REPEATED_CHARS} AND contains(parents.letters, said)) common
+            FROM replies JOIN threads USING (parent) JOIN parents ON parents.id = replies.parent
+            WHERE said <> '' AND threads.n >= {THREAD_REPLIES}
+                AND NOT (threads.asks AND length(said) <= {RECURRING_LETTERS});
+        CREATE TABLE found AS
+            SELECT parent id FROM threads WHERE CASE WHEN empty >= {REQUESTS_PART} * n AND empty > 0
+                THEN 2 * (empty + short + faces) > n + faces ELSE n >= {THREAD_REPLIES} AND 2 * empty > n END
+            UNION SELECT parent FROM texts GROUP BY parent, texts.of
+                HAVING count(*) < texts.of / 2 AND list_sum(max(n, 2)) > {SAME_PART} * texts.of
+            UNION SELECT part.parent FROM texts part JOIN texts whole USING (parent)
+                WHERE part.common AND contains(whole.said, part.said)
+                    AND length(whole.said) <= length(part.said) + {ADDED_CHARS}
+                GROUP BY part.parent, part.said, part.of HAVING sum(whole.n) > {CONTAINED_PART} * part.of;
         CREATE TABLE bait AS
             WITH RECURSIVE below AS (
-                SELECT parent id FROM replies GROUP BY parent
-                    HAVING sum(n) >= {THREAD_REPLIES} AND (2 * coalesce(sum(n) FILTER (empty), 0) > sum(n)
-                        OR (count(*) < sum(n) / 2 AND list_sum(max(n, 2)) > {SAME_PART} * sum(n)))
-                UNION SELECT comments.id FROM comments JOIN below ON comments.parent = below.id)
-            SELECT id FROM below
-            UNION SELECT c.id FROM comments c JOIN comments p ON p.id = c.parent
-                WHERE p.letters IN (SELECT letters FROM recurring);
-        DROP TABLE replies; DROP TABLE recurring;
+                FROM found UNION SELECT comments.id FROM comments JOIN below ON comments.parent = below.id)
+            FROM below;
+        INSERT INTO bait
+            SELECT c.id FROM comments c JOIN comments p ON p.id = c.parent LEFT JOIN bait ON bait.id = c.id
+            WHERE bait.id IS NULL AND (
+                length(p.letters) <= {SHORT_PARENT} AND is_request(said_of(p.text, p.letters)) OR p.letters IN (
+                    SELECT letters FROM recurring JOIN comments USING (letters) LEFT JOIN bait USING (id)
+                    GROUP BY letters HAVING 2 * count(bait.id) > count(*)));
+        DROP TABLE recurring; DROP TABLE replies; DROP TABLE parents; DROP TABLE threads; DROP TABLE texts;
+        DROP TABLE found;
     """)
 
 
@@ -202,11 +258,11 @@ def cap(con: "DuckDBPyConnection", rules: Rules) -> None:
             QUALIFY row_number() OVER (PARTITION BY folded ORDER BY likes DESC NULLS LAST, id) > {rules.max_repeats});
         DROP TABLE same;
         CREATE TABLE texts AS
-            SELECT row_number() OVER (ORDER BY likes DESC NULLS LAST, id) - 1 number, id, letters
-            {left} AND length(letters) >= {NEAR_LETTERS} AND NOT is_laughter(letters) ORDER BY number""")
+            SELECT id, letters {left} AND length(letters) >= {NEAR_LETTERS} AND NOT is_laughter(letters)
+            ORDER BY likes DESC NULLS LAST, id""")
     from utils.data.near_repeats import near_repeats  # NumPy takes its time.
 
     found = near_repeats(con, rules.max_repeats)
-    near = "SELECT id FROM texts WHERE number IN (SELECT unnest($1))"
+    near = "SELECT id FROM texts WHERE rowid IN (SELECT unnest($1))"
     con.execute(f"UPDATE verdicts SET reason = 'near_repeat' WHERE id IN ({near})", [found])
     con.execute("DROP TABLE texts")

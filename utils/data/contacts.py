@@ -9,7 +9,7 @@ import re
 SOMEONE = "@某人"  # Stands for people who are mentioned,
 MASK = "（联系方式）"  # and for contact details.
 
-_DIGIT = "[0-9０-９〇零一二三四五六七八九壹贰叁肆伍陆柒捌玖幺①-⑨❶-❾⓪]"
+_DIGIT = "[0-9０-９〇零一二三四五六七八九壹贰叁肆伍陆柒捌玖幺①-⑨❶-❾⓪⑴-⑼⁰¹²³⁴-⁹₀-₉𝟎-𝟿]"
 _GAP = "[ \t\u3000\ufe0f\u20e3_*·•~～—–－-]{0,3}"
 _LINK_CHARACTERS = "[号码是为叫加聊搜索同呗个下我：:＝=>→\t \u3000+＋➕,，(（「【\ufe0f]"
 _LINK = _LINK_CHARACTERS + "{0,6}(?:id[：: ]{1,2})?"
@@ -18,9 +18,11 @@ _WECHAT = (
     "微[ ❤♥\ufe0f]*信|[薇威维維徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx|wx|v[：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)"
     "|[+][ ]?v[x信]?[：: ]|wei[ ]?xin|we[ ]?chat|卫星[：:]"
 )
+# Behind these, not only behind "微信号是", a name may be letters alone.
+_HIDDEN_WECHAT = "微[ ❤♥\ufe0f]*信|[薇威维維徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx"
 # Those that begin with a Latin letter or a mark, and those that are found behind letters and digits too ("1群").
 _QQ = "(?:q[ ]?q|ｑｑ)[群裙羣峮号]{0,2}|qun|q[号群裙羣峮：:]|[➕＋+][ ]?q"
-_GROUP = "扣扣|企鹅|🐧|[扣裙群羣峮]号?|君羊|[抠叩蔻球秋]{2}|[加联系找私][ ]?q"
+_GROUP = "扣扣|企鹅|🐧|[扣裙群羣峮]号?(?:[0-9一二三四五①-⑤][群]?[：: ]{1,2})?|君羊|[抠叩蔻球秋]{2}|[加联系找私][ ]?q"
 _PHONE = "电话|手机号?|联系方式|联系|致电|热线|tel"
 _USER = "(?:u|b站|玩家|bili[ ]?)?id|uid|(?:小红书|抖音|快手)号?"
 _TOP_LEVEL = "(?:com|cn|net|org|edu|me|io|cc|co|top|xyz|vip)"
@@ -33,8 +35,12 @@ def _digits(least: int) -> str:
 # Names, addresses and short links. Group 1 is what stands before, and stays.
 NAMES = (
     f"(?i){_BEFORE}(?:"
-    f"(?:{_WECHAT}){_LINK}(?:[a-z_-]{{1,15}}[0-9_][a-z0-9_-]{{2,}}|[0-9]{{1,5}}[a-z][a-z0-9_-]{{3,}})"
+    f"(?:{_WECHAT}){_LINK}(?:[a-z_-]{{1,15}}[0-9_][a-z0-9_-]{{2,}}|[0-9]{{1,5}}[a-z][a-z0-9_-]{{3,}}"
+    "|(?:[a-z0-9][ ]){4,}[a-z0-9])"
+    "|v[ ]{1,2}[a-z]{2,10}[0-9]{3,8}"
     f"|(?:{_WECHAT}){_LINK_CHARACTERS}{{0,3}}(?:id)?[号是搜：:][是：: ]{{0,2}}[a-z][a-z0-9_-]{{5,19}}"
+    f"|(?:{_HIDDEN_WECHAT})[ =＝→👉]{{1,3}}[a-z][a-z0-9_-]{{5,19}}"
+    "|公[众粽重]号[ ]?[：:「【“‘]{1,2}[^\\s，。,！!?？；;、」】”’)）]{2,16}[」】”’]?"
     f"|[加＋➕+][我个 ]{{0,2}}(?:v|vx|wx|微信?|薇信?|威信?){_LINK_CHARACTERS}{{1,6}}[a-z][a-z0-9_-]{{5,19}}"
     r"|[0-9A-Za-z._+-]+(?:[@＠]|[ ]?(?:艾特|\(at\))[ ]?)[0-9A-Za-z-]+(?:[.。．点][0-9A-Za-z-]+)*[.。．点]"
     rf"{_TOP_LEVEL}"
@@ -58,7 +64,8 @@ NUMBERS = (
     f"|(^|[^0-9A-Za-z/=_.-])(?:(?:[+＋]?86[ -]?)?[1１一幺壹①]{_SPACE}[3-9３-９三四五六七八九叁肆伍陆柒捌玖③-⑨]"
     f"(?:{_SPACE}{_DIGIT}){{9}}"
     "|1[3-9][0-9][./，,丶、·_ ]{1,2}[0-9]{4}[./，,丶、·_ ]{1,2}[0-9]{4}"
-    "|0[0-9]{2,3}-[0-9]{7,8}|[48]00-?[0-9]{3}-?[0-9]{4})($|[^0-9０-９])"
+    "|0[0-9]{2,3}-[0-9]{7,8}|[48]00-?[0-9]{3}-?[0-9]{4}"
+    "|[1-9][0-9]{6,10}[ ]?[（(【「](?:[裙群扣薇qv]|群号|扣扣|企鹅|🐧|君羊|qq|[微薇]信)[）)】」])($|[^0-9０-９])"
 )
 MASKED_NAME, MASKED_NUMBER = rf"\1{MASK}", rf"\1\2\3\6{MASK}\4\5\7"
 CONTACT = re.compile(f"{NAMES}|{NUMBERS.removeprefix('(?i)')}")

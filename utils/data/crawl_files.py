@@ -326,8 +326,11 @@ def xlsx_tables(path: Path) -> Iterator[Table]:
         book.close()
 
 
-def sqlite_tables(path: Path) -> Iterator[Table]:
-    """Reads the tables of an SQLite database without ever writing to it, each for TABLE_SECONDS at most."""
+def sqlite_tables(path: Path) -> Iterator[Table | str]:
+    """Reads the tables of an SQLite database without ever writing to it, each for TABLE_SECONDS at most.
+
+    Views, which may compute for ever, are named in a sentence.
+    """
     import sqlite3
 
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -343,12 +346,18 @@ def sqlite_tables(path: Path) -> Iterator[Table]:
                 raise
             raise TimeoutError(f"a table is read for {TABLE_SECONDS} seconds at most") from None
 
+    def names(kind: str) -> list[str]:
+        listed = database.execute("SELECT name FROM sqlite_master WHERE type = ? ORDER BY name", [kind])
+        return [name for (name,) in listed.fetchall()]
+
     try:
-        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall():
+        for name in names("table"):
             start = time.monotonic()
             rows = database.execute('SELECT * FROM "{}"'.format(name.replace('"', '""')))
             columns = [column[0] for column in rows.description]
             yield name, set(columns), records(columns, rows)
+        if views := names("view"):
+            yield f"views are not read ({', '.join(views)}): save them as tables (CREATE TABLE ... AS SELECT ...)"
     finally:
         database.close()
 

@@ -3,9 +3,10 @@
 Shapes: T texts.
 """
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in
 HASHES = 4
 NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters,
 NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
+NEEDED = np.where(np.arange(64 * 4 + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
 BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
-KINDS = 8  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
+KINDS = 6  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
 CHUNK_TEXTS = 100_000  # Taken from the database at once,
 HASHED_TEXTS = 10_000  # and hashed: arrays that stay in a core's cache.
 FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)  # Odd, of xxHash.
@@ -37,10 +39,10 @@ class Prints(NamedTuple):
 
 
 def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
-    """Finds texts that are like `most` earlier ones or more, such as an advertisement with small changes.
+    """Finds texts that are like `most` earlier ones that stay, such as an advertisement with small changes.
 
     Args:
-        con: With the table `texts` (number, letters), numbers from 0.
+        con: With the table `texts` (letters); a text's number is its row, from 0.
         most: How many of those that are alike stay, the first ones.
 
     Returns:
@@ -52,20 +54,22 @@ def near_repeats(con: "DuckDBPyConnection", most: int) -> np.ndarray:
     parts: list[Future[Prints]] = []
     with ThreadPoolExecutor(2) as pool:  # Comparing takes some 100 bytes a text in each.
         for start in range(0, count, CHUNK_TEXTS):
-            some = "SELECT letters FROM texts WHERE number >= $1 AND number < $2 ORDER BY number"
+            some = "SELECT letters FROM texts WHERE rowid >= $1 AND rowid < $2 ORDER BY rowid"
             letters = con.execute(some, [start, start + CHUNK_TEXTS]).fetchnumpy()["letters"].tolist()
             if len(parts) > 1:
                 parts[-2].result()  # No more than two wait in memory.
             parts.append(pool.submit(fingerprints, letters))
         prints = joined([part.result() for part in parts])
-        pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps, most=most), prints.hashes)])
-    pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
-    wanted = np.unique(pairs)
+        pairs = np.concatenate([*pool.map(partial(alike, bitmaps=prints.bitmaps), prints.hashes)])
+    groups = grouped(pairs, count, most)
+    wanted = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *groups]))
     texts = dict(zip(wanted.tolist(), con.execute(
-        "SELECT letters FROM texts WHERE number IN (SELECT unnest($1)) ORDER BY number", [wanted]
+        "SELECT letters FROM texts WHERE rowid IN (SELECT unnest($1)) ORDER BY rowid", [wanted]
     ).fetchnumpy()["letters"].tolist(), strict=True))  # fmt: skip
-    near = [are_near(texts[text], texts[first]) for text, first in pairs.tolist()]
-    return pairs[near, 0]
+    return np.array(
+        [text for group in groups for text in beyond(group.tolist(), texts, prints.bitmaps[:, group], most)],
+        dtype=np.int64,
+    )
 
 
 def fingerprints(texts: list[str]) -> Prints:
@@ -108,36 +112,92 @@ def _fingerprints(texts: list[str]) -> Prints:
     return Prints(np.stack(hashes), np.stack(bitmaps))
 
 
-def alike(hashes: np.ndarray, bitmaps: np.ndarray, most: int) -> np.ndarray:
-    """Finds texts that have a hash, and most pairs of letters by their bitmaps, in common with `most` earlier ones.
+def alike(hashes: np.ndarray, bitmaps: np.ndarray) -> np.ndarray:
+    """Pairs texts that have a hash, and most pairs of letters by their bitmaps, in common.
 
     Args:
         hashes: (T,).
         bitmaps: (`BITMAP_WORDS`, T).
-        most: How many are enough.
 
     Returns:
-        (N, 2) int64: such a text, and the first one of its kind.
+        (N, 2) int64: a text, and the first one of its kind.
     """
-    order, found = np.argsort(hashes, kind="stable"), []
-    pairs = sum(np.bitwise_count(words).astype(np.uint16) for words in bitmaps)
-    needed = np.where(np.arange(64 * len(bitmaps) + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
+    order, found, bits = np.argsort(hashes, kind="stable"), [], count_bits(bitmaps)
     for _ in range(KINDS):
         begins = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
         sizes = np.diff(begins, append=len(order))
-        order, sizes = order[np.repeat(sizes > most, sizes)], sizes[sizes > most]
+        order, sizes = order[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
         if not len(order):
             break
-        first = np.repeat(order[np.cumsum(sizes) - sizes], sizes)
-        shared = sum(np.bitwise_count(words[order] & words[first]).astype(np.uint16) for words in bitmaps)
-        same = shared >= needed[np.minimum(pairs[order], pairs[first])] * (pairs[order] + pairs[first] - shared)
-        # Which one of its kind a text is: how many were the same up to it, less those of the groups before.
-        so_far = np.cumsum(same)
-        before = np.repeat((so_far - same)[np.cumsum(sizes) - sizes], sizes)
-        more = same & (so_far - before > most)
-        found.append(np.stack([order[more], first[more]], axis=1))
+        places = np.cumsum(sizes) - sizes
+        first = np.repeat(order[places], sizes)
+        shared = count_bits(words[order] & words[first] for words in bitmaps)
+        same = may_be_near(shared, bits[order], bits[first])
+        same[places] = False  # With itself.
+        found.append(np.stack([order[same], first[same]], axis=1))
+        same[places] = True
         order = order[~same]
     return np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
+
+
+def count_bits(bitmaps: Iterable[np.ndarray]) -> np.ndarray:
+    """Counts the bits of each text's bitmap.
+
+    Args:
+        bitmaps: `BITMAP_WORDS` times (T,).
+
+    Returns:
+        (T,) uint16.
+    """
+    return sum(np.bitwise_count(words).astype(np.uint16) for words in bitmaps)
+
+
+def may_be_near(shared: np.ndarray, mine: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether enough of two texts' bits are the same: which they have in common, and how many each has."""
+    return shared >= NEEDED[np.minimum(mine, others)] * (mine + others - shared)
+
+
+def grouped(pairs: np.ndarray, count: int, most: int) -> list[np.ndarray]:
+    """Puts texts together that pairs connect.
+
+    Args:
+        pairs: (N, 2).
+        count: T.
+        most: Smaller groups, and those of so many, are left out.
+
+    Returns:
+        The texts of each group, in order.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    _, group = connected_components(coo_array((np.ones(len(pairs), dtype=bool), (*pairs.T,)), (count, count)), False)
+    sizes = np.bincount(group)
+    members = np.flatnonzero(sizes[group] > most)
+    members = members[np.argsort(group[members], kind="stable")]
+    return np.split(members, np.flatnonzero(np.diff(group[members])) + 1) if len(members) else []
+
+
+def beyond(group: list[int], texts: Mapping[int, str], bitmaps: np.ndarray, most: int) -> list[int]:
+    """Finds the texts of a group that are near `most` earlier ones that stay.
+
+    Args:
+        group: Numbers of texts, in order.
+        texts: By number.
+        bitmaps: (`BITMAP_WORDS`, the group's texts).
+        most: How many are enough.
+    """
+    found, stay, kept, bits = [], [], np.empty_like(bitmaps), count_bits(bitmaps)
+    stay_bits = np.empty_like(bits)
+    for place, text in enumerate(group):
+        shared = count_bits(words[: len(stay)] & word for words, word in zip(kept, bitmaps[:, place], strict=True))
+        near = np.flatnonzero(may_be_near(shared, bits[place], stay_bits[: len(stay)])).tolist()
+        if len([*islice((one for one in near if are_near(texts[text], texts[stay[one]])), most)]) == most:
+            found.append(text)
+        else:
+            kept[:, len(stay)], stay_bits[len(stay)] = bitmaps[:, place], bits[place]
+            stay.append(text)
+    return found
 
 
 def are_near(one: str, two: str) -> bool:
