@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,22 +260,43 @@ class Replier:
         return input_ids
 
     def say(self, input_ids: list[int]) -> str:
-        """Prints an answer as it comes; returns it, or as much of it as there was before Ctrl-C."""
-        from utils.serve.generate import stream
+        """Prints an answer as it comes; returns it, or as much of it as there was before Ctrl-C.
 
+        A thought before it is printed in parentheses, and is no part of it.
+        """
         print(self.label, end="", flush=True)
-        pieces: list[str] = []
+        thoughts, pieces = [], []
+
+        def show(thought: str, piece: str) -> None:
+            opens, closes = thought and not thoughts, piece and thoughts and not pieces
+            shown = "（" * bool(opens) + thought + "）\n" * bool(closes) + piece
+            print(shown.translate(PICTURES), end="", flush=True)
+
         try:
-            with closing(stream(self.model, self.chat.tokenizer, input_ids, **self.options)) as answer:
-                for piece in answer:
-                    pieces.append(piece)
-                    if self.streamed:
-                        print(piece.translate(PICTURES), end="", flush=True)
+            for thought, piece in self._pieces(input_ids):
+                if self.streamed:
+                    show(thought, piece)
+                thoughts += [thought] * bool(thought)
+                pieces += [piece] * bool(piece)
         except KeyboardInterrupt:
             if not self.in_turns:
                 raise
-        print("" if self.streamed else "".join(pieces).translate(PICTURES), flush=True)
-        return "".join(pieces)
+        said = "".join(pieces)
+        if not self.streamed:
+            print((f"（{''.join(thoughts).strip()}）\n" * bool(thoughts) + said).translate(PICTURES), end="")
+        print("", flush=True)
+        return said
+
+    def _pieces(self, input_ids: list[int]) -> Iterator[tuple[str, str]]:
+        """What the model thinks, and says, as it comes."""
+        from utils.serve.generate import stream
+
+        folder = self.chat.folder()
+        with closing(stream(self.model, self.chat.tokenizer, input_ids, **self.options)) as answer:
+            for piece in answer:
+                yield folder.add(piece) if folder else ("", piece)
+        if folder:
+            yield folder.add("", last=True)
 
 
 class Conversation:

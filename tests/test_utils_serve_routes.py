@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from utils.data.records import comment_prompt
+from utils.data.thoughts import ThoughtFolder, ThoughtFrame
 from utils.serve.limits import Guard, Limits, Refused
 from utils.serve.routes import (
     Delta,
@@ -50,6 +51,7 @@ class Parrot:
         self.rest_sec = 0.0
         self.broken: str | None = None
         self.text = ""  # In place of the letters.
+        self.frame: ThoughtFrame | None = None
 
     async def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         self.asked.append(messages)
@@ -67,6 +69,9 @@ class Parrot:
             self.ended += 1
         finally:
             self.at_work -= 1
+
+    def folder(self) -> ThoughtFolder | None:
+        return ThoughtFolder(self.frame) if self.frame else None
 
     def problem(self) -> str | None:
         return self.broken
@@ -134,6 +139,18 @@ def until(condition: Any, seconds: float = 10) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
+
+
+def test_thoughts_are_told_from_answers(parrot: tuple[Parrot, int]) -> None:
+    """Of each answer; those of a model that does not think are all text."""
+    engine, port = parrot
+    body = {"message": "你好", "max_tokens": 7, "n": 2}
+    assert post(port, body)[1]["text"] == ["abcdefg"] * 2 and "thought" not in post(port, body)[1]
+    engine.frame = ThoughtFrame("<think>", "d", "", opened=True)
+    assert post(port, body)[1] == {
+        "text": ["efg", "efg"], "thought": ["abc", "abc"], "finish_reason": ["length", "length"],
+        "usage": {"prompt_tokens": 8, "completion_tokens": 14, "total_tokens": 22},
+    }  # fmt: skip
 
 
 def test_whole_and_streamed_answers(parrot: tuple[Parrot, int]) -> None:

@@ -5,14 +5,25 @@ Shapes: L tokens in a sample.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.data.records import DataError, Message, UnusableRecord
+from utils.data.thoughts import (
+    THOUGHTS,
+    ThoughtFolder,
+    ThoughtFrame,
+    find_frame,
+    split_thought,
+    thinks,
+    without_thoughts,
+)
 
 # For models that were published without a chat template (most base models). Every answer ends in the EOS token.
 PLAIN_TEMPLATE = (
@@ -26,14 +37,8 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{%- endif %}"
 )
 
-# What begins a thought in the templates of reasoning models, and what ends it.
-THOUGHTS = {
-    "<think>": "</think>",
-    "[THINK]": "[/THINK]",
-    "<seed:think>": "</seed:think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-}
 QUESTION = [{"role": "user", "content": "question"}]
+THOUGHT = "what to say"
 ANSWER = {"role": "assistant", "content": "answer"}
 
 Key = tuple[Any, ...]
@@ -77,7 +82,11 @@ class Chat:
     stop_id: int  # The token that ends an answer.
     writes_stop: bool  # The template itself ends an answer so; otherwise the token is appended.
     takes_parts: bool = False  # The template takes a message as a list of parts, as those of images and text do.
-    thought_tokens: int = 0  # Of an empty thought at the end of the prompt, which the template leaves out of answers.
+    # By how much the prompt is longer than what stands before the text of an answer: the tokens of a thought in the
+    # prompt, which the template leaves out of answers, less those of a thought before the answer.
+    thought_tokens: int = 0
+    unshared_tokens: int = 0  # At the prompt's end, where a thought begins otherwise than before an answer without one.
+    frame: ThoughtFrame | None = None  # How thoughts are written by a model that is trained with them.
     # Matches texts that cannot be tokenized in a batch; None for a tokenizer without batches.
     special: re.Pattern[str] | None = None
     # Token ids of conversations that were tokenized in a batch, by `_key`.
@@ -90,6 +99,7 @@ class Chat:
         return in_parts(messages) if self.takes_parts else messages
 
     def _ids(self, messages: list[Message], asks: bool) -> list[int]:
+        messages = without_thoughts(messages)
         if self.known and (ids := self.known.get(_key(messages, asks))) is not None:
             return ids
         if self._is_plain(message["content"] for message in messages):
@@ -112,19 +122,43 @@ class Chat:
 
     def prompt_text(self, messages: list[Message]) -> str:
         """The same as text."""
-        return self._text(messages, asks=True)
+        return self._text(without_thoughts(messages), asks=True)
+
+    def folder(self) -> ThoughtFolder | None:
+        """What tells the thoughts of an answer from its text, if this model thinks."""
+        return ThoughtFolder(self.frame) if self.frame else None
+
+    def said(self, text: str) -> str:
+        """What a model has written, without its thought."""
+        folder = self.folder()
+        return (folder.add(text, last=True)[1] if folder else text).strip()
+
+    def _thought_ids(self, text: str) -> list[int]:
+        """The tokens that stand between the prompt and the text of an answer."""
+        if self.frame is None:
+            return []
+        encode, thought = partial(self.tokenizer.encode, add_special_tokens=False), split_thought(text)[0]
+        if not thought:
+            return encode(self.frame.none)
+        # Control tokens in a thought are the plain text they are.
+        return [
+            *encode(self.frame.begin), *encode(thought, split_special_tokens=True), *encode(self.frame.end)
+        ]  # fmt: skip
 
     def answer_ids(self, messages: list[Message], prompt: list[int]) -> list[int]:
         """Renders a conversation that ends with an answer; returns the answer's tokens, the stop token the last.
+
+        A thought before its text is left out, or written before it if the model is trained with thoughts.
 
         Raises:
             UnusableRecord: if the tokens are not those of the prompt and more (an answer whose beginning is a part of
                 the prompt's last token, or that the template rewrites).
         """
         ids, begin = self._ids(messages, asks=False), len(prompt) - self.thought_tokens
-        if ids[:begin] != prompt[:begin]:
+        shared = len(prompt) - self.unshared_tokens
+        if ids[:shared] != prompt[:shared]:
             raise UnusableRecord("an answer that the chat template changes")
-        answer = ids[begin:]
+        answer = [*self._thought_ids(messages[-1]["content"]), *ids[begin:]]
         if self.writes_stop:
             # What follows the stop token (a line break in ChatML) belongs to the next turn.
             return answer[: answer.index(self.stop_id) + 1]
@@ -197,9 +231,10 @@ class Chat:
         """
         asked: dict[bool, dict[Key, list[Message]]] = {True: {}, False: {}}
         for dialogue in dialogues:
-            if self._is_plain([*(message["content"] for message in dialogue.messages), *(dialogue.answers or [])]):
-                for messages, asks in dialogue.renderings():
-                    asked[asks].setdefault(_key(messages, asks), messages)
+            for messages, asks in dialogue.renderings():
+                plain = without_thoughts(messages)
+                if self._is_plain(message["content"] for message in plain):
+                    asked[asks].setdefault(_key(plain, asks), plain)
         texts: dict[Key, str] = {}
         for asks, conversations in asked.items():
             if conversations:
@@ -231,7 +266,8 @@ def _tokenized(backend: Any, texts: list[str]) -> list[list[int]]:
 
 def _apply_template(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:
     """Renders a conversation, or a list of conversations."""
-    # `enable_thinking` is read by templates of reasoning models: a comment is written without an inner monologue.
+    # `enable_thinking` is read by templates of reasoning models: a comment is written without a thought, unless the
+    # template itself says that the model is trained with them.
     return tokenizer.apply_chat_template(
         messages,
         tokenize=tokenize,
@@ -291,7 +327,7 @@ def complete_prompt(tokenizer: Any) -> None:
     with are the prompt's. That is in the template from now on, wherever it goes: training, chat, a server, a published
     model.
     """
-    if not isinstance(tokenizer.chat_template, str):
+    if not isinstance(tokenizer.chat_template, str) or thinks(tokenizer.chat_template):
         return
     form = in_parts if takes_parts(tokenizer) else list
     if not _shows(tokenizer, "answer", form([*QUESTION, ANSWER])):
@@ -327,6 +363,23 @@ def _empty_thought(tokenizer: Any, prompt: list[int]) -> int:
     return 0
 
 
+def find_thoughts(tokenizer: Any, form: Callable[[list[Message]], list[Any]]) -> ThoughtFrame:
+    """Finds how a template of a model that is trained with thoughts writes them.
+
+    Raises:
+        DataError: if it writes them between control tokens.
+    """
+    thought = dict.fromkeys(("reasoning_content", "thinking"), THOUGHT)
+    [answer] = form([ANSWER])
+    write = partial(_apply_template, tokenizer, tokenize=False)
+    prompt = write(form(QUESTION), add_generation_prompt=True)
+    plain, thoughtful = write([*form(QUESTION), answer]), write([*form(QUESTION), answer | thought])
+    try:
+        return find_frame(prompt, plain, thoughtful, THOUGHT, ANSWER["content"], [*_control(tokenizer).values()])
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def make_chat(tokenizer: Any) -> Chat:
     """Tries a tokenizer's chat template, and finds how it treats system prompts and ends answers.
 
@@ -339,11 +392,21 @@ def make_chat(tokenizer: Any) -> Chat:
     prompt = _apply_template(tokenizer, form(QUESTION), add_generation_prompt=True)["input_ids"]
     messages = [*QUESTION, ANSWER]
     whole = _apply_template(tokenizer, form(messages))["input_ids"]
-    thought_tokens = 0 if whole[: len(prompt)] == prompt else _empty_thought(tokenizer, prompt)
-    begin = len(prompt) - thought_tokens
+    frame = find_thoughts(tokenizer, form) if thinks(tokenizer.chat_template) else None
+    thought_tokens = unshared_tokens = 0
+    if frame and (frame.opened or frame.none.strip()):
+        text = _apply_template(tokenizer, form(messages), tokenize=False)
+        before = tokenizer.encode(text.rpartition(ANSWER["content"])[0], add_special_tokens=False)
+        thought_tokens = len(prompt) - len(before)
+        unshared_tokens = len(prompt) - len(commonprefix([prompt, before])) if frame.opened else 0
+    elif frame:
+        frame = frame._replace(none="")  # The space before an answer is its own.
+    elif whole[: len(prompt)] != prompt:
+        thought_tokens = unshared_tokens = _empty_thought(tokenizer, prompt)
+    begin, shared = len(prompt) - thought_tokens, len(prompt) - unshared_tokens
     written = tokenizer.decode(whole[begin:])
-    thinks = thought_tokens and any(mark in written for mark in THOUGHTS)
-    if whole[:begin] != prompt[:begin] or "answer" not in written or thinks:
+    thought = (thought_tokens or frame) and any(mark in written for mark in THOUGHTS)
+    if whole[:shared] != prompt[:shared] or "answer" not in written or thought:
         raise DataError(
             "the chat template writes an answer after another text than the one it asks the model to go on from: "
             f"{tokenizer.decode(prompt)!r} against {tokenizer.decode(whole)!r}. Name a file with a template that does: "
@@ -360,6 +423,8 @@ def make_chat(tokenizer: Any) -> Chat:
         writes_stop=stop_id is not None,
         takes_parts=parts,
         thought_tokens=thought_tokens,
+        unshared_tokens=unshared_tokens,
+        frame=frame,
         special=_special(tokenizer, form(messages), whole),
     )
 

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils.data.thoughts import Message, join_thought, split_thought, without_thoughts
 from utils.files import shown
 
 SYSTEM_PROMPT = "你是一名B站用户，看完视频后在评论区用自然、口语化的语气发表评论或回复别人的评论。"
@@ -36,7 +37,8 @@ PLAIN = {("user", "instruction"), ("assistant", "output")}
 PLAIN |= {(name, name) for name in (*TURNS, "input", "system", "history", "chosen", "rejected")}
 NOT_NOTED = (*KEPT_FIELDS, "real")  # What a teacher's answer has replaced.
 
-Message = dict[str, str]
+REASONING = ("reasoning_content", "reasoning")  # Fields of a thought beside an answer.
+
 Taken = dict[str, dict[str, int]]  # Which fields are whose -> other field -> records that have it.
 # What Python's str.strip() takes away.
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
@@ -262,7 +264,7 @@ def find_split(data_dir: Path, split: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def to_messages(record: Any, taken: Taken | None = None) -> list[Message]:
+def to_messages(record: Any, taken: Taken | None = None, thoughts: bool = False) -> list[Message]:
     """Turns a record of any known format into messages.
 
     Known are the original's and ShareGPT's `conversations`, OpenAI's `messages`, Alpaca's `instruction`, `input`,
@@ -273,6 +275,8 @@ def to_messages(record: Any, taken: Taken | None = None) -> list[Message]:
     Args:
         record: From `read_records`.
         taken: Gets the fields that were taken, see `note_fields`.
+        thoughts: Whether thoughts (`reasoning_content`, `reasoning`, or at an answer's beginning) stay before answers,
+            as `utils.data.thoughts.split_thought` reads them.
 
     Returns:
         [{"role": ..., "content": stripped text}]: perhaps a system message, then user and assistant by turns.
@@ -288,10 +292,10 @@ def to_messages(record: Any, taken: Taken | None = None) -> list[Message]:
     fields = find_fields(record)
     turns = past_turns(record, fields)
     if name := next((name for name in TURNS if name in fields), None):
-        turns += _named_turns(record[fields[name]], *TURNS[name])
+        turns += _named_turns(record[fields[name]], *TURNS[name], thoughts)
     elif {"user", "assistant"} <= fields.keys():
         for role, value in (("user", question_of(record, fields)), ("assistant", record[fields["assistant"]])):
-            turns += _named_turns(value, "role", "content") if isinstance(value, list) else [(role, value)]
+            turns += _named_turns(value, "role", "content", thoughts) if isinstance(value, list) else [(role, value)]
     else:
         raise DataError(
             f"got the fields {sorted(record)}, expected {FORMATS}. Others are to be named: "
@@ -299,6 +303,10 @@ def to_messages(record: Any, taken: Taken | None = None) -> list[Message]:
         )
     messages = _checked(turns)
     note_fields(record, fields, taken)
+    if not thoughts:
+        return without_thoughts(messages)
+    if messages[-1]["role"] == "assistant":
+        messages[-1]["content"] = _with_thought(record, messages[-1]["content"])
     return messages
 
 
@@ -429,10 +437,20 @@ def as_text(value: Any) -> Any:
     return value
 
 
-def _named_turns(turns: Any, role: str, content: str) -> list[tuple[str, Any]]:
+def _with_thought(fields: Mapping[str, Any], answer: Any) -> Any:
+    """An answer with the thought that the fields beside it hold."""
+    thought = next((fields[name] for name in REASONING if has_content(fields.get(name))), None)
+    if not isinstance(thought, str) or not isinstance(answer, str) or split_thought(answer)[0]:
+        return answer
+    return join_thought(thought.strip(), answer)
+
+
+def _named_turns(turns: Any, role: str, content: str, thoughts: bool = False) -> list[tuple[str, Any]]:
     try:
         if any(turn.get("tool_calls") and not turn.get(content) for turn in turns if isinstance(turn, dict)):
             raise UnusableRecord(f"a turn of 'tool_calls' ({NO_TOOLS})")
+        if thoughts:
+            return [(turn[role], _with_thought(turn, turn[content])) for turn in turns]
         return [(turn[role], turn[content]) for turn in turns]
     except (TypeError, KeyError) as error:
         raise DataError(f"a turn without {role!r} and {content!r}, expected {FORMATS}.") from error

@@ -25,7 +25,7 @@ import numpy as np
 
 from utils.cli import fail, progress_bar
 from utils.data import chat as chat_module
-from utils.data import records
+from utils.data import records, thoughts
 from utils.data.chat import Chat, Dialogue, Sample, show_sample
 from utils.data.records import (
     DataError,
@@ -92,7 +92,7 @@ class Loaded(NamedTuple):
 
 def conversation(record: Any, id: str, taken: Taken | None = None) -> Dialogue:
     """Reads a record whose answers are all learnt, as every `Parse` does."""
-    return Dialogue(id, to_messages(record, taken))
+    return Dialogue(id, to_messages(record, taken, thoughts=True))
 
 
 def system_text(messages: list[Message]) -> str:
@@ -123,7 +123,7 @@ def load_samples(
     Raises:
         DataError: if a record's format is unknown (it is named), or no record is left.
     """
-    code = [sha256(Path(inspect.getfile(part))) for part in (records, chat_module, conversation, parse)]
+    code = [sha256(Path(inspect.getfile(part))) for part in (records, thoughts, chat_module, conversation, parse)]
     made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, columns, *code]
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]}"
     with create_once(folder) as temporary:

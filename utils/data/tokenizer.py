@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.data.chat import PLAIN_TEMPLATE, complete_prompt
 from utils.data.records import DataError
+from utils.data.thoughts import THINKING
 
 SHOWN_CHARACTERS = 60
 # Calls of what templates write today's date with.
@@ -15,13 +16,16 @@ DATES = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?:'([^']*)'|"([^"]*)"
 PINNED = re.compile(r'\{%- set run_date = "([0-9-]+)" -%\}')
 
 
-def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: Path, chat_template: str = "", trust_remote_code: bool = False, thoughts: str | None = None
+) -> Any:
     """Loads a tokenizer that has a chat template.
 
     Args:
         path: The model's folder.
         chat_template: A Jinja template to use instead of the tokenizer's own.
         trust_remote_code: Whether the model's own Python code may run.
+        thoughts: "keep": the model is to be trained with thoughts, "drop": without; None: as the template says.
 
     Returns:
         A tokenizer; with the plain template where there is no other. Its prompts go up to where the text of an answer
@@ -36,6 +40,9 @@ def load_tokenizer(path: Path, chat_template: str = "", trust_remote_code: bool 
     if not tokenizer.encode("a", add_special_tokens=False):
         raise ValueError("the tokenizer has no vocabulary (is tokenizer.json missing?)")
     tokenizer.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+    if thoughts and isinstance(tokenizer.chat_template, str):
+        own = tokenizer.chat_template.replace(THINKING, "")
+        tokenizer.chat_template = THINKING + own if thoughts == "keep" else own
     complete_prompt(tokenizer)
     return tokenizer
 

@@ -126,7 +126,7 @@ def engine_replies(
         settings: How is sampled.
         done: Is told of each comment's replies as soon as they are there.
     """
-    from utils.serve.routes import Sampling, collect
+    from utils.serve.routes import Sampling, collect, folded
 
     async def answer(id: str) -> Written:
         sampling = Sampling(
@@ -139,7 +139,7 @@ def engine_replies(
             stop=stop or None,
             seed=settings.seed_of(id),
         )
-        async with aclosing(engine.generate(prompts[id], sampling, name)) as pieces:
+        async with aclosing(folded(engine, engine.generate(prompts[id], sampling, name))) as pieces:
             answers = await collect(pieces, settings.replies)
         return Written([text.strip() for text in answers.texts], [end == "length" for end in answers.finish_reasons])
 

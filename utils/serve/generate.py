@@ -222,7 +222,7 @@ def replies(
             pad_token_id=pad,
         )
         texts += chat.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [chat.said(text) for text in texts]
 
 
 def show_replies(
@@ -237,7 +237,7 @@ def show_replies(
             "id": sample.id,
             "prompt": decode(prompt),
             "reply": text,
-            "real": decode(sample.input_ids[len(prompt) :]).strip(),
+            "real": chat.said(decode(sample.input_ids[len(prompt) :])),
         }
         for sample, prompt, text in zip(samples, prompts, texts, strict=True)
     ]

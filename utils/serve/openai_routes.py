@@ -11,7 +11,17 @@ from pydantic import BaseModel, Field
 
 from utils.data.records import Message
 from utils.serve.limits import Refused
-from utils.serve.routes import Delta, Sampling, Served, check_lengths, collect, find_model, stream_response, usage
+from utils.serve.routes import (
+    Delta,
+    Sampling,
+    Served,
+    check_lengths,
+    collect,
+    find_model,
+    folded,
+    stream_response,
+    usage,
+)
 from utils.serve.transformers_engine import TransformersEngine
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -134,6 +144,8 @@ def openai_routes(engine: TransformersEngine) -> APIRouter:
     async def answer(request: Completion, kind: str, input_ids: list[int], sampling: Sampling, name: str) -> Any:
         head = {"id": f"{kind}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
         pieces = engine.generate(input_ids, sampling, name)
+        if kind == "chat.completion":
+            pieces = folded(engine, pieces)
         if request.stream:
             if kind == "chat.completion":
                 head["object"] = "chat.completion.chunk"
@@ -144,11 +156,17 @@ def openai_routes(engine: TransformersEngine) -> APIRouter:
         for index, (text, reason) in enumerate(zip(answers.texts, answers.finish_reasons, strict=True)):
             said = {"text": text}
             if kind == "chat.completion":
-                said = {"message": {"role": "assistant", "content": text}}
+                thought = answers.thoughts[index].strip()
+                said = {"message": {"role": "assistant", "content": text, **reasoning(thought)}}
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
         return {**head, "choices": choices, "usage": usage(input_ids, answers.tokens)}
 
     return routes
+
+
+def reasoning(thought: str) -> dict[str, str]:
+    """A thought, as DeepSeek's API and vLLM name it."""
+    return {"reasoning_content": thought} if thought else {}
 
 
 async def _text_ids(engine: TransformersEngine, prompt: str | list[int] | list[str]) -> list[int]:
@@ -177,7 +195,7 @@ async def _chunks(
             said: dict[str, Any] = {"text": piece.text}
             if kind == "chat.completion":
                 role = {} if piece.index in begun else {"role": "assistant"}
-                said = {"delta": {**role, "content": piece.text}}
+                said = {"delta": {**role, "content": piece.text, **reasoning(piece.thought)}}
                 begun.add(piece.index)
             choice = {"index": piece.index, **said, "logprobs": None, "finish_reason": piece.finish_reason}
             yield {**head, "choices": [choice]}

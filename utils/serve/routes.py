@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from utils.data.records import Message, comment_prompt
+from utils.data.thoughts import ThoughtFolder
 from utils.serve.limits import Refused, problem_json, sse
 
 MAX_CHOICES = 16
@@ -70,12 +71,14 @@ class Delta(NamedTuple):
         text: What it says further.
         tokens: How many tokens that took.
         finish_reason: "stop" or "length" with the last one.
+        thought: What it thinks further, if the model thinks.
     """
 
     index: int
     text: str
     tokens: int
     finish_reason: str | None
+    thought: str = ""
 
 
 class Engine(Protocol):
@@ -97,6 +100,10 @@ class Engine(Protocol):
 
     def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         """Answers; `sampling.max_tokens` is set. Closing the iterator ends the work."""
+        ...
+
+    def folder(self) -> ThoughtFolder | None:
+        """What tells thoughts from an answer's text, if the model thinks."""
         ...
 
     def problem(self) -> str | None:
@@ -189,17 +196,31 @@ def to_conversation(question: Question, trained_system: str | None) -> list[Mess
     return [*messages, {"role": "user", "content": asked}]
 
 
+async def folded(engine: Engine, pieces: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    """Tells thoughts from the text of answers to a conversation."""
+    folders: dict[int, ThoughtFolder | None] = {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            folder = folders.setdefault(piece.index, engine.folder())
+            if folder:
+                thought, text = folder.add(piece.text, last=piece.finish_reason is not None)
+                piece = piece._replace(text=text, thought=thought)
+            yield piece
+
+
 class Answers:
     """Pieces of n answers, put together."""
 
     def __init__(self, n: int) -> None:
         self.texts = [""] * n
+        self.thoughts = [""] * n
         self.finish_reasons: list[str | None] = [None] * n
         self.tokens = 0
 
     def add(self, piece: Delta) -> None:
         """Takes a piece."""
         self.texts[piece.index] += piece.text
+        self.thoughts[piece.index] += piece.thought
         self.tokens += piece.tokens
         self.finish_reasons[piece.index] = piece.finish_reason or self.finish_reasons[piece.index]
 
@@ -244,11 +265,13 @@ def own_routes(engine: Engine) -> APIRouter:
         served = find_model(engine, question.model)
         input_ids = await engine.prompt_ids(to_conversation(question, served.system_prompt))
         sampling = check_lengths(engine, input_ids, question, clamp=True)
-        pieces = engine.generate(input_ids, sampling, served.name)
+        pieces = folded(engine, engine.generate(input_ids, sampling, served.name))
         if not question.stream:
             answers = await collect(pieces, question.n)
+            thoughts = [thought.strip() for thought in answers.thoughts]
             return {
                 "text": answers.texts,
+                **({"thought": thoughts} if any(thoughts) else {}),
                 "finish_reason": answers.finish_reasons,
                 "usage": usage(input_ids, answers.tokens),
             }
@@ -256,7 +279,8 @@ def own_routes(engine: Engine) -> APIRouter:
         async def events() -> AsyncIterator[dict[str, Any]]:
             async with aclosing(pieces):
                 async for piece in pieces:
-                    yield {"index": piece.index, "text": piece.text, "finish_reason": piece.finish_reason}
+                    thought = {"thought": piece.thought} if piece.thought else {}
+                    yield {"index": piece.index, "text": piece.text, **thought, "finish_reason": piece.finish_reason}
 
         return stream_response(events())
 

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from utils.data.chat import Chat
 from utils.data.records import Message
+from utils.data.thoughts import ThoughtFolder
 from utils.serve.capacity import PAGE_TOKENS, Capacity
 from utils.serve.generate import IncrementalDetokenizer, end_ids, use_adapter
 from utils.serve.limits import Refused
@@ -304,6 +305,10 @@ class TransformersEngine:
             for request_id in [*open_ids]:
                 manager.cancel_request(request_id)
                 leave(request_id)
+
+    def folder(self) -> ThoughtFolder | None:
+        """What tells thoughts from an answer's text, if the model thinks."""
+        return self._chat.folder()
 
     def problem(self) -> str | None:
         """Why it cannot answer, if it cannot."""

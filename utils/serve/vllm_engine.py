@@ -23,6 +23,7 @@ from uuid import uuid4
 
 from utils.data.chat import Chat
 from utils.data.records import Message
+from utils.data.thoughts import ThoughtFolder
 from utils.files import reason_of
 from utils.serve.connections import BACKLOG, limit_log_rate, limited_protocol, most_connections
 from utils.serve.limits import LAST_WORD_SEC, Guard, Limits, Refused, open_socket, problem_json
@@ -82,6 +83,10 @@ class VllmEngine:
             return await asyncio.get_running_loop().run_in_executor(self._renderer, self._chat.prompt_ids, messages)
         except (TemplateError, ValueError) as error:
             raise Refused(400, f"The chat template cannot write this conversation: {reason_of(error)}") from error
+
+    def folder(self) -> ThoughtFolder | None:
+        """What tells thoughts from an answer's text, if the model thinks."""
+        return self._chat.folder()
 
     def generate(self, input_ids: list[int], sampling: Sampling, model: str) -> AsyncIterator[Delta]:
         """Answers; `sampling.max_tokens` is set. Closing the iterator ends the work.

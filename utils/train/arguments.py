@@ -38,6 +38,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, lora_lr:
     add("--lora_dropout", type=float, default=0.05, help="dropout before the low-rank matrices, 0 to 1")
     add("--lora_target", default="all-linear", help="layers that get LoRA: all-linear, or names separated by commas")
     add("--chat_template", default="", help="file with a Jinja chat template to use instead of the model's own")
+    add("--thoughts", choices=["drop", "keep"], default="drop", help="thoughts before answers (<think>, "
+        "reasoning_content): leave them out, or learn them, and think before answering from then on")
     add("--trust_remote_code", type=boolean, default=False, help="True: run Python code that comes with the model")
 
     add = parser.add_argument_group("optimisation").add_argument

@@ -140,7 +140,7 @@ def open_run(folder: Path, args: argparse.Namespace, record: dict[str, Any]) -> 
                 check_pickles(run.last)
         previous = json.loads((run.last / "run.json").read_text(encoding="utf-8"))
         before, now = previous["settings"], record["settings"]
-        before.setdefault("base", now["base"])  # Runs of earlier versions do not say.
+        before = {"base": now["base"], "thoughts": "drop"} | before  # Runs of earlier versions do not say.
         differing = [f"{key} {before.get(key)} (now {now[key]})" for key in now if before.get(key) != now[key]]
         if differing:
             fail(

@@ -19,8 +19,15 @@ def read_template(args: argparse.Namespace) -> str:
     return from_root(args.chat_template).read_text("utf-8", "replace") if args.chat_template else ""
 
 
-def load_chat(args: argparse.Namespace, path: Path, template: str) -> Any:
-    """Loads the model's tokenizer with its chat template, or with another one if its text is given."""
+def load_chat(args: argparse.Namespace, path: Path, template: str, thoughts: str | None = None) -> Any:
+    """Loads the model's tokenizer with its chat template, or with another one if its text is given.
+
+    Args:
+        args: Of the run.
+        path: The model's folder.
+        template: Another chat template, or "".
+        thoughts: See `utils.data.tokenizer.load_tokenizer`.
+    """
     from jinja2 import TemplateError
 
     from utils.data.chat import make_chat
@@ -28,7 +35,7 @@ def load_chat(args: argparse.Namespace, path: Path, template: str) -> Any:
     from utils.data.tokenizer import load_tokenizer
 
     try:
-        return make_chat(load_tokenizer(path, template, args.trust_remote_code))
+        return make_chat(load_tokenizer(path, template, args.trust_remote_code, thoughts))
     except TemplateError as error:
         fail(f"The chat template cannot be used: {error}. Name a file with another: --chat_template FILE")
     except DataError as error:
@@ -66,7 +73,7 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
     """
     from safetensors import SafetensorError
 
-    from utils.weights.loading import add_lora
+    from utils.weights.loading import add_lora, has_experts
 
     model = load_base(path, args.model_name, precision, quant_bits(args), device, args.trust_remote_code)
     if adapter:
@@ -80,8 +87,13 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")
     elif args.tuner == "lora":
+        dropout = args.lora_dropout
+        if dropout and args.lora_target == "all-linear" and has_experts(model):
+            dropout = 0.0
+            if os.environ["RANK"] == "0":
+                print("LoRA beside the weights of experts takes no dropout: trained with --lora_dropout 0.")
         try:
-            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+            model = add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target)
         except ValueError as error:
             fail(f"--lora_target {args.lora_target}: {error}")
     if args.gradient_checkpointing:

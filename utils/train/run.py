@@ -98,7 +98,7 @@ class Run:
         self.rank, self.world_size = start_ranks(args.seed)
         from deepspeed.accelerator import get_accelerator
 
-        self.chat = load_chat(args, model_path, read_template(args))
+        self.chat = load_chat(args, model_path, read_template(args), args.thoughts)
         if day := template_date(run_dir(args), args):
             pin_date(self.chat.tokenizer, day)
         self.precision, self.device = choose_precision(args.precision), get_accelerator().current_device_name()

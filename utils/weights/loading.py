@@ -65,6 +65,10 @@ def keep_packing(model: torch.nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+# Fused kernels of these read the weights of Mamba's output projections beside the layer, so PEFT refuses LoRA there.
+BARE_OUT_PROJ = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
+
 def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:
     """Freezes a model and puts trainable low-rank matrices beside its linear layers (LoRA, arXiv 2106.09685).
 
@@ -73,7 +77,7 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
         r: Rank.
         alpha: The update is scaled by alpha / r.
         dropout: On the input of the low-rank matrices.
-        target: "all-linear" (all but the output head) or names of layers separated by commas.
+        target: "all-linear" (all but the output head, and what PEFT refuses) or names of layers separated by commas.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -81,7 +85,14 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
+    if target == "all-linear" and model.config.model_type in BARE_OUT_PROJ:
+        config.exclude_modules = ["out_proj"]
     return get_peft_model(model, config)
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether a model's experts are one tensor together: PEFT's LoRA beside such a tensor takes no dropout."""
+    return any(weight.ndim == 3 and ".experts." in name for name, weight in model.named_parameters())
 
 
 def scale_early(model: torch.nn.Module) -> None:
