@@ -25,27 +25,39 @@ REASONS = {
 }
 
 THREAD_REPLIES = 4  # Fewer say little about the comment that they answer.
-SAME_PART = 0.6  # Of a thread in two texts.
 REQUESTS_PART = 0.3  # Of a thread in requests: other short texts and emoticons are requests, too.
 SHORT_CHARS = 2
-SHORT_PARENT = 4  # Letters of a request to which answers are given: longer ones ask for something.
+SAME_PART, SAME_PART_OFFERED = 0.8, 0.6  # Of a thread in two texts; the second where something is offered.
 CONTAINED_PART, ADDED_CHARS = 0.75, 4  # Of a thread in one text, with so many characters more.
-REPEATED_CHARS = 3  # Who repeats so many of the comment's ("好看") agrees.
 # A short text that stands in so many threads, and is so large a part of the crawl, recurs all over it.
 RECURRING_LETTERS = 8
 RECURRING_THREADS = 5
 RECURRING_PART = 0.0005
+REQUEST_LETTERS, DELIVERY_LETTERS = 20, 12  # The most of a polite request, and of the answer to one.
 ECHO_LETTERS = 4  # Shorter ones are words that both use.
 ECHO_PART = 0.8  # Of the longer text.
-ECHO_CHANGED, CHANGED_LETTERS = 0.2, 8  # So many of its bytes may differ, in texts of so many letters.
 NEAR_LETTERS = 6  # Shorter texts are like each other by chance.
 
+# Words help where how a thread is distributed does not tell: 求 below "who knows this shop?" is no answer to bait.
 # Texts of a few of these characters ask for what is offered, those of the first kind alone, too.
-ASKING = "求蹲举要扣滴踢私戳顶发1d"
-AROUND = "手我俺也都还同想给个一份下来吧呀啊呢嘛哦了啦的感谢您你拜托老师学姐哥up主大佬已三连关注分享可以看吗"
-QUESTION = (
-    "[?？吗呢]|什么|哪|多少|几|怎么|怎样|啥|谁|如何|是不是|有没有|(?i:\\b(?:what|which|who|where|when|how|why)\\b)"
+ASKING = "求蹲要扣滴踢私戳顶需拉领发已1"
+AROUND = (
+    "我俺也都还同想给个一份下来吧呀啊呢嘛哦了啦的感谢您你拜托老师学姐哥大佬三连关注分享可以看吗急信赞收藏谢手举d"
+    "up主"
 )
+POLITE = "[发传给私拉]我|发.{0,2}一份|[能可以想]发|求[发份个私带拉分资链p]|滴我|[来要]一份"
+# A comment that asks, wishes or promises something, and one that offers it.
+ASKS = (
+    "[?？吗呢求]|什么|哪|多少|几|怎么|怎样|啥|谁|如何|是不是|有没有|要不要|能不能|会不会|还是|选|等我|到时|回来|反馈|"
+    "还愿|想要|我要|给我|想拥有|出一期|(?i:\\b(?:what|which|who|where|when|how|why)\\b)"
+)
+OFFERS = (
+    "扣|滴[滴我]|私[我信聊发下]|[发传送分]给|发[你您送]|免费|领[取走]|赠送|送[你给]|整理|需要的|(?:^|[^想])要的|想看的|"
+    "[需想]?要.{1,4}的(?:举|扣|滴|说|留|评|来|吱|联系|私|同学)|想要的(?:举|扣|滴|说|留|评|来|吱|联系|私|同学)|"
+    "评论[区就即]|留[言个]|网盘|打包|自取|无偿|三连|[拿抱]走|戳我|加我|进群|打出|回复|谁[需想]?要|有人要|冒[个泡]|来找我"
+)
+POLL = "扣.?[1一].*扣.?[2二]"
+DELIVERS = "发|私|滴|[洄回][关你]|关[一下注]|已|查收|传|加我|给[你您过]|看[私主后]|[有好]了"
 
 FULL_WIDTH = "".join(map(chr, range(0xFF01, 0xFF5F)))
 HALF_WIDTH = "".join(map(chr, range(0x21, 0x7F)))
@@ -127,15 +139,14 @@ CREATE MACRO said_chars(x, letters, enough) AS CASE WHEN length(letters) >= grea
 -- What tells texts of a thread apart: letters, and a short text's digits.
 CREATE MACRO said_of(x, letters) AS
     CASE WHEN length(letters) <= {RECURRING_LETTERS} THEN letters || digits_of(x) ELSE letters END;
-CREATE MACRO is_request(x) AS length(x) <= {RECURRING_LETTERS}
-    AND regexp_matches(x, '^[{ASKING}{AROUND}]*[{ASKING}][{ASKING}{AROUND}]*$');
-CREATE MACRO asks(x) AS regexp_matches(x, {sql_text(QUESTION)});
+CREATE MACRO is_request(x) AS CASE WHEN length(x) <= {RECURRING_LETTERS}
+        AND regexp_matches(x, '^[{ASKING}{AROUND}]*[{ASKING}][{ASKING}{AROUND}]*$|^d{{2,}}$') THEN true
+    ELSE length(x) <= {REQUEST_LETTERS} AND regexp_matches(x, '{POLITE}') END;
+CREATE MACRO offers(x) AS regexp_matches(x, '{OFFERS}') AND NOT regexp_matches(x, '{POLL}');
+CREATE MACRO asks(x) AS NOT offers(x) AND regexp_matches(x, '{ASKS}|{POLL}');
 CREATE MACRO is_echo(x, y) AS length(x) >= {ECHO_LETTERS} AND length(y) >= {ECHO_LETTERS}
     AND least(length(x), length(y)) >= {ECHO_PART} * greatest(length(x), length(y))
-    AND (contains(x, y) OR contains(y, x)
-        OR CASE WHEN length(x) >= {CHANGED_LETTERS} AND (left(x, 2) = left(y, 2) OR right(x, 2) = right(y, 2))
-            AND regexp_matches(x, '[不没无非别]') = regexp_matches(y, '[不没无非别]')
-            THEN levenshtein(x, y) <= {ECHO_CHANGED} * greatest(strlen(x), strlen(y)) ELSE false END);
+    AND (contains(x, y) OR contains(y, x));
 """
 
 
@@ -165,13 +176,14 @@ def reasons(rules: Rules) -> str:
 def find_bait(con: "DuckDBPyConnection") -> None:
     """Finds bait by its replies; leaves `bait` (id).
 
-    Most of them ask for something in few words ("求", "我也要一份") or are what is said all over the crawl; or most
-    are two texts, or one with a few characters more. Where a third are of the first kind, other texts of one or two
-    characters count as such, and emoticons. Elsewhere these are not counted, as laughter is not: they are below any
-    good joke, and short texts that differ are answers. What several say to a question may be its answer, too.
+    Most of them ask for something in few words ("求", "我也要一份"); or most are two texts. Where a third are of the
+    first kind, other texts of one or two characters count as such, and emoticons. Elsewhere these are not counted, as
+    laughter is not: they are below any good joke, and short texts that differ are answers. Below a comment that offers
+    something, what is said all over the crawl counts, too, and one text with a few characters more. What is said below
+    a question or a wish is an answer or another's wish, unless it is long.
 
-    All that is said below bait goes with it, and so do answers to requests, and to what is mostly said below bait: the
-    rest of such a thread may not have been crawled.
+    All that is said below bait goes with it, and so do deliveries to requests elsewhere: the rest of such a thread may
+    not have been crawled.
     """
     con.execute(f"""
         CREATE TABLE recurring AS SELECT letters FROM comments WHERE length(letters) BETWEEN 1 AND {RECURRING_LETTERS}
@@ -187,33 +199,29 @@ def find_bait(con: "DuckDBPyConnection") -> None:
                         GROUP BY parent HAVING count(*) >= {THREAD_REPLIES})
                     AND c.parent <> c.id AND NOT (c.letters = '' AND contains(c.text, '{SOMEONE}'))
                 GROUP BY c.parent, said)
-            WHERE request OR NOT is_laughter(said);
-        CREATE TABLE parents AS
-            SELECT id, letters, asks(text) asks, asks AND NOT contains(text, '1') counts FROM comments
-            WHERE id IN (SELECT parent FROM replies GROUP BY parent HAVING sum(n) >= {THREAD_REPLIES});
+            WHERE request OR NOT is_laughter(said) OR said = '谢谢';
         CREATE TABLE threads AS
-            SELECT parent, asks, coalesce(sum(n) FILTER (said <> ''), 0) n,
+            SELECT parent, asks, offers, coalesce(sum(n) FILTER (said <> ''), 0) n,
                 coalesce(sum(n) FILTER (said = ''), 0) faces, coalesce(sum(n) FILTER (empty), 0) empty,
                 coalesce(sum(n) FILTER (short AND said <> '' AND NOT empty), 0) short
-            FROM (SELECT replies.*, asks, CASE WHEN request THEN NOT (counts AND said[1] = '1')
-                    ELSE recurs AND NOT asks END empty
-                FROM replies JOIN parents ON parents.id = replies.parent)
-            GROUP BY parent, asks;
+            FROM (SELECT replies.*, asks, offers, NOT asks AND (request OR recurs AND offers) empty
+                FROM replies JOIN (
+                    SELECT id, asks(text) asks, offers(text) offers FROM comments
+                    WHERE id IN (SELECT parent FROM replies GROUP BY parent HAVING sum(n) >= {THREAD_REPLIES})) p
+                    ON p.id = replies.parent)
+            GROUP BY parent, asks, offers;
         CREATE TABLE texts AS
-            SELECT replies.parent, said, replies.n, threads.n of,
-                length(said) BETWEEN 2 AND {RECURRING_LETTERS}
-                    AND NOT (length(said) <= {REPEATED_CHARS} AND contains(parents.letters, said)) common
-            FROM replies JOIN threads USING (parent) JOIN parents ON parents.id = replies.parent
-            WHERE said <> '' AND threads.n >= {THREAD_REPLIES}
-                AND NOT (threads.asks AND length(said) <= {RECURRING_LETTERS});
+            SELECT parent, offers, said, replies.n, threads.n of FROM replies JOIN threads USING (parent)
+            WHERE said <> '' AND threads.n >= {THREAD_REPLIES} AND NOT (asks AND length(said) <= {RECURRING_LETTERS});
         CREATE TABLE found AS
-            SELECT parent id FROM threads WHERE CASE WHEN empty >= {REQUESTS_PART} * n AND empty > 0
-                THEN 2 * (empty + short + faces) > n + faces ELSE n >= {THREAD_REPLIES} AND 2 * empty > n END
-            UNION SELECT parent FROM texts GROUP BY parent, texts.of
-                HAVING count(*) < texts.of / 2 AND list_sum(max(n, 2)) > {SAME_PART} * texts.of
+            SELECT parent id FROM threads
+                WHERE empty >= {REQUESTS_PART} * n AND empty > 0 AND 2 * (empty + short + faces) > n + faces
+            UNION SELECT parent FROM texts GROUP BY parent, offers, texts.of
+                HAVING count(*) < texts.of / 2 AND list_sum(max(n, 2)) >
+                    CASE WHEN offers THEN {SAME_PART_OFFERED} ELSE {SAME_PART} END * texts.of
             UNION SELECT part.parent FROM texts part JOIN texts whole USING (parent)
-                WHERE part.common AND contains(whole.said, part.said)
-                    AND length(whole.said) <= length(part.said) + {ADDED_CHARS}
+                WHERE part.offers AND length(part.said) BETWEEN 2 AND {RECURRING_LETTERS}
+                    AND contains(whole.said, part.said) AND length(whole.said) <= length(part.said) + {ADDED_CHARS}
                 GROUP BY part.parent, part.said, part.of HAVING sum(whole.n) > {CONTAINED_PART} * part.of;
         CREATE TABLE bait AS
             WITH RECURSIVE below AS (
@@ -221,12 +229,11 @@ def find_bait(con: "DuckDBPyConnection") -> None:
             FROM below;
         INSERT INTO bait
             SELECT c.id FROM comments c JOIN comments p ON p.id = c.parent LEFT JOIN bait ON bait.id = c.id
-            WHERE bait.id IS NULL AND (
-                length(p.letters) <= {SHORT_PARENT} AND is_request(said_of(p.text, p.letters)) OR p.letters IN (
-                    SELECT letters FROM recurring JOIN comments USING (letters) LEFT JOIN bait USING (id)
-                    GROUP BY letters HAVING 2 * count(bait.id) > count(*)));
-        DROP TABLE recurring; DROP TABLE replies; DROP TABLE parents; DROP TABLE threads; DROP TABLE texts;
-        DROP TABLE found;
+            WHERE bait.id IS NULL AND length(p.letters) <= {RECURRING_LETTERS}
+                AND length(c.letters) <= {DELIVERY_LETTERS} AND regexp_matches(c.letters, '{DELIVERS}')
+                AND CASE WHEN p.letters = '' THEN regexp_matches(p.text, '\\[[^\\]]*[蹲求]|^1+$')
+                    ELSE is_request(p.letters) OR starts_with(p.letters, '蹲') END;
+        DROP TABLE recurring; DROP TABLE replies; DROP TABLE threads; DROP TABLE texts; DROP TABLE found;
     """)
 
 
