@@ -59,6 +59,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": BASE | MOE,
     "qwen3_next": BASE | MOE | LINEAR | RECURRENT | dict(shared_expert_intermediate_size=32),
     "qwen3_5": BASE | LINEAR | RECURRENT,
+    "qwen3_5_images": dict(
+        text_config=BASE | LINEAR | RECURRENT,
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64),
+        image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+    ),
     "gemma2": BASE | WINDOW,
     "gemma3": BASE | WINDOW,
     "gemma4": BASE | WINDOW | dict(hidden_size_per_layer_input=16, global_head_dim=16, num_kv_shared_layers=0),
@@ -104,7 +109,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": OLD,
     "mamba2": dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1),
 }  # fmt: skip
-TEXT_PART = {"qwen3_5": "qwen3_5_text", "gemma3": "gemma3_text", "gemma4": "gemma4_text"}
+TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_images": "qwen3_5", "gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,13 +147,16 @@ def make_tokenizer(texts: list[str]) -> Any:
 def make_model(name: str, tokenizer: Any, folder: Path) -> None:
     """Writes a random model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     ends = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(TEXT_PART.get(name, name), **(MODELS[name] | ends))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    shape = MODELS[name]
+    shape = shape | ({"text_config": shape["text_config"] | ends} if "text_config" in shape else ends)
+    config = AutoConfig.for_model(TYPES.get(name, name), **shape)
+    kind = AutoModelForImageTextToText if "text_config" in shape else AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -231,8 +239,9 @@ def main(args: argparse.Namespace) -> None:
         results[name] = read_json(path)
     columns = [step for step in STEPS if any(found[step] for found in results.values())]
     print(f"\n| architecture | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name, found in results.items():
-        print(f"| {name} | {' | '.join(found[step] for step in columns)} |")
+    for name, found in results.items():  # What was said is in the JSON line.
+        cells = [found[step] if found[step] in ("yes", "", *SAID) else "no" for step in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
     print("\n" + json.dumps({"check": "models", "results": results}, ensure_ascii=False))
 
 

@@ -64,6 +64,35 @@ def test_count_parameters(kind: str) -> None:
     assert count_parameters(add_lora(model, 8, 16, 0.0, "all-linear")) == (lora, whole + lora)
 
 
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             vocab_size=100, head_dim=16)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "shape", "expected"), [
+    ("mixtral", dict(num_local_experts=2), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ("deepseek_v3", dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+                         n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, n_group=1, topk_group=1,
+                         first_k_dense_replace=1, num_key_value_heads=2),
+     {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+    ("nemotron_h", dict(layers_block_type=["mamba", "attention"], mamba_num_heads=4, mamba_head_dim=16, n_groups=1,
+                        ssm_state_size=8), {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj"}),
+])  # fmt: skip
+def test_layers_that_take_no_lora_are_left_out(kind: str, shape: dict[str, Any], expected: set[str]) -> None:
+    """Experts, whose adapter could not be merged, and Mamba's output, which fused kernels compute beside the layer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {key: value for key, value in SMALL.items() if kind != "deepseek_v3" or key != "head_dim"}
+
+    def make() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(size | shape)))
+
+    names = [name for name, _ in add_lora(make(), 2, 4, 0.05, "all-linear").named_parameters() if ".lora_A." in name]
+    assert {name.partition(".lora_A.")[0].rpartition(".")[2] for name in names} == expected
+    if kind == "deepseek_v3":
+        with pytest.raises(ValueError, match="experts"):
+            add_lora(make(), 2, 4, 0.0, "q_b_proj,gate_proj,up_proj,down_proj")
+
+
 def test_add_lora_to_named_layers() -> None:
     model = add_lora(make_model("llama", 800), 4, 8, 0.0, "q_proj,v_proj")
     trained = {name.split(".")[-4] for name, weight in model.named_parameters() if weight.requires_grad}

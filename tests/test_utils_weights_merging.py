@@ -14,7 +14,9 @@ from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from utils.weights.adapters import read_adapter
+from utils.data.chat import make_chat
+from utils.export.model_folder import write_model
+from utils.weights.adapters import Adapter, read_adapter
 from utils.weights.layouts import open_weights
 from utils.weights.lazy import write_weights
 from utils.weights.loading import load_model
@@ -360,3 +362,33 @@ def test_bases_that_are_not_what_their_configuration_says(base: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(state | old, base / "model.safetensors")
     assert len(assemble(base, torch.float32, None, [], False).weights) == len(open_weights(base)) - 1
+
+
+def test_the_image_part_of_a_model_is_written_back_untouched(tmp_path: Path, tokenizer: Any) -> None:
+    """The text's part takes the adapter; the whole loads as it was published, with the settings of its images."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    text = size | dict(
+        num_key_value_heads=1, vocab_size=len(tokenizer), layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32)
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, image_token_id=5)
+    base = tmp_path / "base"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+    (base / "preprocessor_config.json").write_text('{"patch_size": 16}', encoding="utf-8")
+    language = AutoModelForCausalLM.from_pretrained(base)
+    make_adapter(language, 1, target_modules=["q_proj", "down_proj"]).save_pretrained(tmp_path / "adapter")
+    trained = assemble(base, torch.float32, None, [Adapter(*read_adapter(tmp_path / "adapter"))], False)
+    write_model(trained, base, make_chat(tokenizer), "fp32", "1GB", "cpu", tmp_path / "merged")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".language_model." in name for name in changed)
+    assert all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in changed)
+    whole, told = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert type(whole).__name__ == "Qwen3_5ForConditionalGeneration" and not any(map(len, told.values()))
+    assert (tmp_path / "merged/preprocessor_config.json").is_file()
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    torch.testing.assert_close(logits, language(IDS).logits, rtol=1e-4, atol=1e-5)

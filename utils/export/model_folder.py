@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from utils.cli import GIB
 from utils.data.chat import Chat
@@ -81,6 +82,8 @@ def write_model(
     if any(trained.files.get(name, name) in tensors for name in trained.ties):
         config.tie_word_embeddings = False  # Training has parted them.
     config.save_pretrained(folder)
+    if trained.others:
+        write_whole_config(base, config, folder)
     generation = copy.deepcopy(model.generation_config)
     # The run's template ends an answer with `stop_id`: generation has to stop there, also if the base's files differ.
     generation.eos_token_id = end_ids(generation, chat.stop_id)
@@ -96,6 +99,17 @@ def write_model(
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # Some are written for their owner alone, but a server may be another user.
+
+
+def write_whole_config(base: Path, text: Any, folder: Path) -> None:
+    """Writes the settings of a model for images or sound whose text's part was trained, and of how it reads these."""
+    config = AutoConfig.from_pretrained(base)
+    config.text_config, config.dtype = text, text.dtype
+    config.tie_word_embeddings = text.tie_word_embeddings
+    config.save_pretrained(folder)
+    for file in base.glob("*processor*.json"):
+        if is_own(base, file):
+            shutil.copy(file, folder)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

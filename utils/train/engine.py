@@ -73,7 +73,7 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
     """
     from safetensors import SafetensorError
 
-    from utils.weights.loading import add_lora, has_experts
+    from utils.weights.loading import add_lora
 
     model = load_base(path, args.model_name, precision, quant_bits(args), device, args.trust_remote_code)
     if adapter:
@@ -87,13 +87,8 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")
     elif args.tuner == "lora":
-        dropout = args.lora_dropout
-        if dropout and args.lora_target == "all-linear" and has_experts(model):
-            dropout = 0.0
-            if os.environ["RANK"] == "0":
-                print("LoRA beside the weights of experts takes no dropout: trained with --lora_dropout 0.")
         try:
-            model = add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target)
+            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
         except ValueError as error:
             fail(f"--lora_target {args.lora_target}: {error}")
     if args.gradient_checkpointing:

@@ -1,5 +1,6 @@
 """Models as they are trained: base weights in 32, 16 or 4 bits, LoRA, and what their attention can see."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -77,22 +78,39 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
         r: Rank.
         alpha: The update is scaled by alpha / r.
         dropout: On the input of the low-rank matrices.
-        target: "all-linear" (all but the output head, and what PEFT refuses) or names of layers separated by commas.
+        target: "all-linear" (all but the output head, blocks of experts, and what PEFT refuses) or names of layers
+            separated by commas.
+
+    Raises:
+        ValueError: if such layers cannot have any.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     targets = target if target == "all-linear" else [name.strip() for name in target.split(",")]
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
+    taken = copy.deepcopy(config)
+    convert_peft_config_for_transformers(taken, model, None)
+    if taken.target_parameters:
+        if target != "all-linear":
+            names = ", ".join(sorted(taken.target_parameters))
+            raise ValueError(f"got layers of experts ({names}), whose LoRA cannot be merged later; expected others")
+        config.target_modules = {*outside_experts(model)}
     if target == "all-linear" and model.config.model_type in BARE_OUT_PROJ:
         config.exclude_modules = ["out_proj"]
     return get_peft_model(model, config)
 
 
-def has_experts(model: torch.nn.Module) -> bool:
-    """Whether a model's experts are one tensor together: PEFT's LoRA beside such a tensor takes no dropout."""
-    return any(weight.ndim == 3 and ".experts." in name for name, weight in model.named_parameters())
+def outside_experts(model: torch.nn.Module) -> list[str]:
+    """Names of linear layers that no layer in a block of experts has."""
+    tensors = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name]
+    blocks = tuple({name.partition("experts.")[0] for name in tensors})
+    head = model.get_output_embeddings()
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    inside = {name.rpartition(".")[2] for name in layers if name.startswith(blocks)}
+    return sorted({name.rpartition(".")[2] for name in layers} - inside)
 
 
 def scale_early(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from utils.files import read_json
 from utils.weights.adapters import Adapter, adapted_layers, add_adapters, merge_into, plain_name, vocabulary_rows
 from utils.weights.layouts import open_weights
 from utils.weights.lazy import LazyTensor, read_ahead
@@ -37,6 +38,7 @@ class ModelParts(NamedTuple):
         ties: Name of a parameter -> the one that it shares its values with.
         files: Plain name -> name in the base's files.
         fused: Plain name -> the tensors of the files that it is made of.
+        others: Name in the base's files -> what is in them of parts for images or sound, beside the text's model.
     """
 
     model: torch.nn.Module
@@ -45,6 +47,7 @@ class ModelParts(NamedTuple):
     ties: dict[str, str]
     files: dict[str, str]
     fused: dict[str, Fused]
+    others: dict[str, LazyTensor]
 
     def find(self, name: str) -> LazyTensor:
         """The weight of a plain name without adapters."""
@@ -79,6 +82,7 @@ def assemble(
     if len(rows) == 1:
         config.get_text_config().vocab_size = rows.pop()  # The adapter was trained with another vocabulary.
     model = make_skeleton(config, dtype or torch.float32, trust_remote_code)
+    is_text = is_text_part(base, model)
     files, fused = model_names(model, stored)
     if resolve_ties(model.all_tied_weights_keys, files, stored):
         config.tie_word_embeddings = False
@@ -109,7 +113,15 @@ def assemble(
     for name, buffer in model.named_buffers():
         if plain_name(name) in weights:
             buffer.copy_(weights[plain_name(name)].read())
-    return ModelParts(model, weights, modules_to_save, ties, files, fused)
+    used = {*files.values(), *(part for parts in fused.values() for part in parts.sources), *shells}
+    others = {name: one for name, one in stored.items() if name not in used} if is_text else {}
+    return ModelParts(model, weights, modules_to_save, ties, files, fused, others)
+
+
+def is_text_part(base: Path, model: torch.nn.Module) -> bool:
+    """Whether a model is the text's part of what is in a folder, beside parts for images or sound."""
+    saved = read_json(base / "config.json")
+    return "text_config" in saved and [type(model).__name__] != saved.get("architectures")
 
 
 def _copy_of(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -166,7 +178,7 @@ def merged_weights(trained: ModelParts, dtype: torch.dtype, device: str) -> dict
             result |= split_lazy(name, merged, trained)
         else:
             result[trained.files.get(name, name)] = merged
-    return result
+    return result | {name: cast_lazy(one, dtype) for name, one in trained.others.items()}
 
 
 def untied(trained: ModelParts, layers: Mapping[str, torch.nn.Module]) -> set[str]:
