@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
         image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
     ),
     "gemma2": BASE | WINDOW,
-    "gemma3": BASE | WINDOW,
+    "gemma3": BASE | dict(num_hidden_layers=6, sliding_window=16, query_pre_attn_scalar=16),
     "gemma4": BASE | WINDOW | dict(hidden_size_per_layer_input=16, global_head_dim=16, num_kv_shared_layers=0),
     "phi3": BASE,
     "glm4": BASE,
@@ -152,7 +152,7 @@ def make_model(name: str, tokenizer: Any, folder: Path) -> None:
     ends = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     torch.manual_seed(0)
-    shape = MODELS[name]
+    shape = MODELS[name] | ({"vocab_size_per_layer_input": len(tokenizer)} if name == "gemma4" else {})
     shape = shape | ({"text_config": shape["text_config"] | ends} if "text_config" in shape else ends)
     config = AutoConfig.for_model(TYPES.get(name, name), **shape)
     kind = AutoModelForImageTextToText if "text_config" in shape else AutoModelForCausalLM

@@ -161,7 +161,7 @@ def make_model(kind: str, vocab_size: int, **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    names = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
+    names = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text"}
     sizes = dict(
         vocab_size=vocab_size,
         hidden_size=64,

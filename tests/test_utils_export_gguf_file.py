@@ -12,13 +12,23 @@ import pytest
 import torch
 from conftest import llama_cpp, make_model, make_tokenizer
 from gguf import GGUFReader, dequantize
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+)
 
 from utils.data.chat import Chat, make_chat
 from utils.export import gguf_file
 from utils.export.gguf_file import write_gguf
 
 GEMMA = dict(num_hidden_layers=7, layer_types=None, query_pre_attn_scalar=16)
+GEMMA4 = dict(
+    hidden_size_per_layer_input=16, vocab_size_per_layer_input=800, global_head_dim=32, num_kv_shared_layers=0,
+    sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+)  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64,
@@ -36,6 +46,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3.5": ("qwen3_5", {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}),
+    "gemma4": ("gemma4", GEMMA4),
+    "gemma4, shared": (
+        "gemma4",
+        GEMMA4
+        | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2)
+        | dict(use_double_wide_mlp=True, final_logit_softcapping=30.0),
+    ),
     "gemma3": ("gemma3", GEMMA),
     "gemma3, linear": (
         "gemma3",
@@ -94,17 +112,21 @@ def test_llama_cpp_says_what_transformers_says(tmp_path: Path, tokenizer: Any, c
     assert max(distances(model, tmp_path / "model.gguf", tokenizer)) < 0.1
 
 
-@pytest.mark.parametrize("mistake", ["heads", "shift"])
+@pytest.mark.parametrize("mistake", ["heads", "shift", "order"])
 def test_the_comparison_sees_mistakes(
     tmp_path: Path, tokenizer: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    """Rows in transformers' order, or Gemma's norms without their 1, are found by the test above."""
-    kind, settings = MODELS["llama" if mistake == "heads" else "gemma3"]
+    """Rows or heads in transformers' order, or Gemma's norms without their 1, are found by the test above."""
+    kind, settings = MODELS[{"heads": "llama", "shift": "gemma3", "order": "qwen3.5"}[mistake]]
     model = make_folder(tmp_path / "model", tokenizer, kind, **settings)
     right = gguf_file.gguf_parts
-    monkeypatch.setattr(
-        gguf_file, "gguf_parts", lambda *given: [(name, part._replace(**{mistake: 0})) for name, part in right(*given)]
-    )
+
+    def wrong(*given: Any) -> list[tuple[str, Any]]:
+        if mistake != "order":
+            return [(name, part._replace(**{mistake: 0})) for name, part in right(*given)]
+        return [(name, part._replace(change=None) if "attn_gate" in name else part) for name, part in right(*given)]
+
+    monkeypatch.setattr(gguf_file, "gguf_parts", wrong)
     write_gguf(tmp_path / "model", chat, "bf16", "test", tmp_path / "model.gguf")
     with pytest.raises(AssertionError):
         assert max(distances(model, tmp_path / "model.gguf", tokenizer)) < 0.1
@@ -153,6 +175,8 @@ def test_large_numbers_are_refused_in_f16(tmp_path: Path, tokenizer: Any, chat: 
         ("gemma3", GEMMA | {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64"),
         ("gemma3", GEMMA | {"final_logit_softcapping": 30.0}, "logits are capped"),
         ("qwen3", {"attention_bias": True}, "its attention has biases"),
+        ("qwen3_5", {"linear_value_head_dim": 32}, "keys and values of linear attention differ in size"),
+        ("qwen3_5", {"layer_types": ["full_attention", "linear_attention"]}, "that see all are not each n-th"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
         ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16}}, "rope_parameters"),
     ],
@@ -186,6 +210,17 @@ def test_gemma_3_with_eyes(tmp_path: Path, tokenizer: Any) -> None:
     words.add_tokens(["<image_soft_token>"], special_tokens=True)
     assert words.convert_tokens_to_ids("<image_soft_token>") == len(tokenizer)
     write_gguf(tmp_path / "model", make_chat(words), "bf16", "test", tmp_path / "model.gguf")
+    assert max(distances(model, tmp_path / "model.gguf", tokenizer)) < 0.1
+
+
+def test_gemma_4_as_it_is_published(tmp_path: Path, tokenizer: Any, chat: Chat) -> None:
+    """The text's part of a model that takes pictures and sound."""
+    text = make_model("gemma4", len(tokenizer), **GEMMA4, pad_token_id=0).config
+    torch.manual_seed(0)
+    Gemma4ForConditionalGeneration(Gemma4Config(text_config=text)).bfloat16().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(model).__name__ == "Gemma4ForConditionalGeneration"
+    write_gguf(tmp_path / "model", chat, "bf16", "test", tmp_path / "model.gguf")
     assert max(distances(model, tmp_path / "model.gguf", tokenizer)) < 0.1
 
 
