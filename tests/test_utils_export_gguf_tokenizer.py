@@ -16,12 +16,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from utils.data.chat import PLAIN_TEMPLATE, Chat, make_chat
 from utils.export.gguf_file import write_gguf
-from utils.export.gguf_tokenizer import WORDS, go_template, modelfile
+from utils.export.gguf_tokenizer import WORDS, WORDS_WITH_MARKS, go_template, modelfile
 
 ODD_TEXTS = [
     *("", " ", "   ", "a", "\n", "a\r\nb\rc", "   x   y", " 两 个  空格\n\n\n换行\t制表 ", "▁ 下划线 ▁▁x"),
     *("123456 1,234.5 第12集", "don't I'LL we'Ve 's", "<0x41> <unk> <s>", "ｆｕｌｌ　ｗｉｄｔｈ…——！？"),
-    *("😀👨‍👩‍👧 emoji 🇨🇳", "ÄÖÜ ñ é ø", "한국어 ไทย العربية"),
+    *("😀👨‍👩‍👧 emoji 🇨🇳", "ÄÖÜ ñ é ø", "한국어 ไทย العربية", "हिन्दी कि"),
 ]
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
@@ -99,6 +99,7 @@ SPACES = normalizers.Replace(" ", "▁")
 TOKENIZERS = {
     "gpt-2": lambda: byte_tokenizer(),
     "qwen2": lambda: byte_tokenizer(words(""), normalizer=normalizers.NFC()),
+    "qwen35": lambda: byte_tokenizer(pre_tokenizers.Split(Regex(WORDS_WITH_MARKS), "isolated")),
     "llama-bpe": lambda: byte_tokenizer(words("{1,3}"), whole=True),
     "dbrx": lambda: byte_tokenizer(words("{1,3}")),
     "smollm": lambda: byte_tokenizer(pre_tokenizers.Digits(individual_digits=True)),

@@ -16,7 +16,17 @@ from utils.serve.generate import end_ids
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {(WORDS % "", False): "qwen2", (WORDS % "{1,3}", False): "dbrx", (WORDS % "{1,3}", True): "llama-bpe"}
+# Qwen 3.5's counts marks above and below letters to the letters.
+WORDS_WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+SPLITS = {
+    (WORDS % "", False): "qwen2",
+    (WORDS_WITH_MARKS, False): "qwen35",
+    (WORDS % "{1,3}", False): "dbrx",
+    (WORDS % "{1,3}", True): "llama-bpe",
+}
 # A message's text with what stands before it, and what stands before the answer that is asked for.
 GO_TEMPLATE = """
 {{ $before := "" }}{{ range .Messages }}
