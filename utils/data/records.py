@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.data.thoughts import Message, join_thought, split_thought, without_thoughts
+from utils.data.thoughts import Message, with_thought, without_thoughts
 from utils.files import shown
 
 SYSTEM_PROMPT = "你是一名B站用户，看完视频后在评论区用自然、口语化的语气发表评论或回复别人的评论。"
@@ -36,8 +36,6 @@ KEPT_FIELDS = ("id", "video_id")  # Whatever the others are called.
 PLAIN = {("user", "instruction"), ("assistant", "output")}
 PLAIN |= {(name, name) for name in (*TURNS, "input", "system", "history", "chosen", "rejected")}
 NOT_NOTED = (*KEPT_FIELDS, "real")  # What a teacher's answer has replaced.
-
-REASONING = ("reasoning_content", "reasoning")  # Fields of a thought beside an answer.
 
 Taken = dict[str, dict[str, int]]  # Which fields are whose -> other field -> records that have it.
 # What Python's str.strip() takes away.
@@ -305,9 +303,7 @@ def to_messages(record: Any, taken: Taken | None = None, thoughts: bool = False)
     note_fields(record, fields, taken)
     if not thoughts:
         return without_thoughts(messages)
-    if messages[-1]["role"] == "assistant":
-        messages[-1]["content"] = _with_thought(record, messages[-1]["content"])
-    return messages
+    return [*messages[:-1], {**messages[-1], "content": with_thought(record, messages[-1]["content"])}]
 
 
 def _is_dialogue(record: list[Any]) -> bool:
@@ -437,21 +433,11 @@ def as_text(value: Any) -> Any:
     return value
 
 
-def _with_thought(fields: Mapping[str, Any], answer: Any) -> Any:
-    """An answer with the thought that the fields beside it hold."""
-    thought = next((fields[name] for name in REASONING if has_content(fields.get(name))), None)
-    if not isinstance(thought, str) or not isinstance(answer, str) or split_thought(answer)[0]:
-        return answer
-    return join_thought(thought.strip(), answer)
-
-
 def _named_turns(turns: Any, role: str, content: str, thoughts: bool = False) -> list[tuple[str, Any]]:
     try:
         if any(turn.get("tool_calls") and not turn.get(content) for turn in turns if isinstance(turn, dict)):
             raise UnusableRecord(f"a turn of 'tool_calls' ({NO_TOOLS})")
-        if thoughts:
-            return [(turn[role], _with_thought(turn, turn[content])) for turn in turns]
-        return [(turn[role], turn[content]) for turn in turns]
+        return [(turn[role], with_thought(turn, turn[content]) if thoughts else turn[content]) for turn in turns]
     except (TypeError, KeyError) as error:
         raise DataError(f"a turn without {role!r} and {content!r}, expected {FORMATS}.") from error
 

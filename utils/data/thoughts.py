@@ -1,6 +1,6 @@
 """Thoughts: what a reasoning model writes for itself before its answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Message = dict[str, str]
@@ -12,6 +12,7 @@ THOUGHTS = {
     "<seed:think>": "</seed:think>",
     "<|START_THINKING|>": "<|END_THINKING|>",
 }
+REASONING = ("reasoning_content", "reasoning")  # Fields of a thought beside an answer.
 # At the beginning of the template of a model that is trained with thoughts, which so are asked for wherever it is used.
 THINKING = "{%- set enable_thinking = true -%}{%- set thinking = true +%}"
 
@@ -46,6 +47,14 @@ def split_thought(text: str) -> tuple[str, str]:
 def join_thought(thought: str, answer: str) -> str:
     """Writes a thought before an answer, as `split_thought` reads it."""
     return f"<think>\n{thought}\n</think>\n\n{answer}"
+
+
+def with_thought(fields: Mapping[str, Any], answer: Any) -> Any:
+    """An answer with the thought that the fields beside it hold; what is no text stays what it is."""
+    thoughts = [fields[name] for name in REASONING if isinstance(fields.get(name), str) and fields[name].strip()]
+    if not thoughts or not isinstance(answer, str) or split_thought(answer)[0]:
+        return answer
+    return join_thought(thoughts[0].strip(), answer)
 
 
 def without_thoughts(messages: Sequence[Message]) -> list[Message]:
