@@ -120,7 +120,8 @@ def assemble(
 
 def is_text_part(base: Path, model: torch.nn.Module) -> bool:
     """Whether a model is the text's part of what is in a folder, beside parts for images or sound."""
-    saved = read_json(base / "config.json")
+    file = base / "config.json"
+    saved = read_json(file) if file.is_file() else {}  # Meta's own folders have none.
     return "text_config" in saved and [type(model).__name__] != saved.get("architectures")
 
 
