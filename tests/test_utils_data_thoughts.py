@@ -4,6 +4,7 @@ python -m pytest tests/test_utils_data_thoughts.py
 """
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from test_utils_data_chat import QWEN3, THINKING, chat_of, rendered, say
 
 from utils.data.chat import PLAIN_TEMPLATE, Chat, Dialogue, complete_prompt, make_chat
 from utils.data.records import DataError, to_messages
+from utils.data.samples import load_samples
 from utils.data.thoughts import THINKING as MARK
 from utils.data.thoughts import (
     ThoughtFolder,
@@ -187,3 +189,14 @@ def test_the_template_says_whether_a_model_thinks(tokenizer: Any, tmp_path: Path
     assert make_chat(load_tokenizer(tmp_path / "kept")).frame == FRAME
     assert load_tokenizer(tmp_path / "kept", thoughts="keep").chat_template == kept.chat_template
     assert load_tokenizer(tmp_path / "kept", thoughts="drop").chat_template == own
+
+
+def test_thoughts_that_are_left_out_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"question": "问", "answer": "答", "reasoning": "先想"}, {"question": "又问", "answer": "又答"}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    left_out = load_samples(path, chat_of(tokenizer, QWEN3), 1000, tmp_path / "cache")
+    assert left_out.counts == {"used": 2, "with thoughts, which are left out (--thoughts keep learns them)": 1}
+    kept = load_samples(path, thinking(tokenizer, QWEN3), 1000, tmp_path / "cache")
+    assert kept.counts == {"used": 2} and "先想" in tokenizer.decode(kept.samples[0].input_ids)
+    assert not any("reasoning" in unused for unused in kept.taken.values())

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.data.thoughts import Message, with_thought, without_thoughts
+from utils.data.thoughts import REASONING, Message, with_thought, without_thoughts
 from utils.files import shown
 
 SYSTEM_PROMPT = "你是一名B站用户，看完视频后在评论区用自然、口语化的语气发表评论或回复别人的评论。"
@@ -35,7 +35,7 @@ KEPT_FIELDS = ("id", "video_id")  # Whatever the others are called.
 # Nothing is said of these, where no other field is there.
 PLAIN = {("user", "instruction"), ("assistant", "output")}
 PLAIN |= {(name, name) for name in (*TURNS, "input", "system", "history", "chosen", "rejected")}
-NOT_NOTED = (*KEPT_FIELDS, "real")  # What a teacher's answer has replaced.
+NOT_NOTED = (*KEPT_FIELDS, *REASONING, "real")  # What a teacher's answer has replaced.
 
 Taken = dict[str, dict[str, int]]  # Which fields are whose -> other field -> records that have it.
 # What Python's str.strip() takes away.

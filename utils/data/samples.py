@@ -95,6 +95,12 @@ def conversation(record: Any, id: str, taken: Taken | None = None) -> Dialogue:
     return Dialogue(id, to_messages(record, taken, thoughts=True))
 
 
+def has_thoughts(dialogue: Dialogue) -> bool:
+    """Whether any of a dialogue's answers begins with a thought."""
+    answers = [message["content"] for message in dialogue.messages if message["role"] == "assistant"]
+    return any(thoughts.split_thought(answer)[0] for answer in [*answers, *(dialogue.answers or [])])
+
+
 def system_text(messages: list[Message]) -> str:
     """The text of a conversation's system message, "" without one."""
     return messages[0]["content"] if messages[0]["role"] == "system" else ""
@@ -247,6 +253,8 @@ def _write_samples(
                 continue
             too_long = f"dropped: longer than --max_tokens {max_tokens} with the shortest prompt"
             counts["used" if rendered else too_long] += 1
+            if chat.frame is None and rendered and has_thoughts(dialogue):
+                counts["with thoughts, which are left out (--thoughts keep learns them)"] += 1
             systems[system_text(dialogue.messages)] += 1
             for sample in rendered:
                 tokens.write(sample.input_ids)
