@@ -266,18 +266,14 @@ class Replier:
         """
         print(self.label, end="", flush=True)
         thoughts, pieces = [], []
-
-        def show(thought: str, piece: str) -> None:
-            opens, closes = thought and not thoughts, piece and thoughts and not pieces
-            shown = "（" * bool(opens) + thought + "）\n" * bool(closes) + piece
-            print(shown.translate(PICTURES), end="", flush=True)
-
         try:
             for thought, piece in self._pieces(input_ids):
-                if self.streamed:
-                    show(thought, piece)
-                thoughts += [thought] * bool(thought)
+                opens, closes = thought and not thoughts, piece and thoughts and not pieces
+                thoughts += [thought] * bool(thought)  # Before it is shown: Ctrl-C may come then.
                 pieces += [piece] * bool(piece)
+                if self.streamed:
+                    shown = "（" * bool(opens) + thought + "）\n" * bool(closes) + piece
+                    print(shown.translate(PICTURES), end="", flush=True)
         except KeyboardInterrupt:
             if not self.in_turns:
                 raise
