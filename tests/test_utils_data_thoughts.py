@@ -13,7 +13,7 @@ import pytest
 from test_utils_data_chat import QWEN3, THINKING, chat_of, rendered, say
 
 from utils.data.chat import PLAIN_TEMPLATE, Chat, Dialogue, complete_prompt, make_chat
-from utils.data.records import DataError, to_messages
+from utils.data.records import DataError, UnusableRecord, to_messages
 from utils.data.samples import load_samples
 from utils.data.thoughts import THINKING as MARK
 from utils.data.thoughts import (
@@ -200,3 +200,10 @@ def test_thoughts_that_are_left_out_are_counted(tokenizer: Any, tmp_path: Path) 
     kept = load_samples(path, thinking(tokenizer, QWEN3), 1000, tmp_path / "cache")
     assert kept.counts == {"used": 2} and "先想" in tokenizer.decode(kept.samples[0].input_ids)
     assert not any("reasoning" in unused for unused in kept.taken.values())
+
+
+def test_a_thought_alone_is_no_answer(tokenizer: Any) -> None:
+    with pytest.raises(UnusableRecord, match="an empty assistant turn"):
+        to_messages({"question": "问", "answer": "<think>先想</think>\n"})
+    with pytest.raises(UnusableRecord, match="nothing but a thought"):
+        chat_of(tokenizer, QWEN3).samples(Dialogue("", say("问"), ["<think>先想</think>", "答"]), 1000)

@@ -133,11 +133,11 @@ class Chat:
         folder = self.folder()
         return (folder.add(text, last=True)[1] if folder else text).strip()
 
-    def _thought_ids(self, text: str) -> list[int]:
+    def _thought_ids(self, thought: str) -> list[int]:
         """The tokens that stand between the prompt and the text of an answer."""
         if self.frame is None:
             return []
-        encode, thought = partial(self.tokenizer.encode, add_special_tokens=False), split_thought(text)[0]
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
         if not thought:
             return encode(self.frame.none)
         # Control tokens in a thought are the plain text they are.
@@ -154,11 +154,14 @@ class Chat:
             UnusableRecord: if the tokens are not those of the prompt and more (an answer whose beginning is a part of
                 the prompt's last token, or that the template rewrites).
         """
+        thought, said = split_thought(messages[-1]["content"])
+        if thought and not said.strip():
+            raise UnusableRecord("an answer that is nothing but a thought")
         ids, begin = self._ids(messages, asks=False), len(prompt) - self.thought_tokens
         shared = len(prompt) - self.unshared_tokens
         if ids[:shared] != prompt[:shared]:
             raise UnusableRecord("an answer that the chat template changes")
-        answer = [*self._thought_ids(messages[-1]["content"]), *ids[begin:]]
+        answer = [*self._thought_ids(thought), *ids[begin:]]
         if self.writes_stop:
             # What follows the stop token (a line break in ChatML) belongs to the next turn.
             return answer[: answer.index(self.stop_id) + 1]

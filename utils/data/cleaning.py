@@ -41,10 +41,7 @@ NEAR_LETTERS = 6  # Shorter texts are like each other by chance.
 # Words help where how a thread is distributed does not tell: 求 below "who knows this shop?" is no answer to bait.
 # Texts of a few of these characters ask for what is offered, those of the first kind alone, too.
 ASKING = "求蹲要扣滴踢私戳顶需拉领发已1"
-AROUND = (
-    "我俺也都还同想给个一份下来吧呀啊呢嘛哦了啦的感谢您你拜托老师学姐哥大佬三连关注分享可以看吗急信赞收藏谢手举d"
-    "up主"
-)
+AROUND = "我俺也都还同想给个一份下来吧呀啊呢嘛哦了啦的感谢您你拜托老师学姐哥大佬up主三连关注分享可以看吗急信赞收藏手举d"
 POLITE = "[发传给私拉]我|发.{0,2}一份|[能可以想]发|求[发份个私带拉分资链p]|滴我|[来要]一份"
 # A comment that asks, wishes or promises something, and one that offers it.
 ASKS = (

@@ -14,13 +14,14 @@ _GAP = "[ \t\u3000\ufe0f\u20e3_*·•~～—–－-]{0,3}"
 _LINK_CHARACTERS = "[号码是为叫加聊搜索同呗个下我：:＝=>→\t \u3000+＋➕,，(（「【」】\ufe0f]"
 _LINK = _LINK_CHARACTERS + "{0,6}(?:id[：: ]{1,2})?"
 _BEFORE = "(^|[^0-9A-Za-z])"
-_WECHAT = (
-    "微[ ❤♥\ufe0f]*信|[微薇威维維徽溦魏葳][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|v[-.]?x[.]?|wx|[ｖＶ][ｘＸ]|[ｗＷ][ｘＸ]"
-    "|[vｖＶ][：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)"
-    "|[+＋][ ]?[vｖＶ][x信]?[：: ]|wei[ ]?(?:xin|信)|we[ ]?chat|卫星[： :]|🛰\ufe0f?"
-)
 # Behind these, not only behind "微信号是", a name may be letters alone.
-_HIDDEN_WECHAT = "微[ ❤♥\ufe0f]*信|[薇威维維徽][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|vx"
+_HIDDEN_WECHAT = (
+    "微[ ❤♥\ufe0f]*信|[微薇威維维徽溦魏葳][信芯心❤♥]|薇|绿泡泡|v[ ]?[信芯心❤♥]|v[-.]?x[.]?|[ｖＶ][ｘＸ]"
+)
+_WECHAT = (
+    f"{_HIDDEN_WECHAT}|wx|[ｗＷ][ｘＸ]|[vｖＶ][：:]|[加＋➕][ ]?(?:v|微|威|维|w|卫星)|[+＋][ ]?[vｖＶ][x信]?[：: ]"
+    "|wei[ ]?(?:xin|信)|we[ ]?chat|卫星[： :]|🛰\ufe0f?"
+)
 # Those that begin with a Latin letter or a mark, and those that are found behind letters and digits too ("1群").
 _QQ = "(?:q[ .]?q|ｑｑ)[群裙羣峮号]{0,2}|qun|q[号群裙羣峮：:]|[➕＋+][ ]?q"
 _GROUP = "扣扣|企鹅|🐧|[扣裙群羣峮]号?(?:[0-9一二三四五①-⑤][群]?[：: ]{1,2})?|君羊|[抠叩蔻球秋丘]{2}|[加联系找私][ ]?q"

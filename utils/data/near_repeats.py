@@ -18,8 +18,9 @@ RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in
 HASHES = 4
 NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters,
 NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
-NEEDED = np.where(np.arange(64 * 4 + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
 BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
+# By how many pairs a text has.
+NEEDED = np.where(np.arange(64 * BITMAP_WORDS + 1) < SHORT_PAIRS, NEAR_PAIRS_SHORT, NEAR_PAIRS)
 KINDS = 6  # Texts with a hash in common are sorted into so many kinds; the rest are not near.
 CHUNK_TEXTS = 100_000  # Taken from the database at once,
 HASHED_TEXTS = 10_000  # and hashed: arrays that stay in a core's cache.

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.data.thoughts import REASONING, Message, with_thought, without_thoughts
+from utils.data.thoughts import REASONING, Message, split_thought, with_thought, without_thoughts
 from utils.files import shown
 
 SYSTEM_PROMPT = "你是一名B站用户，看完视频后在评论区用自然、口语化的语气发表评论或回复别人的评论。"
@@ -301,9 +301,8 @@ def to_messages(record: Any, taken: Taken | None = None, thoughts: bool = False)
         )
     messages = _checked(turns)
     note_fields(record, fields, taken)
-    if not thoughts:
-        return without_thoughts(messages)
-    return [*messages[:-1], {**messages[-1], "content": with_thought(record, messages[-1]["content"])}]
+    answer = {**messages[-1], "content": with_thought(record, messages[-1]["content"])}
+    return [*messages[:-1], answer] if thoughts else without_thoughts(messages)
 
 
 def _is_dialogue(record: list[Any]) -> bool:
@@ -452,7 +451,7 @@ def _checked(turns: list[tuple[str, Any]]) -> list[Message]:
         content = as_text(content)
         if content is not None and not isinstance(content, str):
             raise UnusableRecord(f"a turn of the {ROLES[role]} that is not a text")
-        if not content or not content.strip():
+        if not content or not split_thought(content)[1].strip():  # A thought alone is no answer.
             raise UnusableRecord(f"an empty {ROLES[role]} turn")
         # Half of a surrogate pair, which JSON can carry, is no character: tokenizers refuse it.
         whole = content.strip().encode("utf-8", "replace").decode()
