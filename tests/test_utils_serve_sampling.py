@@ -3,6 +3,8 @@
 python -m pytest tests/test_utils_serve_sampling.py
 """
 
+import itertools
+
 import pytest
 import torch
 from transformers.generation.logits_process import (
@@ -21,29 +23,32 @@ def some_logits(scale: float, seed: int = 0) -> torch.Tensor:
     return torch.randn(V, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def dense(probs: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Probabilities of all tokens."""
-    whole = torch.zeros(V)
-    whole[torch.arange(V) if ids is None else ids] = probs
-    return whole / whole.sum()
+def dense(logits: torch.Tensor, temperatures: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """(R, V), the probabilities of all tokens."""
+    whole, seen = torch.zeros_like(logits), []
+    for rows, probs, ids in kept(logits, temperatures, top_k, top_p):
+        whole[rows] = probs if ids is None else torch.zeros(len(rows), V).scatter_(-1, ids, probs)
+        seen += rows.tolist()
+    assert sorted(seen) == [*range(len(logits))]
+    return whole / whole.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0], ids=["flat", "usual", "steep"])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (50, 1.0), (50, 0.8), (10_000, 0.95), (1, 0.5)])
-def test_the_same_tokens_as_transformers(scale: float, temperature: float, top_k: int, top_p: float) -> None:
-    """Also where what top_p keeps is not among the likeliest that are looked at first."""
-    logits = some_logits(scale)
-    expected = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    expected = expected.softmax(-1)[0]
-    found = dense(*kept(logits, SamplingParams(temperature, top_p, top_k)))
-    assert torch.allclose(found, expected, atol=1e-6)
-    if scale == 0.1 and top_k == 0 and top_p < 1:
-        assert (expected > 0).sum() > LIKELIEST[0]
+def test_the_same_tokens_as_transformers(top_k: int, top_p: float) -> None:
+    """Rows together, also where what top_p keeps is not among the likeliest that are looked at first."""
+    scales, temperatures = zip(*itertools.product((0.1, 1.0, 5.0), (0.3, 1.0, 1.7)), strict=True)
+    logits = torch.stack([some_logits(scale, seed) for seed, scale in enumerate(scales)])
+    found = dense(logits, torch.tensor(temperatures), top_k, top_p)
+    for row, temperature in enumerate(temperatures):
+        expected = TemperatureLogitsWarper(temperature)(None, logits[row, None])
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        expected = expected.softmax(-1)[0]
+        assert torch.allclose(found[row], expected, atol=1e-6)
+        if scales[row] == 0.1 and top_k == 0 and top_p < 1:
+            assert (expected > 0).sum() > LIKELIEST[0]
 
 
 def test_repetition_penalty_is_transformers() -> None:
@@ -109,7 +114,7 @@ def test_numbers_too_small_for_fp32() -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e-5, 100.0])
 def test_extreme_temperatures(temperature: float) -> None:
     logits = some_logits(30.0)
-    probs, _ = kept(logits, SamplingParams(temperature=temperature))
+    (probs,) = dense(logits[None], torch.tensor([temperature]), 0, 1.0)
     assert probs.isfinite().all() and probs.sum() > 0
     if temperature < 1:
         assert probs.argmax() == logits.argmax() and probs.max() > 0.999

@@ -22,7 +22,7 @@ from utils.data.chat import Chat, make_chat
 from utils.serve.capacity import Capacity, find_capacity
 from utils.serve.generate import load_for_inference
 from utils.serve.limits import Refused
-from utils.serve.paged_attention import attend, attend_common, plan_step
+from utils.serve.paged_attention import attend, attend_together, plan_step
 from utils.serve.routes import Answers, Sampling, Served, collect
 from utils.serve.transformers_engine import TransformersEngine, check_engine
 
@@ -102,35 +102,56 @@ def test_attend_is_attention_by_its_formula(new: int, every: int, window: int | 
     assert torch.allclose(attend(query, key, value, 8**-0.5, window), expected, atol=1e-6)
 
 
-def test_keys_in_common_are_read_once() -> None:
-    """Of five requests three write: slots 40 to 79 are theirs in common. One reads its prompt; one is alike by chance.
+@pytest.mark.parametrize("window", [None, 20])
+def test_requests_with_one_new_token_are_computed_together(window: int | None) -> None:
+    """Of seven requests six write; the keys of five begin with slots 40 to 79, one's do not. One reads its prompt.
 
-    Against each request's own attention.
+    Against each request's own attention. Without the sixth, what is common is read once.
     """
     torch.manual_seed(1)
-    keys, values, query = torch.randn(200, 2, 8), torch.randn(200, 2, 8), torch.randn(1, 4, 3 + 7, 8)
+    tables, query = torch.randn(2, 400, 2, 8), torch.randn(1, 4, 6 + 7, 8)
     common = [*range(40, 80)]
-    requests = [[*common, 0, 1, 2], [*range(100, 120)], [*common, 5], [*common, *range(150, 190)]]
-    begins = torch.tensor([0, *itertools.accumulate(map(len, requests))])
-    step = plan_step(torch.tensor(sum(requests, [])), torch.tensor([0, 1, 8, 9, 10]), begins, True)
-    assert step.sharing == [0, 2, 3] and step.common.tolist() == common
-    assert [step.read[a:b].tolist() for a, b in zip(step.begin, step.end, strict=True)] == [
-        [0, 1, 2], [*range(100, 120)], [5], [*range(150, 190)]
-    ]  # fmt: skip
-    tables = [table.transpose(0, 1) for table in (keys, values)]
-    own = [tuple(table[:, requests[number][40:]] for table in tables) for number in step.sharing]
-    rows = [step.new[number] for number in step.sharing]
-    found = attend_common(query[0].transpose(0, 1)[rows], [table[:, common] for table in tables], own, 8**-0.5)
-    for row, place, number in zip(range(3), rows, step.sharing, strict=True):
-        key, value = (table[None, :, requests[number]] for table in tables)
-        expected = attend(query[:, :, place : place + 1], key, value, 8**-0.5, None)
-        assert torch.allclose(found[row], expected[0, :, 0], atol=1e-6)
+    requests = [
+        [*common, 0, 1, 2],
+        [*range(100, 120)],  # Its last seven tokens are new.
+        [*common, 5],
+        [*common, *range(150, 190)],
+        [*common, 6, 7],
+        [*common, *range(200, 300)],
+        [*range(300, 400)],
+    ]
+    for count in (7, 6):
+        asked = requests[:count]
+        begins = torch.tensor([0, *itertools.accumulate(map(len, asked))])
+        new = torch.tensor([0, 1, 8, 9, 10, 11, 12, 13][: count + 1])
+        step = plan_step(torch.tensor(sum(asked, [])), new, begins, 2, window, True)
+        shared = count == 6 and window is None
+        assert step.common.tolist() == (
+            [[2 * slot + group for slot in common] for group in (0, 1)] if shared else [[], []]
+        )
+        assert [(mine, slots.tolist()) for mine, slots in step.others] == [(slice(1, 8), requests[1])]
+        found, flat = {}, tables.flatten(1, 2)
+        for rows, places, bias in step.batches:
+            lengths = (bias[:, 0] == 0).sum(-1)
+            assert lengths.max() == places.shape[-1] <= 2 * lengths.min()
+            out = attend_together(
+                query[0, :, rows].transpose(0, 1), flat[:, places], flat[:, step.common], bias, 8**-0.5
+            )
+            found |= dict(zip(rows.tolist(), out, strict=True))
+        places = new[:-1].tolist()
+        assert sorted(found) == [place for number, place in enumerate(places) if number != 1]
+        for place, slots in zip(places, asked, strict=True):
+            if place in found:
+                key, value = tables[:, None, slots].transpose(2, 3)
+                expected = attend(query[:, :, place : place + 1], key, value, 8**-0.5, window)
+                assert torch.allclose(found[place], expected[0, :, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("slots", [[*range(31), 90, *range(31), 91], [*range(40), 90, *range(50, 90), 91]])
 def test_little_in_common_is_not_shared(slots: list[int]) -> None:
     begins = torch.tensor([0, len(slots) // 2 if len(slots) == 64 else 41, len(slots)])
-    assert plan_step(torch.tensor(slots), torch.tensor([0, 1, 2]), begins, True).common is None
+    step = plan_step(torch.tensor(slots), torch.tensor([0, 1, 2]), begins, 1, None, True)
+    assert step.common.shape == (1, 0) and sum(len(batch.rows) for batch in step.batches) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,18 +178,18 @@ def test_answers_to_prompts_that_begin_alike(
     """A long system prompt: its keys are read once a step. Pages are shared where no layer has a window."""
     calls = []
 
-    def attend_and_count(query: torch.Tensor, *args: Any) -> torch.Tensor:
-        calls.append(len(query))
-        return attend_common(query, *args)
+    def attend_and_count(query: torch.Tensor, own: Any, common: Any, *args: Any) -> torch.Tensor:
+        calls.append(len(query) if common[0].shape[1] else 0)
+        return attend_together(query, own, common, *args)
 
-    monkeypatch.setattr("utils.serve.paged_attention.attend_common", attend_and_count)
+    monkeypatch.setattr("utils.serve.paged_attention.attend_together", attend_and_count)
     system = {"role": "system", "content": "你在哔哩哔哩看视频，说话简短。" * 6}
     asked = [chat.prompt_ids([system, {"role": "user", "content": "问" * count}]) for count in (1, 9, 40, 2, 2, 17)]
     model = make_model(kind, len(tokenizer), tie_word_embeddings=False).eval()
     expected = alone(model, chat, asked)
     engine = engines(model, chat)
     assert texts_of(ask(engine, asked, GREEDY)) == expected
-    assert max(calls, default=0) == (len(asked) if kind == "llama" else 0)
+    assert (max(calls, default=0) > 1) == (kind == "llama")
 
 
 @pytest.mark.slow
@@ -361,7 +382,7 @@ def test_an_engine_that_says_something_else_is_noticed(
 ) -> None:
     model = make_model("llama", len(tokenizer)).eval()
     check_engine(engines(model, chat))
-    zeros = "utils.serve.paged_attention.attend", lambda query, key, value, scale, window: torch.zeros_like(query)
+    zeros = "utils.serve.paged_attention.attend_together", lambda query, *args: torch.zeros_like(query)
     monkeypatch.setattr(*zeros)
     with pytest.raises(ValueError, match="writes .* where the model writes"):
         check_engine(engines(make_model("llama", len(tokenizer)).eval(), chat))

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from utils.data.chat import Chat
 from utils.data.records import Message
 
-AT_ONCE = 64  # Comments that are answered together.
+AT_ONCE = 128  # Comments that are answered together.
 SEPARATOR_CHARACTERS = 5  # A shorter text between two turns may well be a part of a reply.
 API_AT_ONCE = 16
 

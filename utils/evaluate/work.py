@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,11 +224,24 @@ def write_replies(
     try:
         for one in to_write:
             answered = task.folder.answered(one.name)
-            asked = {id: ids for id, (_, ids) in prompts[one.name].items() if id not in answered}
+            found = prompts[one.name]
+            asked = {id: found[id][1] for id in videos_in_turn(task.comments) if id in found and id not in answered}
             engine_replies(engine, ENGINE_NAME, asked, turn_separator(chat), task.sampling, keeper(task, one.name))
     finally:
         engine.close()
         model.config._attn_implementation = attention  # The engine has one of its own.
+
+
+def videos_in_turn(comments: Sequence[Comment]) -> list[str]:
+    """The ids of comments, one of each video after the other.
+
+    What two prompts of a video have in common is in the engine's cache only once the first one has been computed.
+    """
+    number, seen = {}, Counter[str]()
+    for comment in comments:
+        number[comment.id] = seen[comment.video_id]
+        seen[comment.video_id] += 1
+    return sorted(number, key=number.__getitem__)
 
 
 def first_replies(task: Task, writers: Sequence[str]) -> dict[str, dict[str, str]]:

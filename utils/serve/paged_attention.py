@@ -4,16 +4,16 @@ transformers computes a batch of requests with SDPA as one sequence under a mask
 with 32 of them, 32 times the work. Flash attention, which does not, is CUDA's alone. The name holds "flash", since that
 is how transformers decides that no mask is needed.
 
-What all requests begin with, such as the system prompt, is read once a step for those that write, one token each, and
-not once a request: "cascade attention" in vLLM and FlashInfer.
+Requests that write, one token each, are computed together, those of like length. What all of them begin with, such as
+the system prompt, is read once a step and not once a request: "cascade attention" in vLLM and FlashInfer.
 
 Shapes: T new tokens of all requests, K keys of all, H heads, G heads that share keys, D per head; R requests with one
-new token, P keys that all of them begin with.
+new token, P keys that all of them begin with, N further ones.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +40,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         (1, H, new, D).
     """
     new, every, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if new == 1:
-        if window is not None and every > window:
-            key, value = key[:, :, -window:], value[:, :, -window:]
-        # The heads of a group as if they were tokens: keys need not be repeated.
-        packed = query.view(1, -1, groups, query.shape[3])
-        return scaled_dot_product_attention(packed, key, value, scale=scale).view_as(query)
     mask = None
     if new < every or (window is not None and every > window):
         place = torch.arange(every, device=query.device)
@@ -56,79 +50,125 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     )
 
 
+class Batch(NamedTuple):
+    """Requests with one new token each, that are computed together.
+
+    Attributes:
+        rows: (R,) int64, the places of their tokens among the new ones.
+        places: (H / G, R, N) int64, of the keys that each has for itself, in a table of all slots' groups of heads;
+            rows with fewer end in repetitions of the last one.
+        bias: (R, 1, N) fp32, -inf at the repetitions.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    bias: torch.Tensor
+
+
 class Step(NamedTuple):
     """Which keys a step reads.
 
     Attributes:
-        new: Where each request's new tokens begin, and the end.
-        begin: Where each request's keys begin among those that are read.
-        end: Where they end.
-        sharing: The requests with one new token, if their keys begin alike.
-        common: (P,) int64, the slots of the keys that those begin with, which are not among their others.
-        read: (K',) int64, the slots of all other keys, request after request. None, as `common`: all keys are read.
+        common: (H / G, P) int64, places of the keys that all requests with one new token begin with, as in `Batch`.
+        batches: These requests.
+        others: Of each request with several new tokens, which of the new ones these are, and its keys' slots.
     """
 
-    new: list[int]
-    begin: list[int]
-    end: list[int]
-    sharing: list[int]
-    common: torch.Tensor | None
-    read: torch.Tensor | None
+    common: torch.Tensor
+    batches: list[Batch]
+    others: list[tuple[slice, torch.Tensor]]
 
 
 @lru_cache(maxsize=8)
-def plan_step(slots: torch.Tensor, new_begin: torch.Tensor, every_begin: torch.Tensor, may_share: bool) -> Step:
-    """Finds what requests with one new token have in common; all layers of a kind have the same arguments.
+def plan_step(
+    slots: torch.Tensor,
+    new_begin: torch.Tensor,
+    every_begin: torch.Tensor,
+    n_groups: int,
+    window: int | None,
+    in_cache: bool,
+) -> Step:
+    """Finds what is computed together; all layers of a kind have the same arguments.
 
     Args:
-        slots: (K,) int64, where the keys of each request are, request after request; empty: all keys are new.
+        slots: (K,) int64, where the keys of each request are in the cache, request after request.
         new_begin: Where each request's new tokens begin, and the end.
         every_begin: Where each request's keys begin, and the end.
-        may_share: Whether equal slots hold equal keys, and all of them are seen.
+        n_groups: H / G.
+        window: How many tokens, itself included, a token sees; None: all before it.
+        in_cache: Whether keys are read from the cache, by `slots`; else they lie request after request.
     """
     new, every = new_begin.tolist(), every_begin.tolist()
-    all_of_them = Step(new, every[:-1], every[1:], [], None, None)
-    single = [number for number in range(len(new) - 1) if new[number + 1] - new[number] == 1]
-    if not may_share or len(slots) == 0 or len(single) < 2:
-        return all_of_them
-    shortest = min(every[number + 1] - every[number] for number in single) - 1
-    table = torch.stack([slots[every[number] : every[number] + shortest] for number in single])
+    if not in_cache:
+        slots = torch.arange(every[-1], device=slots.device)
+    keys = [slots[begin:end] for begin, end in pairwise(every)]
+    single = [number for number, (begin, end) in enumerate(pairwise(new)) if end - begin == 1]
+    if window is not None:
+        keys = [own[-window:] if number in single else own for number, own in enumerate(keys)]
+    common = _in_common([keys[number] for number in single]) if in_cache and window is None else 0
+    groups, batches = torch.arange(n_groups, device=slots.device), []
+    for numbers in _of_like_length(single, [len(own) - common for own in keys]):
+        own = [keys[number][common:] for number in numbers]
+        place = torch.arange(len(own[0]), device=slots.device)
+        lengths = torch.tensor([len(one) for one in own], device=slots.device)
+        bias = torch.zeros(len(own), len(place), device=slots.device)
+        bias.masked_fill_(place >= lengths[:, None], -torch.inf)
+        table = torch.stack([one[place.clamp(max=len(one) - 1)] for one in own])
+        rows = torch.tensor([new[number] for number in numbers], device=slots.device)
+        batches.append(Batch(rows, table * n_groups + groups[:, None, None], bias[:, None]))
+    others = [(slice(new[n], new[n + 1]), own) for n, own in enumerate(keys) if n not in single]
+    shared = keys[single[0]][:common] if single else slots[:0]
+    return Step(shared * n_groups + groups[:, None], batches, others)
+
+
+def _in_common(keys: Sequence[torch.Tensor]) -> int:
+    """How many slots all requests begin with; one at least is left to each."""
+    if len(keys) < 2:
+        return 0
+    shortest = min(map(len, keys)) - 1
+    table = torch.stack([own[:shortest] for own in keys])
     count = int((table == table[0]).all(0).cumprod(0).sum())
-    if count < LEAST_COMMON:
-        return all_of_them
-    begin = [first + count * (number in single) for number, first in enumerate(every[:-1])]
-    places = [slice(*place) for place in zip(begin, every[1:], strict=True)]
-    end = [*accumulate(place.stop - place.start for place in places)]
-    read = torch.cat([slots[place] for place in places])
-    return Step(new, [0, *end[:-1]], end, single, table[0, :count].clone(), read)
+    return count if count >= LEAST_COMMON else 0
 
 
-def attend_common(
-    query: torch.Tensor, common: Sequence[torch.Tensor], own: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
+def _of_like_length(numbers: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Requests that are filled up to the longest of them: never more than to the double."""
+    found: list[list[int]] = []
+    for number in sorted(numbers, key=lengths.__getitem__, reverse=True):
+        if not found or lengths[found[-1][0]] > 2 * lengths[number]:
+            found.append([])
+        found[-1].append(number)
+    return found
+
+
+def attend_together(
+    query: torch.Tensor,
+    own: Sequence[torch.Tensor],
+    common: Sequence[torch.Tensor],
+    bias: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    """Requests with one new token each, whose keys begin alike.
+    """Requests with one new token each, which sees all of its request's keys.
 
     Args:
         query: (R, H, D).
+        own: Keys and values of each request, (H / G, R, N, D) each.
         common: Keys and values that all of them begin with, (H / G, P, D) each.
-        own: Each one's further keys and values, (H / G, own, D) each.
+        bias: (R, 1, N), added to the products with own keys.
         scale: Of the products.
 
     Returns:
         (R, H, D).
     """
-    (keys, values), (n_groups, n_common, n_head) = common, common[0].shape
-    query = (query * scale).view(len(own), n_groups, -1, n_head).transpose(0, 1)  # (H / G, R, G, D)
-    longest = max(own_keys.shape[1] for own_keys, _ in own)
-    scores = query.new_full((*query.shape[:3], n_common + longest), -torch.inf)
-    scores[..., :n_common] = (query.flatten(1, 2) @ keys.mT).view(*query.shape[:3], n_common)
-    for row, (own_keys, _) in enumerate(own):
-        scores[:, row, :, n_common : n_common + own_keys.shape[1]] = query[:, row] @ own_keys.mT
+    (keys, values), (common_keys, common_values) = own, common
+    n_groups, n_common, _ = common_keys.shape
+    query = (query * scale).unflatten(1, (n_groups, -1)).transpose(0, 1)  # (H / G, R, G, D)
+    # All requests' heads of a group as if they were tokens: common keys are read once.
+    to_common = (query.flatten(1, 2) @ common_keys.mT).unflatten(1, query.shape[1:3])
+    scores = torch.cat([to_common, query @ keys.mT + bias], -1)
     probs = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = (probs[..., :n_common].flatten(1, 2) @ values).view_as(query)
-    for row, (_, own_values) in enumerate(own):
-        out[:, row] += probs[:, row, :, n_common : n_common + own_values.shape[1]] @ own_values
-    return out.transpose(0, 1).flatten(1, 2)
+    of_common = (probs[..., :n_common].flatten(1, 2) @ common_values).view_as(query)
+    return (of_common + probs[..., n_common:] @ values).transpose(0, 1).flatten(1, 2)
 
 
 def paged_attention(
@@ -172,25 +212,24 @@ def paged_attention(
     allocator, layer = cache.layer_to_allocator[module.layer_idx], module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     slots, every = kwargs["read_index"][allocator.index], kwargs["cu_seq_lens_k"][allocator.layer_type]
-    may_share = type(allocator) is FullAttentionCacheAllocator and sliding_window is None
-    step = plan_step(slots, cu_seq_lens_q, every, may_share)
-    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    if step.common is None:
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
-    else:
+    in_cache = type(allocator) is FullAttentionCacheAllocator and len(slots) > 0
+    if in_cache:
         tables = allocator._kv_token_views[layer]
         for table, states in zip(tables, (key, value), strict=True):
             table.index_copy_(0, kwargs["write_index"][allocator.index], states[0].transpose(0, 1))
-        key, value = (table.index_select(0, step.read).transpose(0, 1)[None] for table in tables)
-        common = [table.index_select(0, step.common).transpose(0, 1) for table in tables]
-        places = [slice(step.begin[number], step.end[number]) for number in step.sharing]
-        own = [(key[0, :, place], value[0, :, place]) for place in places]
-        rows = [step.new[number] for number in step.sharing]
-        out[rows] = attend_common(query[0].transpose(0, 1)[rows], common, own, scale)
-    for number in {*range(len(step.begin))}.difference(step.sharing):
-        mine, keys = slice(step.new[number], step.new[number + 1]), slice(step.begin[number], step.end[number])
-        one = attend(query[:, :, mine], key[:, :, keys], value[:, :, keys], scale, sliding_window)
-        out[mine] = one[0].transpose(0, 1)
+    else:  # What a window has left behind is overwritten: keys are read before that.
+        read = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+        tables = [states[0].transpose(0, 1) for states in read]
+    step = plan_step(slots, cu_seq_lens_q, every, key.shape[1], sliding_window, in_cache)
+    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    flat = [table.reshape(-1, table.shape[2]) for table in tables]
+    common = [table.index_select(0, step.common.flatten()).unflatten(0, step.common.shape) for table in flat]
+    for rows, places, bias in step.batches:
+        own = [table.index_select(0, places.flatten()).unflatten(0, places.shape) for table in flat]
+        out[rows] = attend_together(query[0, :, rows].transpose(0, 1), own, common, bias, scale)
+    for mine, own_slots in step.others:
+        keys, values = (table.index_select(0, own_slots).transpose(0, 1)[None] for table in tables)
+        out[mine] = attend(query[:, :, mine], keys, values, scale, sliding_window)[0].transpose(0, 1)
     return out[None], None
 
 

@@ -3,7 +3,8 @@
 Shapes: R answers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,37 +64,59 @@ def with_penalties(
     return logits
 
 
-def kept(logits: torch.Tensor, choice: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
+class Kept(NamedTuple):
+    """The tokens that answers draw from.
+
+    Attributes:
+        rows: (R',) int64, whose these are.
+        probs: (R', K), need not sum up to 1.
+        ids: (R', K) int64, the tokens that have these; None: all tokens.
+    """
+
+    rows: torch.Tensor
+    probs: torch.Tensor
+    ids: torch.Tensor | None
+
+
+def kept(logits: torch.Tensor, temperatures: torch.Tensor, top_k: int, top_p: float) -> Iterator[Kept]:
     """Finds the tokens to draw from; `top_k` is applied before `top_p`, both after the temperature, as in transformers
     and vLLM.
 
     Args:
-        logits: (V,) fp32.
-        choice: With a temperature above 0.
+        logits: (R, V) fp32.
+        temperatures: (R,), above 0.
+        top_k: 0: all.
+        top_p: Of what `top_k` leaves.
 
-    Returns:
-        (K,) probabilities that need not sum up to 1, and the K tokens that have them; None: all tokens.
+    Yields:
+        Each row once, those together that keep a like number of tokens.
     """
     # Near 0 the quotients are infinite, whose differences are no numbers.
-    logits = (logits - logits.max()) / max(choice.temperature, 1e-4)
-    ids = None
-    if choice.top_k:
-        values, ids = logits.topk(min(choice.top_k, len(logits)))
-        probs = values.softmax(-1)
-    elif choice.top_p < 1:
-        total = logits.logsumexp(-1)
-        for count in (*LIKELIEST, len(logits)):
-            values, ids = logits.topk(min(count, len(logits)))
-            probs = (values - total).exp()
-            if probs.sum() >= choice.top_p:
-                break
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures.clamp(min=1e-4)[:, None]
+    rows = torch.arange(len(logits), device=logits.device)
+    if top_k:
+        values, ids = logits.topk(min(top_k, logits.shape[-1]))
+        yield Kept(rows, _nucleus(values.softmax(-1), top_p), ids)
+    elif top_p == 1:
+        yield Kept(rows, logits.softmax(-1), None)
     else:
-        probs = logits.softmax(-1)
-    if choice.top_p < 1:
-        stays = probs.cumsum(-1) - probs < choice.top_p
-        stays[0] = True  # Of numbers too small for fp32 nothing would be left.
-        probs = probs * stays
-    return probs, ids
+        total = logits.logsumexp(-1, keepdim=True)
+        for count in (*LIKELIEST, logits.shape[-1]):
+            values, ids = logits[rows].topk(min(count, logits.shape[-1]))
+            probs = (values - total[rows]).exp()
+            enough = (probs.sum(-1) >= top_p) | (probs.shape[-1] == logits.shape[-1])
+            if enough.any():
+                yield Kept(rows[enough], _nucleus(probs[enough], top_p), ids[enough])
+            rows = rows[~enough]
+            if not len(rows):
+                break
+
+
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Leaves the likeliest tokens that together have the probability `top_p`; they come in order."""
+    stays = probs.cumsum(-1) - probs < top_p
+    stays[:, 0] = True  # Of numbers too small for fp32 nothing would be left.
+    return probs * stays
 
 
 def sample_tokens(
@@ -113,15 +136,19 @@ def sample_tokens(
     Returns:
         (R,) int64.
     """
-    tokens = logits.argmax(-1)
-    for row, (choice, (prompt, answer), generator) in enumerate(zip(choices, said, generators, strict=True)):
-        if not choice.penalises and choice.temperature == 0:
-            continue
-        own = with_penalties(logits[row], choice, prompt, answer) if choice.penalises else logits[row]
-        if choice.temperature == 0:
-            tokens[row] = own.argmax()
-            continue
-        probs, ids = kept(own, choice)
-        place = torch.multinomial(probs, 1, generator=generator)[0]
-        tokens[row] = place if ids is None else ids[place]
+    tokens, drawn = logits.argmax(-1), defaultdict(list)
+    penalised = [row for row, choice in enumerate(choices) if choice.penalises]
+    logits = logits.clone() if penalised else logits
+    for row in penalised:
+        logits[row] = with_penalties(logits[row], choices[row], *said[row])
+        tokens[row] = logits[row].argmax()
+    for row, choice in enumerate(choices):
+        if choice.temperature > 0:
+            drawn[choice.top_k, choice.top_p].append(row)
+    for (top_k, top_p), rows in drawn.items():
+        temperatures = logits.new_tensor([choices[row].temperature for row in rows])
+        for numbers, probs, ids in kept(logits[rows], temperatures, top_k, top_p):
+            for number, own, place in zip(numbers.tolist(), probs, range(len(probs)), strict=True):
+                token = torch.multinomial(own, 1, generator=generators[rows[number]])[0]
+                tokens[rows[number]] = token if ids is None else ids[place, token]
     return tokens
