@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.cli import LARGE_PAGES, ArgumentParser, add_write_arguments
-from utils.files import atomic_write, check_manifest, check_target, exclusive_lock, explained, from_root, shown
+from utils.files import (
+    atomic_write,
+    check_manifest,
+    check_target,
+    exclusive_lock,
+    explained,
+    from_root,
+    public_name,
+    shown,
+)
 
 # What an adapter of another tool is tried with.
 TEXTS = (
@@ -269,11 +278,6 @@ def expected_logits(
     else:
         logits, link = check_rebuilt(found.parts, probe, found.precision, device, base, settings["model_name"])
     return probe, logits, [link]
-
-
-def public_name(path: Path) -> str:
-    """A folder's name for a published file: no path of this machine."""
-    return shown(path) if path.is_relative_to(from_root("")) else path.name
 
 
 def merge(args: argparse.Namespace, base: Path, target: Path) -> None:

@@ -33,19 +33,19 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BASE: dict[str, Any] = dict(
-    hidden_size=64,
+    hidden_size=128,  # vLLM's attention on CPUs wants heads of 32 at least.
     intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=32,
     max_position_embeddings=1024,
 )
-OLD = dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024)
+OLD = dict(n_embd=128, n_layer=2, n_head=4, n_positions=1024)
 MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1)
 LATENT = dict(
     num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
 )
@@ -61,12 +61,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5": BASE | LINEAR | RECURRENT,
     "qwen3_5_images": dict(
         text_config=BASE | LINEAR | RECURRENT,
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=128),
         image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
     ),
     "gemma2": BASE | WINDOW,
-    "gemma3": BASE | dict(num_hidden_layers=6, sliding_window=16, query_pre_attn_scalar=16),
-    "gemma4": BASE | WINDOW | dict(hidden_size_per_layer_input=16, global_head_dim=16, num_kv_shared_layers=0),
+    "gemma3": BASE | dict(num_hidden_layers=6, sliding_window=16, query_pre_attn_scalar=32),
+    "gemma4": BASE | WINDOW | dict(hidden_size_per_layer_input=16, global_head_dim=32, num_kv_shared_layers=0),
     "phi3": BASE,
     "glm4": BASE,
     "glm4_moe": BASE | MOE | dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
@@ -83,7 +83,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": BASE
     | MAMBA
     | dict(num_local_experts=0, shared_intermediate_size=128, layer_types=["mamba", "attention"]),
-    "falcon_h1": BASE | MAMBA | dict(mamba_d_ssm=128),
+    "falcon_h1": BASE | MAMBA | dict(mamba_d_ssm=256),
     "nemotron_h": BASE
     | dict(layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16)
     | dict(n_groups=1),
@@ -104,7 +104,7 @@ MODELS: dict[str, dict[str, Any]] = {
         num_experts_per_token=2,
         moe_intermediate_size=32,
     ),
-    "opt": BASE | dict(ffn_dim=128, word_embed_proj_dim=64),
+    "opt": BASE | dict(ffn_dim=128, word_embed_proj_dim=128),
     "gpt2": OLD,
     "bloom": OLD,
     "mamba2": dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1),
@@ -175,9 +175,12 @@ def cell(succeeded: bool, said: str) -> str:
 
 
 VLLM = """
-import sys
+import os, sys
+# One process, so that the last line says what is wrong.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 from vllm import LLM, SamplingParams
-model = LLM(sys.argv[1], max_model_len=256, enforce_eager=True)
+few = dict(max_model_len=256, max_num_seqs=2, gpu_memory_utilization=0.3)
+model = LLM(sys.argv[1], enforce_eager=True, distributed_executor_backend="uni", **few)
 print(model.generate(["你好"], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0].token_ids)
 """
 

@@ -2,6 +2,7 @@
 
 import faulthandler
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -483,3 +484,38 @@ def other_tokenizer() -> Any:
     other = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.from_str(json.dumps(state)))
     other.chat_template = tokenizer.chat_template
     return other
+
+
+def sp_model(texts: list[str], size: int, **settings: Any) -> Any:
+    """A SentencePiece model that is trained on texts."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=written, vocab_size=size, hard_vocab_limit=False, minloglevel=2,
+        **settings,
+    )  # fmt: skip
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(written.getvalue())
+    return model
+
+
+@pytest.fixture(scope="session")
+def sp_llama() -> Any:
+    """As Llama's: BPE with bytes for what it does not know."""
+    english = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.isascii()]
+    settings = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99}
+    return sp_model(english + example_texts()[:40], 700, normalization_rule_name="identity",
+                    remove_extra_whitespaces=False, **settings)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def fast_llama(sp_llama: Any) -> Any:
+    """The same in transformers' form."""
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    vocab = {piece.piece: id for id, piece in enumerate(sp_llama.pieces)}
+    scores = {piece.piece: piece.score for piece in sp_llama.pieces}
+    return LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores), add_bos_token=True)

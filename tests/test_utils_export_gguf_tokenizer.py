@@ -10,10 +10,11 @@ from typing import Any
 
 import jinja2
 import pytest
-from conftest import CHATML, example_texts, llama_cpp, make_model, make_tokenizer
+from conftest import CHATML, example_texts, llama_cpp, make_model, make_tokenizer, sp_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from utils.data import vocabulary
 from utils.data.chat import PLAIN_TEMPLATE, Chat, make_chat
 from utils.export.gguf_file import write_gguf
 from utils.export.gguf_tokenizer import WORDS, WORDS_WITH_MARKS, go_template, modelfile
@@ -93,6 +94,21 @@ def with_added(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def with_chinese(tokenizer: Any) -> Any:
+    """A tokenizer with more tokens for Chinese, as merge_tokenizer.py adds them."""
+    backend, first_id = json.loads(tokenizer.backend_tokenizer.to_str()), len(tokenizer)
+    if vocabulary.kind_of(backend) == "byte-level":
+        found = vocabulary.learn_merges(backend, example_texts(), 500)
+    else:
+        known = backend["model"]["vocab"]
+        found = vocabulary.with_merges(vocabulary.pieces_of(sp_model(example_texts(), 1600), known, True), known)
+    extension = vocabulary.reachable(backend, found, first_id)
+    assert len(extension.tokens) > 200
+    merged = vocabulary.merged_backend(backend, extension, first_id)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(merged))
+    return tokenizer
+
+
 SPACES = normalizers.Replace(" ", "▁")
 
 
@@ -108,6 +124,8 @@ TOKENIZERS = {
     "added bytes": lambda: with_added(byte_tokenizer()),
     "llama 2": lambda: piece_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), SPACES])),
     "mistral": lambda: piece_tokenizer(None, pre_tokenizers.Metaspace("▁", "first", split=False)),
+    "more Chinese": lambda: with_chinese(byte_tokenizer(words(""), normalizer=normalizers.NFC())),
+    "more pieces": lambda: with_chinese(piece_tokenizer(normalizers.Sequence([normalizers.Prepend("▁"), SPACES]))),
     "always": lambda: piece_tokenizer(None, pre_tokenizers.Metaspace("▁", "always", split=False)),
 }
 

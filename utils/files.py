@@ -29,6 +29,11 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).decode(errors="backslashreplace")
 
 
+def public_name(path: Path) -> str:
+    """A folder's name for a published file: no path of this machine."""
+    return shown(path) if path.is_relative_to(ROOT) else path.name
+
+
 def missing_model(model_dir: Path, model_name: str) -> str:
     """The error message for a missing model folder."""
     near = sorted(str(path.parent.relative_to(model_dir)) for path in model_dir.glob("*/*/config.json"))
