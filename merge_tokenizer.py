@@ -19,7 +19,7 @@ Writes  <save_path>/: the same folder with the larger vocabulary, README.md and 
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +43,8 @@ SENTENCE = (
     "今天天气真好，可以去植物园秋游了。The weather is wonderful today, providing an ideal opportunity for a leisurely "
     "autumn stroll in the botanical garden."
 )
-LINE_CHARACTERS = 1 << 16  # Of a text that is read at once.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--llama_tokenizer_dir", required=True, help="folder of the model, such as model/<model_name>")
     add("--chinese_sp_model_file", help="SentencePiece model whose Chinese pieces are added")
     add("--train_on", nargs="+", default=[], metavar="PATH",
-        help="text to learn new tokens from instead: files (.txt, or .json, .jsonl, .csv, .parquet with a field text) "
-        "or folders of them")  # fmt: skip
+        help="text to learn new tokens from instead: files (.txt, or .json, .jsonl, .csv, .parquet with a field text; "
+        "also with .gz) or folders of them")  # fmt: skip
     add("--vocab_size", type=int, default=20000, help="most tokens that are learnt")
     add("--only_cjk", type=boolean, default=True,
         help="False: add all pieces of the SentencePiece model; other text changes its tokens then")  # fmt: skip
@@ -96,43 +96,6 @@ def check_arguments(args: argparse.Namespace, base: Path, target: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
-
-
-def read_texts(paths: Sequence[Path]) -> Iterator[str]:
-    """The texts in files and folders, line by line.
-
-    Raises:
-        SystemExit: for files of other kinds, and such without text.
-    """
-    import duckdb
-
-    places = [place for path in paths for place in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [place for place in places if place.is_file()]
-    readers = {".csv": "read_csv_auto", ".parquet": "read_parquet"}
-    readers |= dict.fromkeys((".json", ".jsonl"), "read_json_auto")
-    for file in files:
-        kind = file.suffix if file.suffix != ".gz" else Path(file.stem).suffix
-        if kind == ".txt":
-            import gzip
-
-            with explained(f"--train_on: {shown(file)} cannot be read"):
-                opened = gzip.open if file.suffix == ".gz" else open
-                with opened(file, "rt", encoding="utf-8", errors="strict") as lines:
-                    while line := lines.readline(LINE_CHARACTERS):
-                        yield line
-        elif kind in readers:
-            try:
-                with duckdb.connect() as con:
-                    found = con.execute(f"SELECT text FROM {readers[kind]}(?)", [str(file)])
-                    while rows := found.fetchmany(1024):
-                        yield from (row[0] for row in rows if isinstance(row[0], str))
-            except duckdb.Error as error:
-                raise SystemExit(
-                    f"--train_on: {shown(file)} cannot be read: expected rows with a field `text`. "
-                    f"{str(error).splitlines()[0]}"
-                ) from None
-        elif len(files) == 1:
-            raise SystemExit(f"--train_on: {shown(file)} is no .txt, .json, .jsonl, .csv or .parquet file.")
 
 
 class Merged(NamedTuple):
@@ -184,12 +147,15 @@ def merge(args: argparse.Namespace, base: Path) -> Merged:
     from tokenizers import Tokenizer
 
     from utils.data import vocabulary
+    from utils.data.documents import read_texts
 
     with explained(f"--llama_tokenizer_dir: {shown(base)} cannot be used"):
         before = load(base, args.trust_remote_code)
         backend = json.loads(before.backend_tokenizer.to_str())
         kind = vocabulary.kind_of(backend)
-    texts, known = read_texts([from_root(path) for path in args.train_on]), backend["model"]["vocab"]
+        vocabulary.check_added(backend)
+    texts = (text.text for path in args.train_on for text in read_texts(from_root(path)))
+    known = backend["model"]["vocab"]
     first_id = max([*before.get_vocab().values()]) + 1
     if kind == "byte-level" and args.chinese_sp_model_file:
         raise SystemExit(
@@ -207,7 +173,8 @@ def merge(args: argparse.Namespace, base: Path) -> Merged:
         with explained(f"--chinese_sp_model_file: {shown(file)} cannot be used"):
             model = vocabulary.read_sp_model(file)
     if kind == "sentencepiece":
-        found = vocabulary.with_merges(vocabulary.pieces_of(model, known, args.only_cjk), known)
+        new = vocabulary.pieces_of(model, before.get_vocab(), args.only_cjk)
+        found = vocabulary.with_merges(new, known)
     extension = vocabulary.reachable(backend, found, first_id)
     if not extension.tokens:
         raise SystemExit("Nothing was added: this tokenizer has all of these tokens already.")
@@ -256,6 +223,11 @@ def tables(base: Path, trust_remote_code: bool) -> tuple[dict[str, Any], set[str
     Raises:
         OSError, ValueError: if it cannot be read, or has tables by token beside embedding and head.
     """
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            "it has no config.json. Meta's own files become such a folder with: python merge_qlora.py --base_model "
+            f"{shown(base)} --save_path NEW"
+        )
     from utils.weights.layouts import open_weights
     from utils.weights.skeleton import make_skeleton, model_names, read_config
 
@@ -267,7 +239,7 @@ def tables(base: Path, trust_remote_code: bool) -> tuple[dict[str, Any], set[str
            for part in layer.parameters(recurse=False)}  # fmt: skip
     names = {name for name, part in model.named_parameters(remove_duplicate=False) if id(part) in own}
     rows = model.get_input_embeddings().weight.shape[0]
-    if other := [name for name, part in model.named_parameters() if part.shape[0] == rows and name not in names]:
+    if other := [name for name, part in model.named_parameters() if part.shape[:1] == (rows,) and name not in names]:
         raise ValueError(f"{other[0]} has a row for each token too, which is not supported.")
     return stored, {files[name] for name in names if name in files}
 
@@ -300,9 +272,9 @@ def write_weights(base: Path, merged: Merged, args: argparse.Namespace, folder: 
     }
     lazy.write_weights(folder, tensors, args.max_shard_size)
     config = read_json(base / "config.json")
-    for part in (config, config.get("text_config", {})):
-        if "vocab_size" in part:
-            (part["vocab_size"],) = rows
+    nested = config.get("text_config")  # Of models for images, too. What it does not say is the class's default.
+    for part in ([nested] if isinstance(nested, dict) else []) + [config] * ("vocab_size" in config or not nested):
+        (part["vocab_size"],) = rows
     (folder / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return rows.pop()
 
@@ -365,6 +337,25 @@ def compare(before: Any, after: Any, only_cjk: bool) -> list[tuple[str, int, int
     return rows
 
 
+def compare_library(before: Any, after: Any, old: Path, new: Path) -> None:
+    """Holds tokenizer.json against tokenizer.model, on texts on which they agreed before.
+
+    Raises:
+        ValueError: if SentencePiece itself writes other tokens.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    libraries = [SentencePieceProcessor(model_file=str(file)) for file in (old, new)]
+    texts = [text.strip() for text in samples()["Chinese"]]
+    written = [
+        [tokenizer(texts, add_special_tokens=False)["input_ids"], library.encode(texts)]
+        for tokenizer, library in zip((before, after), libraries, strict=True)
+    ]
+    agreed = [number for number, (one, two) in enumerate(zip(*written[0], strict=True)) if one == two]
+    if any(written[1][0][number] != written[1][1][number] for number in agreed):
+        raise ValueError("tokenizer.json and tokenizer.model write different tokens. Please report this.")
+
+
 def card(name: str, base: Path, merged: Merged, counted: list[tuple[str, int, int, int]], made: str) -> str:
     """What was added, and what it is worth, for README.md."""
     import yaml
@@ -421,13 +412,16 @@ def main(args: argparse.Namespace) -> None:
         made = f"They are {source}; each of their rows is {ROWS[args.init]}."
         with atomic_write(target) as folder, explained(f"{shown(target)} cannot be made"):
             folder.mkdir()
-            has_weights = any(file.name.endswith(WEIGHT_ENDINGS) for file in base.iterdir())
+            has_weights = any(file for name in WEIGHTS for file in base.glob(name))
             rows = write_weights(base, merged, args, folder) if has_weights else None
             merged.after.save_pretrained(folder)
             if merged.sp_model:
                 (folder / "tokenizer.model").write_bytes(merged.sp_model)
             copy_others(base, folder)
-            counted = compare(merged.before, load(folder, args.trust_remote_code), args.only_cjk)
+            after = load(folder, args.trust_remote_code)
+            counted = compare(merged.before, after, args.only_cjk)
+            if merged.sp_model:
+                compare_library(merged.before, after, base / "tokenizer.model", folder / "tokenizer.model")
             text = card(target.name, base, merged, counted, made)
             (folder / "README.md").write_text(text, encoding="utf-8")
             vocabulary = {"first_new_id": merged.first_id, "new_tokens": len(merged.old_ids), "made": made}

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import duckdb
 import pytest
 import torch
 from conftest import example_texts, load_script, make_model, run, slow, sp_model
@@ -146,23 +145,6 @@ def test_what_follows(script: ModuleType, ft: ModuleType, base: Path, train_args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def test_texts_of_all_kinds(script: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("甲\n乙", encoding="utf-8")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("丙".encode()))
-    (tmp_path / "c.jsonl").write_text('{"text": "丁"}\n{"text": null}\n', encoding="utf-8")
-    (tmp_path / "d.json").write_text('[{"text": "戊", "id": 1}]', encoding="utf-8")
-    (tmp_path / "e.csv").write_text("id,text\n1,己\n", encoding="utf-8")
-    duckdb.sql(f"COPY (SELECT '庚' AS text) TO '{tmp_path}/f.parquet'")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/g.txt").write_text("辛", encoding="utf-8")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert "".join(script.read_texts([tmp_path])).replace("\n", "") == "甲乙丙丁戊己庚辛"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What cannot be
 
 
@@ -177,10 +159,10 @@ def test_texts_of_all_kinds(script: ModuleType, tmp_path: Path) -> None:
         (["--chinese_sp_model_file", "text/a.txt"], "is a byte-level one.*--train_on PATH"),
         (["--train_on", "empty.txt"], "there is no Chinese in it"),
         (["--train_on", "english.txt"], "there is no Chinese in it"),
-        (["--train_on", "binary.txt"], "binary.txt cannot be read"),
-        (["--train_on", "picture.png"], "picture.png is no .txt"),
-        (["--train_on", "other.jsonl"], "expected rows with a field `text`"),
-        (["--train_on", "torn.txt.gz"], "torn.txt.gz cannot be read"),
+        (["--train_on", "binary.txt"], "binary.txt: its text is not UTF-8"),
+        (["--train_on", "picture.png"], "picture.png: expected a file with .txt"),
+        (["--train_on", "other.jsonl"], "expected a field `text`"),
+        (["--train_on", "torn.txt.gz"], "torn.txt.gz: not readable"),
     ],
 )
 def test_what_cannot_be_merged(script: ModuleType, base: Path, root: Path, arguments: list[str], said: str) -> None:
@@ -205,6 +187,39 @@ def test_folders_that_are_no_models(script: ModuleType, base: Path, root: Path) 
     with pytest.raises(SystemExit, match="cannot be made"):
         merge(script, base, *LEARN)
     assert not (base.parent / "base-zh").exists()
+
+
+def test_a_model_with_images(script: ModuleType, base: Path, tokenizer: Any) -> None:
+    """Its text's settings may leave the vocabulary's size to the class."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+    after = merge(script, base, *LEARN)
+    saved = json.loads((after / "config.json").read_text())
+    assert saved["text_config"]["vocab_size"] == len(AutoTokenizer.from_pretrained(after))
+    model = AutoModelForImageTextToText.from_pretrained(after)
+    assert len(model.get_input_embeddings().weight) == saved["text_config"]["vocab_size"]
+
+
+def test_metas_own_files(script: ModuleType, base: Path) -> None:
+    (base / "config.json").unlink()
+    with pytest.raises(SystemExit, match="no config.json.*merge_qlora.py --base_model model/tiny/base"):
+        merge(script, base, *LEARN)
+
+
+def test_twice(script: ModuleType, base: Path) -> None:
+    """What was merged takes further tokens."""
+    once = merge(script, base, "--train_on", "text", "--vocab_size", "200")
+    twice = merge(script, once, *LEARN)
+    counts = [len(AutoTokenizer.from_pretrained(folder)) for folder in (base, once, twice)]
+    assert counts[0] < counts[1] < counts[2]
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(logits_of(base, ids)[:, : counts[0]], logits_of(twice, ids)[:, : counts[0]])
 
 
 def test_a_folder_that_is_there(script: ModuleType, base: Path, root: Path) -> None:

@@ -245,7 +245,7 @@ def code_lines(path: Path) -> int:
 
 def test_modules_stay_small() -> None:
     lengths = {name(path): code_lines(path) for path in UTILS}
-    assert sum(lengths.values()) <= 10_500 and max(lengths.values()) <= 300, lengths
+    assert sum(lengths.values()) <= 11_000 and max(lengths.values()) <= 300, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ python -m pytest tests/test_utils_data_vocabulary.py
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.data import vocabulary
+from utils.data.records import DataError
 from utils.data.vocabulary import Extension, is_chinese, is_chinese_only
 
 README = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
@@ -154,6 +155,13 @@ def test_pieces_that_are_trained() -> None:
     with pytest.raises(ValueError, match="no Chinese"):
         vocabulary.train_sp_model(["only English"], 400)
 
+    def torn() -> Iterator[str]:
+        yield "一些中文"
+        raise DataError("a file is torn")
+
+    with pytest.raises(DataError, match="a file is torn"):
+        vocabulary.train_sp_model(torn(), 1500)
+
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 50, json.dumps({"model": 1}).encode()])
 def test_files_that_are_no_sentencepiece_models(tmp_path: Path, content: bytes) -> None:
@@ -210,6 +218,22 @@ def test_nothing_to_learn(texts: list[str], said: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds
+
+
+def test_added_tokens_that_bpe_would_find_are_refused(fast_llama: Any) -> None:
+    """A single character is one in SentencePiece's kind, wherever it stands."""
+    fast = copy.deepcopy(fast_llama)
+    fast.add_tokens(["<x>", "天气"])
+    vocabulary.check_added(backend_of(fast))
+    fast.add_tokens(["🦥"])
+    with pytest.raises(ValueError, match="🦥"):
+        vocabulary.check_added(backend_of(fast))
+    whole = backend_of(make_tokenizer(400))
+    whole["model"]["ignore_merges"] = True
+    vocabulary.check_added(whole)
+    whole["added_tokens"].append({"id": 999, "content": "word", "special": False})
+    with pytest.raises(ValueError, match="'word'"):
+        vocabulary.check_added(whole)
 
 
 def test_kinds_of_tokenizers(fast_llama: Any) -> None:

@@ -1,8 +1,10 @@
 """Records of any known format, read from files and turned into messages."""
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -123,10 +125,11 @@ def id_of(record: Any, field: str = "id") -> str | None:
 
 def _read(path: Path) -> Iterator[Any]:
     readers = {".json": _read_array, ".jsonl": _read_lines, ".csv": _read_csv}
+    kind, opened = (Path(path.stem).suffix, gzip.open) if path.suffix == ".gz" else (path.suffix, open)
     try:
-        if path.suffix in readers:
-            with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-                yield from readers[path.suffix](file, path)
+        if kind in readers:
+            with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
+                yield from readers[kind](file, path)
         elif path.suffix == ".parquet":
             from datasets import load_dataset
 
@@ -135,10 +138,10 @@ def _read(path: Path) -> Iterator[Any]:
             raise DataError(f"{shown(path)}: expected a .json, .jsonl, .csv or .parquet file.")
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(path)}: its text is not UTF-8 ({error}). Save it as UTF-8.") from error
-    except (ValueError, csv.Error, OSError) as error:  # json's, and what datasets and pyarrow raise.
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:  # Also what datasets and pyarrow raise.
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{shown(path)}: not readable as {path.suffix[1:]}: {error}") from error
+        raise DataError(f"{shown(path)}: not readable as {kind[1:]}: {error}") from error
 
 
 def _read_lines(file: TextIO, path: Path) -> Iterator[Any]:
@@ -206,11 +209,10 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Any]:
         nonlocal place
         while True:
             try:
-                item, end = decoder.raw_decode(text, place)
-                length = end - place
+                before, (item, end) = place, decoder.raw_decode(text, place)
                 # A number may go on in the next part.
                 if text[end : end + 3].strip(".eE+-") or not read_more():
-                    place += length
+                    place += end - before
                     return item
             except json.JSONDecodeError as error:
                 line = lines + error.lineno

@@ -130,7 +130,7 @@ def load_samples(
         DataError: if a record's format is unknown (it is named), or no record is left.
     """
     code = [sha256(Path(inspect.getfile(part))) for part in (records, thoughts, chat_module, conversation, parse)]
-    made_from = [sha256(path), _tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, columns, *code]
+    made_from = [sha256(path), tokenizer_hash(chat.tokenizer), max_tokens, parse.__name__, columns, *code]
     folder = cache / f"samples-{hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]}"
     with create_once(folder) as temporary:
         if temporary:
@@ -220,7 +220,7 @@ def load_splits(
     )
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Hashes all that a tokenizer consists of, its chat template too."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

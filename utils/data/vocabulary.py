@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,21 @@ def kind_of(backend: dict[str, Any]) -> str:
     raise ValueError(f"its tokenizer is a {model['type']} model; known are SentencePiece's BPE and byte-level BPE.")
 
 
+def check_added(backend: dict[str, Any]) -> None:
+    """Makes sure that added tokens can be named in the vocabulary, as they are in `merged_backend`.
+
+    Those that are not looked for everywhere (parts of words, say) would be found there by BPE.
+
+    Raises:
+        ValueError: naming one that would be.
+    """
+    model = backend["model"]
+    for token in backend["added_tokens"]:
+        found_by_bpe = len(token["content"]) == 1 or (model.get("ignore_merges") and not token["special"])
+        if found_by_bpe and token["content"] not in model["vocab"]:
+            raise ValueError(f"the added token {token['content']!r} would be found in other places than before.")
+
+
 def read_sp_model(file: Path) -> Any:
     """Reads a SentencePiece model.
 
@@ -114,19 +129,27 @@ def train_sp_model(texts: Iterable[str], vocab_size: int) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     written, found = io.BytesIO(), runs(texts)
-    first = next(found, None)
-    if first is None:
-        raise ValueError("there is no Chinese in it.")
+    failures: list[Exception] = []
+
+    def sentences() -> Iterator[str]:  # Through the library an error would come as another one.
+        try:
+            yield from islice(found, MOST_RUNS)
+        except ValueError as error:
+            failures.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=islice(chain([first], found), MOST_RUNS), model_writer=written, model_type="bpe",
+            sentence_iterator=sentences(), model_writer=written, model_type="bpe",
             vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.9999,
             normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        if "required_chars" not in str(error):
-            raise
-        raise ValueError(f"its characters alone are more than --vocab_size {vocab_size:,}.") from error
+        if "required_chars" in str(error):
+            raise ValueError(f"its characters alone are more than --vocab_size {vocab_size:,}.") from error
+        if not failures:
+            raise ValueError("there is no Chinese in it.") from error
+    if failures:
+        raise failures[0]
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(written.getvalue())
     return model
@@ -280,9 +303,14 @@ def merged_sp_model(model: Any, extension: Extension, tokenizer: Any, first_id: 
     """The SentencePiece model that a folder has beside tokenizer.json, with the new pieces.
 
     Of two pairs of pieces the one with the higher score is put together first: the new ones come after all others.
+
+    Raises:
+        ValueError: if it is not the tokenizer's.
     """
     import numpy as np
 
+    if len(model.pieces) > first_id:
+        raise ValueError(f"tokenizer.model has {len(model.pieces):,} pieces, the tokenizer {first_id:,} tokens.")
     types, special = model.SentencePiece.Type, {*tokenizer.all_special_ids}
     score = np.float32(min(piece.score for piece in model.pieces))
     for id in range(len(model.pieces), first_id):  # Tokens that were added to it.
@@ -294,3 +322,33 @@ def merged_sp_model(model: Any, extension: Extension, tokenizer: Any, first_id: 
         model.pieces.add(piece=token, score=float(score), type=types.NORMAL)
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
+
+
+def token_bytes(tokenizer: Any) -> Any:
+    """How many bytes of text each token stands for.
+
+    Returns:
+        (V,) int64; 0 for special tokens. Of what is no SentencePiece or byte-level tokenizer, the bytes of its text.
+    """
+    import numpy as np
+
+    special = {*tokenizer.all_special_ids}
+    try:
+        kind = kind_of(json.loads(tokenizer.backend_tokenizer.to_str()))
+    except (AttributeError, ValueError):
+        kind = "other"
+    added = {*tokenizer.added_tokens_decoder}
+
+    def size(token: str, id: int) -> int:
+        if id in special:
+            return 0
+        if kind == "byte-level" and id not in added:
+            return len(token)  # A letter for each byte.
+        if kind == "sentencepiece":
+            return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace(SPACE, " ").encode())
+        return len(tokenizer.decode([id]).encode())
+
+    found = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
+    for token, id in tokenizer.get_vocab().items():
+        found[id] = size(token, id)
+    return found

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     Attributes:
         rows: (R,) int64, the places of their tokens among the new ones.
-        places: (H / G, R, N) int64, of the keys that each has for itself, in a table of all slots' groups of heads;
+        places: (H / G, R, N) int32, of the keys that each has for itself, in a table of all slots' groups of heads;
             rows with fewer end in repetitions of the last one.
         bias: (R, 1, N) fp32, -inf at the repetitions.
     """
@@ -69,9 +69,10 @@ class Step(NamedTuple):
     """Which keys a step reads.
 
     Attributes:
-        common: (H / G, P) int64, places of the keys that all requests with one new token begin with, as in `Batch`.
+        common: (H / G, P) int32, places of the keys that all requests with one new token begin with, as in `Batch`.
         batches: These requests.
-        others: Of each request with several new tokens, which of the new ones these are, and its keys' slots.
+        others: Of each request with several new tokens, or like no other in length, which of the new ones are its own,
+            and its keys' slots.
     """
 
     common: torch.Tensor
@@ -79,7 +80,7 @@ class Step(NamedTuple):
     others: list[tuple[slice, torch.Tensor]]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # For kinds of layers. The library makes the arguments anew in each step.
 def plan_step(
     slots: torch.Tensor,
     new_begin: torch.Tensor,
@@ -107,7 +108,9 @@ def plan_step(
         keys = [own[-window:] if number in single else own for number, own in enumerate(keys)]
     common = _in_common([keys[number] for number in single]) if in_cache and window is None else 0
     groups, batches = torch.arange(n_groups, device=slots.device), []
-    for numbers in _of_like_length(single, [len(own) - common for own in keys]):
+    alike = _of_like_length(single, [len(own) - common for own in keys])
+    alone = {number for number in range(len(keys)) if number not in single or [number] in alike}
+    for numbers in (numbers for numbers in alike if len(numbers) > 1):
         own = [keys[number][common:] for number in numbers]
         place = torch.arange(len(own[0]), device=slots.device)
         lengths = torch.tensor([len(one) for one in own], device=slots.device)
@@ -115,10 +118,10 @@ def plan_step(
         bias.masked_fill_(place >= lengths[:, None], -torch.inf)
         table = torch.stack([one[place.clamp(max=len(one) - 1)] for one in own])
         rows = torch.tensor([new[number] for number in numbers], device=slots.device)
-        batches.append(Batch(rows, table * n_groups + groups[:, None, None], bias[:, None]))
-    others = [(slice(new[n], new[n + 1]), own) for n, own in enumerate(keys) if n not in single]
+        batches.append(Batch(rows, (table * n_groups + groups[:, None, None]).int(), bias[:, None]))
+    others = [(slice(new[n], new[n + 1]), own) for n, own in enumerate(keys) if n in alone]
     shared = keys[single[0]][:common] if single else slots[:0]
-    return Step(shared * n_groups + groups[:, None], batches, others)
+    return Step((shared * n_groups + groups[:, None]).int(), batches, others)
 
 
 def _in_common(keys: Sequence[torch.Tensor]) -> int:
@@ -162,12 +165,12 @@ def attend_together(
     """
     (keys, values), (common_keys, common_values) = own, common
     n_groups, n_common, _ = common_keys.shape
-    query = (query * scale).unflatten(1, (n_groups, -1)).transpose(0, 1)  # (H / G, R, G, D)
+    # Products in 16 bits would be rounded before the softmax, which fused kernels do not do.
+    heads = (query.float() * scale).unflatten(1, (n_groups, -1)).transpose(0, 1)  # (H / G, R, G, D)
     # All requests' heads of a group as if they were tokens: common keys are read once.
-    to_common = (query.flatten(1, 2) @ common_keys.mT).unflatten(1, query.shape[1:3])
-    scores = torch.cat([to_common, query @ keys.mT + bias], -1)
-    probs = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    of_common = (probs[..., :n_common].flatten(1, 2) @ common_values).view_as(query)
+    to_common = (heads.flatten(1, 2) @ common_keys.float().mT).unflatten(1, heads.shape[1:3])
+    probs = torch.cat([to_common, heads @ keys.float().mT + bias], -1).softmax(-1).to(query.dtype)
+    of_common = (probs[..., :n_common].flatten(1, 2) @ common_values).view_as(heads)
     return (of_common + probs[..., n_common:] @ values).transpose(0, 1).flatten(1, 2)
 
 

@@ -11,6 +11,7 @@ import torch
 
 # Few tokens hold nearly all probability: what `top_p` keeps is first looked for among so many, not in a sorted V.
 LIKELIEST = (512, 8192)
+ROWS = 16  # That are looked at together: each takes several times the memory of its logits.
 
 
 class SamplingParams(NamedTuple):
@@ -114,6 +115,8 @@ def kept(logits: torch.Tensor, temperatures: torch.Tensor, top_k: int, top_p: fl
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """Leaves the likeliest tokens that together have the probability `top_p`; they come in order."""
+    if top_p >= 1:
+        return probs
     stays = probs.cumsum(-1) - probs < top_p
     stays[:, 0] = True  # Of numbers too small for fp32 nothing would be left.
     return probs * stays
@@ -145,7 +148,9 @@ def sample_tokens(
     for row, choice in enumerate(choices):
         if choice.temperature > 0:
             drawn[choice.top_k, choice.top_p].append(row)
-    for (top_k, top_p), rows in drawn.items():
+    several = [(kind, all_rows[start : start + ROWS]) for kind, all_rows in drawn.items()
+               for start in range(0, len(all_rows), ROWS)]  # fmt: skip
+    for (top_k, top_p), rows in several:
         temperatures = logits.new_tensor([choices[row].temperature for row in rows])
         for numbers, probs, ids in kept(logits[rows], temperatures, top_k, top_p):
             for number, own, place in zip(numbers.tolist(), probs, range(len(probs)), strict=True):

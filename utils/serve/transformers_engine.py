@@ -29,7 +29,7 @@ from utils.data.thoughts import ThoughtFolder
 from utils.serve.capacity import PAGE_TOKENS, Capacity
 from utils.serve.generate import IncrementalDetokenizer, end_ids, use_adapter
 from utils.serve.limits import Refused
-from utils.serve.paged_attention import NAME
+from utils.serve.paged_attention import NAME, plan_step
 from utils.serve.routes import Answers, Delta, Sampling, Served, collect
 from utils.serve.sampling import SamplingParams, sample_tokens
 
@@ -357,6 +357,7 @@ class TransformersEngine:
         for manager in self._managers.values():
             if manager.is_running():
                 manager.stop(hard_stop=True)
+        plan_step.cache_clear()  # It holds tensors of the last steps.
         self._renderer.shutdown()
 
 

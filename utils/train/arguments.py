@@ -55,7 +55,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, lora_lr:
         help="so many samples of a group (video) stand together in the data order; more share more, fewer mix better "
         "(default: 8, or 1 without --share_prefix)")
     add("--lr", type=float, help=f"peak learning rate (default: {lora_lr} for LoRA, {full_lr} for full training)")
-    add("--lr_scheduler", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
+    add("--lr_scheduler", choices=["cosine", "linear", "constant", "wsd"], default="cosine",
+        help="after the warm-up; wsd: constant, and down in the last fifth of the steps")
     add("--warmup_ratio", type=float, default=0.03, help="part of the steps in which the learning rate rises")
     add("--weight_decay", type=float, default=0.0, help="of AdamW")
     add("--max_grad_norm", type=float, help="clip gradients to this norm (default: as the configuration says, else 1)")

@@ -12,6 +12,8 @@ from utils.cli import fail
 from utils.files import from_root, shown
 from utils.train.arguments import quant_bits
 
+WSD_DECAY = 0.2  # Of the steps.
+
 
 def read_template(args: argparse.Namespace) -> str:
     """The text of --chat_template, "" without one."""
@@ -232,6 +234,19 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
+def parameter_groups(model: Any, embedding_lr: float | None) -> list[Any]:
+    """The weights to train; embeddings and output head apart, if they have a learning rate of their own."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if embedding_lr is None:
+        return trained
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    apart = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    groups: dict[bool, list[Any]] = {False: [], True: []}
+    for parameter in trained:
+        groups[id(parameter) in apart].append(parameter)
+    return [{"params": groups[False]}, {"params": groups[True], "lr": embedding_lr}]
+
+
 def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any], total_steps: int) -> Any:
     """Wraps a model in a DeepSpeed engine with AdamW and a learning rate that warms up.
 
@@ -248,13 +263,14 @@ def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any],
     from utils.weights.loading import scale_early
 
     scale_early(model)
-    name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
-    warmup_steps = round(args.warmup_ratio * total_steps)
+    names = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+    name, warmup_steps = names.get(args.lr_scheduler, args.lr_scheduler), round(args.warmup_ratio * total_steps)
+    more = {"num_decay_steps": round(WSD_DECAY * total_steps)} if args.lr_scheduler == "wsd" else {}
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        model_parameters=parameter_groups(model, getattr(args, "embedding_lr", None)),
         config=ds_config,
-        lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps),
+        lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps, more),
     )
     if not engine.zero_optimization() and not engine.bfloat16_enabled() and not engine.fp16_enabled():
         # Here alone DeepSpeed clips without keeping the norm, which the metrics show.

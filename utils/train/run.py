@@ -34,7 +34,8 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.cli import fail, progress_bar
-from utils.data.samples import Parse, conversation, load_splits
+from utils.data.chat import Sample
+from utils.data.samples import Parse, Samples, conversation, load_splits
 from utils.data.tokenizer import pin_date, pinned_date
 from utils.files import explained, from_root, read_json, shown
 from utils.train.arguments import quant_bits, run_dir
@@ -129,6 +130,18 @@ class Run:
         self.train_set, test_set, self.data_facts = loaded
         self._unit, asked = unit, self.args.eval_samples
         self.eval_set = test_set if asked < 0 else test_set.select(range(len(test_set))[: asked * unit])
+        self._shown = list(self.eval_set.select(range(0, len(self.eval_set), unit)[:SHOWN_REPLIES]))
+
+    def use_data(self, train_set: Samples, eval_set: Samples, facts: dict[str, Any], shown: Sequence[Sample]) -> None:
+        """Takes samples that are no conversations.
+
+        Args:
+            train_set: To train on.
+            eval_set: Held-out ones to measure on.
+            facts: What run.json says of the data, see `data_facts`.
+            shown: Of the latter, whose beginning the model goes on from as it learns.
+        """
+        self.train_set, self.eval_set, self.data_facts, self._shown, self._unit = train_set, eval_set, facts, shown, 1
 
     def open(self, ds_config: Path, panels: Mapping[str, str], more_bytes: Mapping[str, int] | None = None) -> None:
         """Opens the run's folder, and prints what the run will need and what is free.
@@ -320,8 +333,7 @@ class Run:
     def _show_replies(self, step: int) -> None:
         from utils.serve.generate import show_replies
 
-        samples = self.eval_set.select(range(0, len(self.eval_set), self._unit)[:SHOWN_REPLIES])
-        rows = show_replies(self.engine.module, self.chat, list(samples), self.args.max_new_tokens)
+        rows = show_replies(self.engine.module, self.chat, self._shown, self.args.max_new_tokens)
         if self._tracker:
             self._tracker.log_samples(step, rows)
             for row in rows:

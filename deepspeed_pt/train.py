@@ -1,0 +1,239 @@
+"""Continued pre-training of a causal language model on plain text, with LoRA, 4-bit QLoRA or all weights, on DeepSpeed.
+
+What a model reads here it goes on to write: the words of a field, a style, a language, new tokens (merge_tokenizer.py).
+Replay against forgetting, a learning rate that rises anew: arXiv 2403.08763; warmup, stable, decay: 2404.06395.
+
+    bash deepspeed_pt/run.sh --data text/                                     # or run_qlora.sh, run_full.sh
+    bash deepspeed_pt/run.sh --data novels.jsonl:0.7 --data general.parquet:0.3
+    python deepspeed_pt/train.py --model_name Qwen/Qwen2.5-0.5B --data text/  # the same without the launcher
+
+Reads   model/<model_name>/ and text: files with .txt (a document each), .json, .jsonl, .csv, .parquet with a field
+        `text`, also with .gz, or folders of them.
+Writes  deepspeed_pt/output/DS-<model_name>[-BNB|-FULL]/: the best checkpoint <ckpt_id>/, the newest <ckpt_id>-last/,
+        metrics.jsonl, loss.png, samples.jsonl.
+
+Documents are packed to --pack_tokens and never see one another. Long ones are cut into samples of --max_tokens, at the
+end of a sentence where one is near. All tokens of a document are learnt, and the one that ends it; they count the same.
+
+Left out on purpose: sequences that are cut without regard to documents, and fill-in-the-middle.
+Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
+"""
+
+import argparse
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, fail
+from utils.files import from_root
+from utils.train.arguments import add_run_arguments, check_and_start
+from utils.train.run import SHOWN_REPLIES, Run
+
+PANELS = {"loss": "loss (nats a token)", "bits_per_byte": "bits a byte of held-out text"}
+LORA_LR, FULL_LR = 2e-4, 2e-5
+BEGINNING = 48  # Tokens of held-out text that a shown sample goes on from.
+
+
+class Source(NamedTuple):
+    """One --data.
+
+    Attributes:
+        path: A file or a folder.
+        share: Of the tokens; None: what it has.
+    """
+
+    path: Path
+    share: float | None
+
+
+def lm_loss(logits: Any, target_ids: Any, target_weight: Any) -> Any:
+    """Sum of the cross-entropies of the tokens of documents: -sum_t w_t log p(x_t | x_<t).
+
+    The caller divides by the number of tokens of the whole accumulation window over all ranks.
+
+    Args:
+        logits: (T, V) at the places before the targets.
+        target_ids: (T,) int64.
+        target_weight: (T,) fp32.
+
+    Returns:
+        () fp32, nats.
+    """
+    from utils.train.tensors import token_logprobs
+
+    return -(target_weight * token_logprobs(logits, target_ids)).sum()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments; those that all training scripts share come from utils/train/arguments.py."""
+    parser = ArgumentParser(
+        description="Go on with a language model's pre-training on plain text (LoRA, QLoRA, full) with DeepSpeed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="PATH[:SHARE]",
+        help="file or folder of text, and its share of the tokens; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--model_name", default="Qwen/Qwen2.5-0.5B", help="model in --model_dir")
+    parser.add_argument("--test_size", type=float, default=0.01, help="part of each source that is held out")
+    add_run_arguments(parser, "deepspeed_pt/output", LORA_LR, FULL_LR)
+    parser.add_argument(
+        "--embedding_lr", type=float,
+        help="peak learning rate of embeddings and output head in full training (default: a tenth of --lr)",
+    )  # fmt: skip
+    # Documents have nothing in common that would be worth computing once, and are mixed well.
+    parser.set_defaults(share_prefix=False, epochs=1)
+    return parser
+
+
+def source_of(text: str) -> Source:
+    """Takes PATH[:SHARE] apart; a path may have colons."""
+    path, separator, share = text.rpartition(":")
+    try:
+        return Source(from_root(path), float(share)) if separator else Source(from_root(text), None)
+    except ValueError:
+        return Source(from_root(text), None)
+
+
+def own_problems(args: argparse.Namespace) -> list[str]:
+    """Finds what is wrong with this script's own arguments."""
+    sources = [source_of(text) for text in args.data]
+    problems = [f"--data: no {path}." for path, _ in sources if not path.exists()]
+    shares = [share for _, share in sources if share is not None]
+    if not sources:
+        problems.append("--data: expected a file or a folder of text, such as --data text/ or --data a.jsonl:0.7.")
+    if shares and len(shares) < len(sources):
+        problems.append("--data: some have a share and some have none, expected PATH:SHARE for all or for none.")
+    if not all(math.isfinite(share) and share > 0 for share in shares):
+        problems.append(f"--data: got shares of {shares}, expected numbers above 0.")
+    if not 0 <= args.test_size < 1:
+        problems.append(f"--test_size: got {args.test_size}, expected 0 or more and less than 1.")
+    if args.embedding_lr is not None and args.tuner != "full":
+        problems.append("--embedding_lr: LoRA leaves embeddings as they are. It goes with --tuner full.")
+    if args.embedding_lr is not None and not args.embedding_lr > 0:
+        problems.append(f"--embedding_lr: got {args.embedding_lr}, expected more than 0.")
+    if args.test_mode:
+        problems.append("--test_mode: there are no questions to answer. evaluate.py reads held-out comments.")
+    return problems
+
+
+def load_data(run: Run) -> tuple[list[str], Any, Any]:
+    """Loads the text into the run.
+
+    Returns:
+        The sources' names; and of each held-out sample the number of its source, and the bytes that it stands for.
+    """
+    from utils.data.documents import load_texts, mixed
+    from utils.data.records import DataError
+
+    args, sources = run.args, [source_of(text) for text in run.args.data]
+    try:
+        texts = load_texts(
+            [path for path, _ in sources], run.chat.tokenizer, args.max_tokens, args.test_size, run.cache,
+            "reading" if run.rank == 0 else "",
+        )  # fmt: skip
+    except DataError as error:
+        fail(str(error))
+    shares = [share or 0 for _, share in sources]
+    drawn = mixed(texts, [share / sum(shares) for share in shares] if any(shares) else None, args.seed)
+    if not len(drawn):
+        fail("--data: there is too little text: all of it would be held out. Use more, or --test_size 0.")
+    held_out = texts.held_out.nonzero()[0]
+    if args.eval_samples >= 0:
+        # As many of each source as it has of all.
+        held_out = held_out[:: max(math.ceil(len(held_out) / max(args.eval_samples, 1)), 1)]
+    for number, fact in enumerate(texts.facts):
+        fact["drawn"] = int((texts.source[drawn] == number).sum())
+        if run.rank == 0:
+            print(f"{fact['name']}: {fact['documents']:,} documents, {fact['tokens']:,} tokens, "
+                  f"{fact['bytes'] / max(fact['tokens'], 1):.2f} bytes a token; {fact['samples']:,} samples, "
+                  f"{fact['drawn']:,} drawn to train on.")  # fmt: skip
+    facts = {"files": {name: digest for fact in texts.facts for name, digest in fact.pop("files").items()}}
+    facts |= {"sources": texts.facts, "train_samples": len(drawn), "test_samples": len(held_out), "system_prompt": ""}
+    train_set, eval_set = texts.samples.select(drawn), texts.samples.select(held_out)
+    shown = [beginning(eval_set[number]) for number in range(len(eval_set))[:SHOWN_REPLIES]]
+    run.use_data(train_set, eval_set, facts, shown)
+    return [fact["name"] for fact in texts.facts], texts.source[held_out], texts.bytes[held_out]
+
+
+def beginning(sample: Any) -> Any:
+    """A sample of which only what follows its beginning is to be written."""
+    import numpy as np
+
+    count = min(BEGINNING, len(sample.input_ids) // 2)
+    return sample._replace(supervised=np.arange(len(sample.input_ids)) >= count)
+
+
+def evaluate(run: Run, names: list[str], source: Any, size: Any) -> dict[str, float]:
+    """Measures held-out text, over all ranks.
+
+    Args:
+        run: The run.
+        names: Of the sources.
+        source: (N,) the number of each held-out sample's source.
+        size: (N,) bytes that each stands for.
+
+    Returns:
+        Mean loss in nats a token; bits a byte, which models with other tokens can be compared by; and these of each
+        source, if there are several.
+    """
+    import torch
+
+    from utils.train.forward import supervised_logits
+    from utils.train.tensors import all_reduced, sample_sums, token_logprobs
+
+    nats, of_source = torch.zeros(len(names), dtype=torch.float64), torch.from_numpy(source)
+    for pack in run.eval_packs():
+        logits = supervised_logits(run.engine, pack, run.form)
+        own = -sample_sums(pack.target_weight * token_logprobs(logits, pack.target_ids), pack.sample_targets)
+        nats += torch.bincount(of_source[pack.sample.cpu()], own.double().cpu(), minlength=len(names))
+    nats = torch.tensor([all_reduced(value) for value in nats.tolist()], dtype=torch.float64)
+    sizes = torch.bincount(of_source, torch.from_numpy(size).double(), minlength=len(names))
+    tokens, bits = int(run.eval_set.targets.sum()), nats / math.log(2)
+    found = {"loss": float(nats.sum()) / tokens, "bits_per_byte": float(bits.sum() / sizes.sum())}
+    if len(names) > 1:
+        each = zip(names, (bits / sizes.clamp(min=1)).tolist(), strict=True)
+        found |= {f"bits_per_byte/{number}-{name}": value for number, (name, value) in enumerate(each, start=1)}
+    return found
+
+
+def train(args: argparse.Namespace, model_path: Path) -> None:
+    """Trains, and leaves checkpoints, metrics and samples of text in the run's folder."""
+    run = Run(args, model_path, LORA_LR, FULL_LR)
+    if args.tuner == "full" and args.embedding_lr is None:
+        args.embedding_lr = args.lr / 10
+    from utils.train.forward import supervised_logits
+    from utils.train.tensors import all_reduced
+
+    measure = partial(evaluate, run, *load_data(run))
+    run.open(Path(__file__).with_name("ds_config.json"), PANELS)
+    run.load_model()
+    run.make_engine()
+    run.resume_or_evaluate(measure)
+    for step in run.steps():
+        loss_sum, tokens = 0.0, run.supervised_tokens(step)
+        for pack in run.packs(step):
+            logits = supervised_logits(run.engine, pack, run.form)
+            loss = lm_loss(logits, pack.target_ids, pack.target_weight)
+            run.backward(loss, tokens)
+            loss_sum += loss.item()
+        run.engine.step()
+        run.end_step({"loss": all_reduced(loss_sum) / tokens}, measure)
+    run.close("Pretrained")
+
+
+def test(args: argparse.Namespace, model_path: Path) -> None:
+    """There is none: `own_problems` says so."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Checks what was asked for, and trains."""
+    check_and_start(args, own_problems(args), train, test)
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,229 @@
+"""deepspeed_pt/train.py: continued pre-training equals a plain loop over single documents.
+
+python -m pytest tests/test_deepspeed_pt.py
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, adapter, distance, example_texts, launch, load_script, read_metrics, run, slow
+from test_deepspeed_ft import assert_same_numbers, assert_same_state, train_losses
+
+from utils.train.packing import draw_windows
+
+Build = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def pt() -> ModuleType:
+    return load_script("deepspeed_pt/train.py")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 20 to 200 tokens."""
+    path = tmp_path_factory.mktemp("text") / "a.jsonl"
+    texts = [text for text in example_texts() if 20 < len(text) < 120][:80]
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def args(train_args: Build, text: Path) -> Build:
+    """Builds a command line for a short run."""
+
+    def build(*data: str, **flags: Any) -> list[str]:
+        whole = train_args(**{"test_size": 0.1} | flags)
+        place = whole.index("--data_dir")
+        sources = data or (str(text),)
+        return [*whole[:place], *whole[place + 2 :], *(part for one in sources for part in ("--data", one))]
+
+    return build
+
+
+def plain_pytorch(model_dir: Path, text: Path, steps: int, full: bool, eval_texts: list[str]) -> dict[str, Any]:
+    """The same training without DeepSpeed, packs, masks or utils/: one document at a time, plain AdamW."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(42)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir / "tiny/qwen2")
+    model = AutoModelForCausalLM.from_pretrained(model_dir / "tiny/qwen2", dtype=torch.float32)
+    if not full:
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    apart = {name for name in weights if "embed_tokens" in name or "lm_head" in name}
+    groups = [{"params": [weight for name, weight in weights.items() if (name in apart) == own], "lr": lr}
+              for own, lr in ((False, 1e-2), (True, 1e-3))]  # fmt: skip
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    documents = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
+    documents = [document for document in documents if document not in eval_texts]
+
+    def nats(document: str) -> tuple[torch.Tensor, int]:
+        ids = torch.tensor([[*tokenizer.encode(document), tokenizer.eos_token_id]])
+        logits = model(input_ids=ids).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"), ids.shape[1] - 1
+
+    losses = []
+    for window in draw_windows(np.arange(len(documents)), 8, 1, 1, 42)[:steps]:
+        found = [nats(documents[number]) for number in window]
+        loss = sum(one for one, _ in found) / sum(count for _, count in found)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        held_out = [nats(document) for document in eval_texts]
+    bits = sum(one.item() for one, _ in held_out) / math.log(2)
+    first = sum(len(tokenizer.decode(tokenizer.encode(document)[:1]).encode()) for document in eval_texts)
+    size = sum(len(document.encode()) for document in eval_texts) - first
+    return {"losses": losses, "weights": weights, "bits": bits / size}
+
+
+def held_out_texts(text: Path, model_dir: Path, tmp_path: Path) -> list[str]:
+    """The documents that a run has held out, as its samples say."""
+    from transformers import AutoTokenizer
+
+    from utils.data.documents import load_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir / "tiny/qwen2")
+    found = load_texts([text], tokenizer, 256, 0.1, tmp_path / "other-cache")
+    return [tokenizer.decode(found.samples[number].input_ids[:-1]) for number in found.held_out.nonzero()[0]]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
+def test_equals_plain_pytorch(
+    pt: ModuleType, args: Build, model_dir: Path, text: Path, tmp_path: Path, full: bool
+) -> None:
+    """Losses, weights, and bits a byte of held-out text; embeddings with a tenth of the learning rate."""
+    run(pt, args(eval_samples=-1, **({"tuner": "full"} if full else {})))
+    eval_texts = held_out_texts(text, model_dir, tmp_path)
+    assert 2 < len(eval_texts) < 20
+    plain = plain_pytorch(model_dir, text, 3, full, eval_texts)
+    assert train_losses(tmp_path) == pytest.approx(plain["losses"], rel=1e-5)
+    assert read_metrics(tmp_path / "output")[-1]["eval/bits_per_byte"] == pytest.approx(plain["bits"], rel=1e-4)
+    if not full:
+        ours = adapter(tmp_path / "output")
+        ours = {name.replace(".weight", ".default.weight"): tensor for name, tensor in ours.items()}
+        assert distance(ours, {name: w.detach() for name, w in plain["weights"].items()}) < 5e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pack_tokens": 256, "batch_size": 2, "grad_accum": 4}, *map(slow, [{"zero_stage": 0}, {"zero_stage": 1}])]
+    + [slow({"zero_stage": 3}), slow({"share_prefix": True, "group_size": 1})],
+    ids=str,
+)
+def test_cutting_changes_nothing(pt: ModuleType, args: Build, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run(pt, args(output_dir=tmp_path / "one"))
+    run(pt, args(output_dir=tmp_path / "two", **changes))
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_ranks_equal_one(pt: ModuleType, args: Build, tmp_path: Path, zero_stage: int) -> None:
+    run(pt, args(output_dir=tmp_path / "one"))
+    arguments = args(output_dir=tmp_path / "two", batch_size=4, grad_accum=1, zero_stage=zero_stage)
+    finished = launch("deepspeed_pt/train.py", arguments, ranks=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+    bits = [read_metrics(tmp_path / name)[-1]["eval/bits_per_byte"] for name in ("one", "two")]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"zero_stage": 2}, *map(slow, [{"train_bnb_enabled": True}, {"tuner": "full", "zero_stage": 0}])], ids=str
+)
+def test_resume_equals_a_straight_run(pt: ModuleType, args: Build, text: Path, tmp_path: Path, flags: Any) -> None:
+    """With two sources in shares, and a schedule that is constant and then goes down."""
+    other = tmp_path / "readme.txt"
+    other.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    data = (f"{text}:0.6", f"{other}:0.4")
+    flags = flags | {"lora_dropout": 0.2, "save_steps": 2, "lr_scheduler": "wsd", "warmup_ratio": 0.2}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(pt, args(*data, output_dir=straight, max_steps=5, **flags))
+
+    def stopping(steps: range, *_: Any, **__: Any) -> Any:
+        for step in steps:
+            if step == 4:
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.train.run.progress_bar", stopping)
+        with pytest.raises(SystemExit, match="130"):
+            run(pt, args(*data, output_dir=stopped, max_steps=5, **flags))
+    run(pt, args(*data, output_dir=stopped, max_steps=5, resume=True, **flags))
+    assert_same_state(straight, stopped)
+    rates = [line["train/lr"] for line in read_metrics(straight) if "train/lr" in line]
+    assert rates == pytest.approx([0.0, 0.01, 0.01, 0.01, 0.01]), "of five steps one is the last fifth"
+    last = read_metrics(straight)[-1]
+    assert {"eval/bits_per_byte/1-a.jsonl", "eval/bits_per_byte/2-readme.txt"} <= {*last}
+
+
+def test_what_is_said_and_recorded(pt: ModuleType, args: Build, text: Path, tmp_path: Path, capsys: Any) -> None:
+    run(pt, args())
+    said = capsys.readouterr().out
+    assert "a.jsonl: 80 documents, " in said and "Samples are packed" in said and "bits_per_byte" in said
+    (record,) = (tmp_path / "output").glob("*/*/1/run.json")
+    data = json.loads(record.read_text())["data"]
+    assert data["files"] == {"a.jsonl": data["files"]["a.jsonl"]} and data["sources"][0]["documents"] == 80
+    (samples,) = (tmp_path / "output").glob("*/*/samples.jsonl")
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    assert all(row["prompt"] and row["real"] for row in rows), "held-out text, its beginning and how it goes on"
+
+
+@slow
+def test_it_is_converted_as_any_other(pt: ModuleType, args: Build, model_dir: Path, root: Path, tmp_path: Path) -> None:
+    run(pt, args())
+    convert = load_script("convert_model.py")
+    asked = ["--zero_model", f"{tmp_path}/output/DS-tiny/qwen2", "--org_model", str(model_dir / "tiny/qwen2")]
+    convert.main(convert.build_parser().parse_args([*asked, "--save_model", "pt", "--t", "1"]))
+    assert (root / "output_hf/pt/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "said"),
+    [
+        (["nowhere"], {}, "--data: no .*nowhere"),
+        (["{text}:0.5", "{text}"], {}, "PATH:SHARE for all or for none"),
+        (["{text}:-1"], {}, "expected numbers above 0"),
+        (["{text}:nan"], {}, "expected numbers above 0"),
+        (["{text}"], {"test_size": 1}, "--test_size: got 1"),
+        (["{text}"], {"test_mode": True}, "--test_mode: there are no questions"),
+        (["{text}"], {"embedding_lr": 0.1}, "goes with --tuner full"),
+        (["{text}"], {"embedding_lr": -1, "tuner": "full"}, "--embedding_lr: got -1"),
+        (["{empty}"], {}, "there is no text in it"),
+        (["{binary}"], {}, "is not UTF-8"),
+    ],
+)
+def test_user_errors(
+    pt: ModuleType, args: Build, text: Path, tmp_path: Path, data: list[str], flags: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    names = {"text": text, "empty": tmp_path / "empty.txt", "binary": tmp_path / "binary.txt"}
+    with pytest.raises(SystemExit, match=said):
+        run(pt, args(*[one.format(**names) for one in data], **flags))
+
+
+def test_without_data(pt: ModuleType, args: Build) -> None:
+    arguments = args()
+    place = arguments.index("--data")
+    with pytest.raises(SystemExit, match="--data: expected a file or a folder of text"):
+        run(pt, arguments[:place] + arguments[place + 2 :])
+
+
+def test_paths_with_colons(pt: ModuleType) -> None:
+    assert pt.source_of("/a:b/c.txt") == (Path("/a:b/c.txt"), None)
+    assert pt.source_of("/a:b/c.txt:0.25") == (Path("/a:b/c.txt"), 0.25)
