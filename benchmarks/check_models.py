@@ -43,7 +43,7 @@ BASE: dict[str, Any] = dict(
 )
 OLD = dict(n_embd=128, n_layer=2, n_head=4, n_positions=1024)
 MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32)
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1)
 LATENT = dict(
@@ -87,11 +87,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "nemotron_h": BASE
     | dict(layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16)
     | dict(n_groups=1),
-    "lfm2": BASE | dict(layer_types=["conv", "full_attention"], block_ff_dim=128),
+    "lfm2": BASE | dict(layer_types=["conv", "full_attention"], block_ff_dim=128, conv_dim=128, conv_dim_out=128),
     "deepseek_v3": {key: value for key, value in BASE.items() if key != "head_dim"}
     | LATENT
     | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
-           first_k_dense_replace=1),
+           first_k_dense_replace=1, topk_method="noaux_tc"),
     "gpt_oss": BASE | MOE | WINDOW | dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
     "kimi_linear": BASE
     | LATENT
@@ -106,7 +106,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "opt": BASE | dict(ffn_dim=128, word_embed_proj_dim=128),
     "gpt2": OLD,
-    "bloom": OLD,
+    "bloom": OLD | dict(hidden_size=128),
     "mamba2": dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1),
 }  # fmt: skip
 TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_images": "qwen3_5", "gemma3": "gemma3_text", "gemma4": "gemma4_text"}
@@ -179,7 +179,7 @@ import os, sys
 # One process, so that the last line says what is wrong.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 from vllm import LLM, SamplingParams
-few = dict(max_model_len=256, max_num_seqs=2, gpu_memory_utilization=0.3)
+few = dict(max_model_len=256, max_num_seqs=2, gpu_memory_utilization=0.3, enable_prefix_caching=True)
 model = LLM(sys.argv[1], enforce_eager=True, distributed_executor_backend="uni", **few)
 print(model.generate(["你好"], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0].token_ids)
 """

@@ -183,7 +183,7 @@ def test_what_is_said_and_recorded(pt: ModuleType, args: Build, text: Path, tmp_
     assert all(row["prompt"] and row["real"] for row in rows), "held-out text, its beginning and how it goes on"
 
 
-@slow
+@pytest.mark.slow
 def test_it_is_converted_as_any_other(pt: ModuleType, args: Build, model_dir: Path, root: Path, tmp_path: Path) -> None:
     run(pt, args())
     convert = load_script("convert_model.py")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import example_texts, load_script, make_model, run, slow, sp_model
+from conftest import example_texts, load_script, make_model, run, sp_model
 from test_utils_data_vocabulary import ENGLISH
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +132,7 @@ def test_a_tokenizer_without_a_model(script: ModuleType, root: Path, sp_llama: A
     }  # fmt: skip
 
 
-@slow
+@pytest.mark.slow
 def test_what_follows(script: ModuleType, ft: ModuleType, base: Path, train_args: Any, tmp_path: Path) -> None:
     """A merged model is trained and converted as any other, and chat templates still write the same conversation."""
     after = merge(script, base, *LEARN)

@@ -72,6 +72,7 @@ def test_a_missing_hostfile_is_named(bin_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "arguments"),
     [
+        ("pt", "--model_name Qwen/Qwen2.5-0.5B"),
         ("ft", "--model_name Qwen/Qwen2.5-0.5B --data_dir data"),
         ("dpo", "--model_name Qwen/Qwen2.5-0.5B --data_path deepspeed_dpo/data"),
         ("distill", "--student_model_name Qwen/Qwen2.5-0.5B --teacher_model_name deepseek-chat"),
