@@ -48,9 +48,9 @@ def sft_loss(logits: Any, target_ids: Any, target_weight: Any) -> Any:
     Returns:
         () fp32, nats.
     """
-    from utils.train.tensors import token_logprobs
+    from utils.train.tensors import weighted_nll
 
-    return -(target_weight * token_logprobs(logits, target_ids)).sum()
+    return weighted_nll(logits, target_ids, target_weight)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,8 @@ Writes  deepspeed_pt/output/DS-<model_name>[-BNB|-FULL]/: the best checkpoint <c
         metrics.jsonl, loss.png, samples.jsonl.
 
 Documents are packed to --pack_tokens and never see one another. Long ones are cut into samples of --max_tokens, at the
-end of a sentence where one is near. All tokens of a document are learnt, and the one that ends it; they count the same.
+end of a sentence where one is near. All tokens of a document are learnt, and the one that ends it; they count the same:
+the loss is -sum_t log p(x_t | x_<t) over all documents of a step, divided by their tokens.
 
 Left out on purpose: sequences that are cut without regard to documents, and fill-in-the-middle.
 Shapes: L tokens in a pack, T supervised targets in a pack, V vocabulary.
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, fail
+from utils.cli import ArgumentParser, boolean, fail
 from utils.files import from_root
 from utils.train.arguments import add_run_arguments, check_and_start
 from utils.train.run import SHOWN_REPLIES, Run
@@ -50,24 +51,6 @@ class Source(NamedTuple):
     share: float | None
 
 
-def lm_loss(logits: Any, target_ids: Any, target_weight: Any) -> Any:
-    """Sum of the cross-entropies of the tokens of documents: -sum_t w_t log p(x_t | x_<t).
-
-    The caller divides by the number of tokens of the whole accumulation window over all ranks.
-
-    Args:
-        logits: (T, V) at the places before the targets.
-        target_ids: (T,) int64.
-        target_weight: (T,) fp32.
-
-    Returns:
-        () fp32, nats.
-    """
-    from utils.train.tensors import token_logprobs
-
-    return -(target_weight * token_logprobs(logits, target_ids)).sum()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; those that all training scripts share come from utils/train/arguments.py."""
     parser = ArgumentParser(
@@ -82,11 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_size", type=float, default=0.01, help="part of each source that is held out")
     add_run_arguments(parser, "deepspeed_pt/output", LORA_LR, FULL_LR)
     parser.add_argument(
+        "--train_embeddings", type=boolean, default=False,
+        help="True: train embedding and output head as a whole beside LoRA, as new tokens need",
+    )  # fmt: skip
+    parser.add_argument(
         "--embedding_lr", type=float,
         help="peak learning rate of embeddings and output head in full training (default: a tenth of --lr)",
     )  # fmt: skip
     # Documents have nothing in common that would be worth computing once, and are mixed well.
-    parser.set_defaults(share_prefix=False, epochs=1)
+    # All of a pack's tokens go through the output head.
+    parser.set_defaults(share_prefix=False, epochs=1, pack_tokens=1024)
     return parser
 
 
@@ -103,6 +91,8 @@ def own_problems(args: argparse.Namespace) -> list[str]:
     """Finds what is wrong with this script's own arguments."""
     sources = [source_of(text) for text in args.data]
     problems = [f"--data: no {path}." for path, _ in sources if not path.exists()]
+    if not all(text.strip() for text in args.data):
+        problems.append("--data: got an empty name, expected a file or a folder of text.")
     shares = [share for _, share in sources if share is not None]
     if not sources:
         problems.append("--data: expected a file or a folder of text, such as --data text/ or --data a.jsonl:0.7.")
@@ -112,8 +102,8 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--data: got shares of {shares}, expected numbers above 0.")
     if not 0 <= args.test_size < 1:
         problems.append(f"--test_size: got {args.test_size}, expected 0 or more and less than 1.")
-    if args.embedding_lr is not None and args.tuner != "full":
-        problems.append("--embedding_lr: LoRA leaves embeddings as they are. It goes with --tuner full.")
+    if args.embedding_lr is not None and args.tuner == "lora" and not args.train_embeddings:
+        problems.append("--embedding_lr: LoRA leaves embeddings as they are. Train them: --train_embeddings True")
     if args.embedding_lr is not None and not args.embedding_lr > 0:
         problems.append(f"--embedding_lr: got {args.embedding_lr}, expected more than 0.")
     if args.test_mode:
@@ -142,22 +132,36 @@ def load_data(run: Run) -> tuple[list[str], Any, Any]:
     drawn = mixed(texts, [share / sum(shares) for share in shares] if any(shares) else None, args.seed)
     if not len(drawn):
         fail("--data: there is too little text: all of it would be held out. Use more, or --test_size 0.")
-    held_out = texts.held_out.nonzero()[0]
-    if args.eval_samples >= 0:
-        # As many of each source as it has of all.
-        held_out = held_out[:: max(math.ceil(len(held_out) / max(args.eval_samples, 1)), 1)]
+    held_out = to_measure(texts, args.eval_samples)
     for number, fact in enumerate(texts.facts):
         fact["drawn"] = int((texts.source[drawn] == number).sum())
         if run.rank == 0:
             print(f"{fact['name']}: {fact['documents']:,} documents, {fact['tokens']:,} tokens, "
                   f"{fact['bytes'] / max(fact['tokens'], 1):.2f} bytes a token; {fact['samples']:,} samples, "
                   f"{fact['drawn']:,} drawn to train on.")  # fmt: skip
-    facts = {"files": {name: digest for fact in texts.facts for name, digest in fact.pop("files").items()}}
+    several = len(sources) > 1
+    facts = {"files": {f"{number}/{name}" if several else name: digest for number, fact in enumerate(texts.facts)
+                       for name, digest in fact.pop("files").items()}}  # fmt: skip
     facts |= {"sources": texts.facts, "train_samples": len(drawn), "test_samples": len(held_out), "system_prompt": ""}
     train_set, eval_set = texts.samples.select(drawn), texts.samples.select(held_out)
     shown = [beginning(eval_set[number]) for number in range(len(eval_set))[:SHOWN_REPLIES]]
     run.use_data(train_set, eval_set, facts, shown)
     return [fact["name"] for fact in texts.facts], texts.source[held_out], texts.bytes[held_out]
+
+
+def to_measure(texts: Any, most: int) -> Any:
+    """The numbers of the held-out samples to measure on: of each source its part, and one at least; -1: all."""
+    import numpy as np
+
+    held_out = texts.held_out.nonzero()[0]
+    if most < 0 or most >= len(held_out):
+        return held_out
+    chosen = []
+    for number in range(len(texts.facts)):
+        own = held_out[texts.source[held_out] == number]
+        count = min(max(round(most * len(own) / len(held_out)), 1), len(own)) if most else 0
+        chosen.append(own[np.linspace(0, len(own) - 1, count).round().astype(int)] if count else own[:0])
+    return np.concatenate(chosen)
 
 
 def beginning(sample: Any) -> Any:
@@ -194,23 +198,28 @@ def evaluate(run: Run, names: list[str], source: Any, size: Any) -> dict[str, fl
     nats = torch.tensor([all_reduced(value) for value in nats.tolist()], dtype=torch.float64)
     sizes = torch.bincount(of_source, torch.from_numpy(size).double(), minlength=len(names))
     tokens, bits = int(run.eval_set.targets.sum()), nats / math.log(2)
-    found = {"loss": float(nats.sum()) / tokens, "bits_per_byte": float(bits.sum() / sizes.sum())}
-    if len(names) > 1:
-        each = zip(names, (bits / sizes.clamp(min=1)).tolist(), strict=True)
-        found |= {f"bits_per_byte/{number}-{name}": value for number, (name, value) in enumerate(each, start=1)}
+    found = {"loss": float(nats.sum()) / tokens}
+    if sizes.sum() > 0:
+        found["bits_per_byte"] = float(bits.sum() / sizes.sum())
+    for number, name in enumerate(names):
+        if len(names) > 1 and sizes[number] > 0:
+            found[f"bits_per_byte/{number + 1}-{name}"] = float(bits[number] / sizes[number])
     return found
 
 
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and samples of text in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
-    if args.tuner == "full" and args.embedding_lr is None:
+    if (args.tuner == "full" or args.train_embeddings) and args.embedding_lr is None:
         args.embedding_lr = args.lr / 10
     from utils.train.forward import supervised_logits
-    from utils.train.tensors import all_reduced
+    from utils.train.tensors import all_reduced, weighted_nll
 
     measure = partial(evaluate, run, *load_data(run))
-    run.open(Path(__file__).with_name("ds_config.json"), PANELS)
+    # The estimate for all methods takes it that a quarter of the tokens is learnt.
+    width = 4 if run.precision == "fp32" else 2
+    logits = args.pack_tokens * 3 // 4 * len(run.chat.tokenizer) * (width + 4)
+    run.open(Path(__file__).with_name("ds_config.json"), PANELS, {"logits of all tokens": logits})
     run.load_model()
     run.make_engine()
     run.resume_or_evaluate(measure)
@@ -218,7 +227,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
         loss_sum, tokens = 0.0, run.supervised_tokens(step)
         for pack in run.packs(step):
             logits = supervised_logits(run.engine, pack, run.form)
-            loss = lm_loss(logits, pack.target_ids, pack.target_weight)
+            loss = weighted_nll(logits, pack.target_ids, pack.target_weight)
             run.backward(loss, tokens)
             loss_sum += loss.item()
         run.engine.step()

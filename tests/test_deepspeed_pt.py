@@ -7,14 +7,15 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, adapter, distance, example_texts, launch, load_script, read_metrics, run, slow
+from conftest import ROOT, adapter, distance, example_texts, launch, load_script, make_model, read_metrics, run, slow
 from test_deepspeed_ft import assert_same_numbers, assert_same_state, train_losses
+from transformers import AutoModelForCausalLM
 
 from utils.train.packing import draw_windows
 
@@ -48,7 +49,7 @@ def args(train_args: Build, text: Path) -> Build:
     return build
 
 
-def plain_pytorch(model_dir: Path, text: Path, steps: int, full: bool, eval_texts: list[str]) -> dict[str, Any]:
+def plain_pytorch(model_dir: Path, text: Path, steps: int, kind: str, eval_texts: list[str]) -> dict[str, Any]:
     """The same training without DeepSpeed, packs, masks or utils/: one document at a time, plain AdamW."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -56,8 +57,10 @@ def plain_pytorch(model_dir: Path, text: Path, steps: int, full: bool, eval_text
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(model_dir / "tiny/qwen2")
     model = AutoModelForCausalLM.from_pretrained(model_dir / "tiny/qwen2", dtype=torch.float32)
-    if not full:
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if kind != "full":
+        both = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+        more = both if kind == "embeddings" else {}
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **more)
         model = get_peft_model(model, lora)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     apart = {name for name in weights if "embed_tokens" in name or "lm_head" in name}
@@ -100,18 +103,21 @@ def held_out_texts(text: Path, model_dir: Path, tmp_path: Path) -> list[str]:
     return [tokenizer.decode(found.samples[number].input_ids[:-1]) for number in found.held_out.nonzero()[0]]
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
+KINDS = {"LoRA": {}, "embeddings": {"train_embeddings": True}, "full": {"tuner": "full"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_equals_plain_pytorch(
-    pt: ModuleType, args: Build, model_dir: Path, text: Path, tmp_path: Path, full: bool
+    pt: ModuleType, args: Build, model_dir: Path, text: Path, tmp_path: Path, kind: str
 ) -> None:
     """Losses, weights, and bits a byte of held-out text; embeddings with a tenth of the learning rate."""
-    run(pt, args(eval_samples=-1, **({"tuner": "full"} if full else {})))
+    run(pt, args(eval_samples=-1, **KINDS[kind]))
     eval_texts = held_out_texts(text, model_dir, tmp_path)
     assert 2 < len(eval_texts) < 20
-    plain = plain_pytorch(model_dir, text, 3, full, eval_texts)
+    plain = plain_pytorch(model_dir, text, 3, kind, eval_texts)
     assert train_losses(tmp_path) == pytest.approx(plain["losses"], rel=1e-5)
     assert read_metrics(tmp_path / "output")[-1]["eval/bits_per_byte"] == pytest.approx(plain["bits"], rel=1e-4)
-    if not full:
+    if kind == "LoRA":
         ours = adapter(tmp_path / "output")
         ours = {name.replace(".weight", ".default.weight"): tensor for name, tensor in ours.items()}
         assert distance(ours, {name: w.detach() for name, w in plain["weights"].items()}) < 5e-4
@@ -142,7 +148,10 @@ def test_two_ranks_equal_one(pt: ModuleType, args: Build, tmp_path: Path, zero_s
 
 
 @pytest.mark.parametrize(
-    "flags", [{"zero_stage": 2}, *map(slow, [{"train_bnb_enabled": True}, {"tuner": "full", "zero_stage": 0}])], ids=str
+    "flags",
+    [{"zero_stage": 2}, *map(slow, [{"train_bnb_enabled": True}, {"tuner": "full", "zero_stage": 0}])]
+    + [slow({"train_embeddings": True}), slow({"train_embeddings": True, "zero_stage": 3})],
+    ids=str,
 )
 def test_resume_equals_a_straight_run(pt: ModuleType, args: Build, text: Path, tmp_path: Path, flags: Any) -> None:
     """With two sources in shares, and a schedule that is constant and then goes down."""
@@ -183,13 +192,24 @@ def test_what_is_said_and_recorded(pt: ModuleType, args: Build, text: Path, tmp_
     assert all(row["prompt"] and row["real"] for row in rows), "held-out text, its beginning and how it goes on"
 
 
-@pytest.mark.slow
-def test_it_is_converted_as_any_other(pt: ModuleType, args: Build, model_dir: Path, root: Path, tmp_path: Path) -> None:
-    run(pt, args())
+@pytest.mark.parametrize("tied", [True, slow(False)])
+@pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True}), slow({"zero_stage": 3})], ids=str)
+def test_embeddings_beside_lora_are_merged(
+    pt: ModuleType, args: Build, tokenizer: Any, root: Path, tmp_path: Path, tied: bool, flags: dict[str, Any]
+) -> None:
+    """Conversion proves that the model is the trained one; tied tables stay tied."""
+    base = tmp_path / "model/tiny/base"
+    make_model("qwen2", len(tokenizer), tie_word_embeddings=tied).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = {"model_dir": tmp_path / "model", "model_name": "tiny/base"}
+    run(pt, args(**model, train_embeddings=True, **flags))
     convert = load_script("convert_model.py")
-    asked = ["--zero_model", f"{tmp_path}/output/DS-tiny/qwen2", "--org_model", str(model_dir / "tiny/qwen2")]
-    convert.main(convert.build_parser().parse_args([*asked, "--save_model", "pt", "--t", "1"]))
-    assert (root / "output_hf/pt/config.json").is_file()
+    (folder,) = (tmp_path / "output/DS-tiny").iterdir()
+    asked = ["--zero_model", str(folder), "--org_model", str(base), "--save_model", "pt", "--t", "1"]
+    convert.main(convert.build_parser().parse_args(asked))
+    one, two = (AutoModelForCausalLM.from_pretrained(path) for path in (base, root / "output_hf/pt"))
+    assert (two.lm_head.weight is two.get_input_embeddings().weight) == tied
+    assert not torch.equal(one.get_input_embeddings().weight, two.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +217,12 @@ def test_it_is_converted_as_any_other(pt: ModuleType, args: Build, model_dir: Pa
     [
         (["nowhere"], {}, "--data: no .*nowhere"),
         (["{text}:0.5", "{text}"], {}, "PATH:SHARE for all or for none"),
+        ([""], {}, "--data: got an empty name"),
         (["{text}:-1"], {}, "expected numbers above 0"),
         (["{text}:nan"], {}, "expected numbers above 0"),
         (["{text}"], {"test_size": 1}, "--test_size: got 1"),
         (["{text}"], {"test_mode": True}, "--test_mode: there are no questions"),
-        (["{text}"], {"embedding_lr": 0.1}, "goes with --tuner full"),
+        (["{text}"], {"embedding_lr": 0.1}, "Train them: --train_embeddings True"),
         (["{text}"], {"embedding_lr": -1, "tuner": "full"}, "--embedding_lr: got -1"),
         (["{empty}"], {}, "there is no text in it"),
         (["{binary}"], {}, "is not UTF-8"),
@@ -215,6 +236,15 @@ def test_user_errors(
     names = {"text": text, "empty": tmp_path / "empty.txt", "binary": tmp_path / "binary.txt"}
     with pytest.raises(SystemExit, match=said):
         run(pt, args(*[one.format(**names) for one in data], **flags))
+
+
+def test_what_is_measured(pt: ModuleType) -> None:
+    """Of each source its part, and one at least."""
+    source = np.repeat([0, 1, 2], [900, 99, 1])
+    texts = SimpleNamespace(held_out=np.ones(1000, dtype=bool), source=source, facts=[{}] * 3)
+    assert np.bincount(source[pt.to_measure(texts, 100)]).tolist() == [90, 10, 1]
+    assert len(pt.to_measure(texts, -1)) == 1000 and len(pt.to_measure(texts, 0)) == 0
+    assert len({*pt.to_measure(texts, 500).tolist()}) == len(pt.to_measure(texts, 500))
 
 
 def test_without_data(pt: ModuleType, args: Build) -> None:

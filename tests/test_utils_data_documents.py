@@ -3,6 +3,7 @@
 python -m pytest tests/test_utils_data_documents.py
 """
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ def texts_in(path: Path) -> list[tuple[str, bool, bool]]:
     return [tuple(text) for text in read_texts(path)]
 
 
-def rows(path: Path, texts: list[str]) -> Path:
+def rows(path: Path, texts: list[str | None]) -> Path:
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -36,7 +37,8 @@ def rows(path: Path, texts: list[str]) -> Path:
 def test_files_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("甲\n乙", encoding="utf-8-sig")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress("丙".encode()))
-    rows(tmp_path / "c.jsonl", ["丁", " ", "子"])
+    rows(tmp_path / "c.jsonl", ["丁", " ", None, "子"])
+    (tmp_path / ".hidden.txt").write_text("x")
     (tmp_path / "c2.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "丑"}).encode()))
     (tmp_path / "d.json").write_text('[{"text": "戊", "id": 1}]', encoding="utf-8")
     (tmp_path / "e.csv").write_text("id,text\n1,己\n", encoding="utf-8")
@@ -63,12 +65,25 @@ def test_a_file_is_read_in_parts(tmp_path: Path, text: str, monkeypatch: pytest.
         assert all(part.endswith("\n") for part, _, _ in parts[:-1])
 
 
+def test_long_records_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of csv files of any length, too, and half a character becomes a mark."""
+    monkeypatch.setattr(documents, "BLOCK_CHARACTERS", 1000)
+    text = "一行字\n" * 50_000
+    (tmp_path / "a.csv").write_text(f'id,text\n1,"{text}"\n', encoding="utf-8")
+    parts = texts_in(tmp_path / "a.csv")
+    assert "".join(part for part, _, _ in parts) == text and len(parts) > 100
+    between = [(False, False)] * (len(parts) - 2)
+    assert [(begins, ends) for _, begins, ends in parts] == [(True, False), *between, (False, True)]
+    (tmp_path / "b.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    assert texts_in(tmp_path / "b.jsonl") == [("a?b", True, True)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.png", b"x", "a.png: expected a file with .txt, .json"),
         ("a.txt", bytes(range(256)), "a.txt: its text is not UTF-8"),
-        ("a.txt.gz", gzip.compress(b"text" * 999)[:-30], "a.txt.gz: not readable"),
+        ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-30], "a.txt.gz: not readable"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: not readable"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not readable"),
         ("a.jsonl", b'{"content": "x"}\n', r"a.jsonl, record 0: expected a field `text`.*\['content'\]"),
@@ -105,11 +120,10 @@ def test_every_token_is_learnt_once(
         path, whole = tmp_path / "a.txt", ["\n".join(lines)]
         path.write_text(whole[0], encoding="utf-8")
     found = load_texts([path], tokenizer, max_tokens, 0.0, tmp_path / "cache")
-    expected = [
-        [id for part in ([text] if kind == "rows" else [part.text for part in read_texts(path)])
-         for id in tokenizer.encode(part, add_special_tokens=False)] + [tokenizer.eos_token_id]
-        for text in whole
-    ]  # fmt: skip
+    expected: list[list[int]] = []
+    for text, begins, ends in read_texts(path):
+        expected += [[]] if begins else []
+        expected[-1] += [*tokenizer.encode(text, add_special_tokens=False), *[tokenizer.eos_token_id] * ends]
     together: list[list[int]] = []
     for ids in samples_of(found):
         assert 2 <= len(ids) <= max_tokens
@@ -175,6 +189,38 @@ def test_what_is_held_out(tokenizer: Any, tmp_path: Path) -> None:
     assert first == {tuple(s.input_ids[:8].tolist()) for s in again.samples.select(again.held_out.nonzero()[0])}
 
 
+def test_every_source_has_something_to_measure_on(tokenizer: Any, tmp_path: Path) -> None:
+    """Also of documents that begin alike; but not all of a source."""
+    alike = ["同样的开头" * 300 + str(number) for number in range(100)]
+    sources = [
+        rows(tmp_path / f"{number}.jsonl", texts)
+        for number, texts in enumerate((alike, ["甲乙丙", "丁戊己"], ["只有一句"]))
+    ]
+    found = load_texts(sources, tokenizer, 5000, 0.01, tmp_path / "cache")
+    counts = [int(found.held_out[found.source == number].sum()) for number in range(3)]
+    assert 1 <= counts[0] < 10 and counts[1:] == [1, 0]
+    assert not load_texts(sources, tokenizer, 5000, 0.0, tmp_path / "cache").held_out.any()
+
+
+def test_what_is_held_out_is_not_learnt_elsewhere(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [f"第{number}篇文章" for number in range(12)]
+    sources = [rows(tmp_path / "a.jsonl", texts), rows(tmp_path / "b.jsonl", texts * 2)]
+    found = load_texts(sources, tokenizer, 100, 0.3, tmp_path / "cache")
+    held_out, train = (
+        {tuple(found.samples[number].input_ids) for number in part.nonzero()[0]}
+        for part in (found.held_out, found.train)
+    )
+    assert held_out and train and not held_out & train
+    assert mixed(found, None, 1).tolist() == found.train.nonzero()[0].tolist()
+
+
+def test_a_tokenizer_without_an_end(tokenizer: Any, tmp_path: Path) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    with pytest.raises(DataError, match="no token that ends a text"):
+        load_texts([rows(tmp_path / "a.jsonl", ["x"])], bare, 100, 0.0, tmp_path / "cache")
+
+
 def test_what_was_cut_is_not_cut_again(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rows(tmp_path / "a.jsonl", ["一些话", "又一些"])
     one = samples_of(load_texts([path], tokenizer, 100, 0.0, tmp_path / "cache"))
@@ -205,7 +251,8 @@ def made(targets: list[list[int]], held_out: int = 0) -> Texts:
     tokens = np.zeros(int(end[-1]), dtype=np.int32)
     samples = Samples(tokens, tokens == 0, end - flat - 1, end, np.arange(len(flat)), flat, [""] * len(flat))
     source = np.repeat(np.arange(len(targets)), [len(own) for own in targets])
-    return Texts(samples, source, np.arange(len(flat)) < held_out, flat, [])
+    first = np.arange(len(flat)) < held_out
+    return Texts(samples, source, first, ~first, flat, [])
 
 
 def test_each_source_has_its_share() -> None:

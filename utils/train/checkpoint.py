@@ -283,7 +283,9 @@ def _gathered_adapter(engine: Any) -> dict[str, Any]:
 
     if not isinstance(engine.module, PeftModel):
         return {}
-    weights = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    # A tied output head under its own name as well, as PEFT looks for it.
+    named = engine.module.named_parameters(remove_duplicate=False)
+    weights = {name: weight for name, weight in named if weight.requires_grad}
     sharded = engine.zero_optimization_partition_weights()
     with deepspeed.zero.GatheredParameters(list(weights.values()), enabled=sharded):
         return {name: weight.detach().cpu().clone() for name, weight in weights.items()}

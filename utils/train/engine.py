@@ -90,7 +90,8 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
             fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")
     elif args.tuner == "lora":
         try:
-            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target)
+            embeddings = getattr(args, "train_embeddings", False)
+            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target, embeddings)
         except ValueError as error:
             fail(f"--lora_target {args.lora_target}: {error}")
     if args.gradient_checkpointing:
@@ -265,7 +266,8 @@ def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any],
     scale_early(model)
     names = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
     name, warmup_steps = names.get(args.lr_scheduler, args.lr_scheduler), round(args.warmup_ratio * total_steps)
-    more = {"num_decay_steps": round(WSD_DECAY * total_steps)} if args.lr_scheduler == "wsd" else {}
+    decay_steps = min(max(round(WSD_DECAY * total_steps), 1), total_steps - warmup_steps)
+    more = {"num_decay_steps": decay_steps} if args.lr_scheduler == "wsd" else {}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, getattr(args, "embedding_lr", None)),

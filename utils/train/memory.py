@@ -33,6 +33,11 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     in_linear = sum(layer.weight.numel() for layer in linear)
     width = 4 if precision == "fp32" else 2
     trainable = total if args.tuner == "full" else sum(args.lora_r * (m.in_features + m.out_features) for m in linear)
+    saved = 0
+    if args.tuner == "lora" and getattr(args, "train_embeddings", False):  # Beside the frozen ones.
+        ends = {model.get_input_embeddings().weight, head.weight}
+        saved = sum(weight.numel() for weight in ends)
+        trainable += saved
     weights = total * width if quant_bits is None else int((total - in_linear) * width + in_linear * NF4_BYTES)
     # AdamW: two fp32 moments, and in 16-bit training fp32 master weights and fp32 gradients beside the 16-bit ones.
     training = trainable * (12 if width == 4 else 18)
@@ -50,7 +55,7 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     logits = args.pack_tokens // (2 if args.share_prefix else 4) * text.vocab_size * (width + 4)
     mask = args.pack_tokens**2 * (1 + width)
     return {
-        "weights": weights,
+        "weights": weights + saved * width,
         "gradients and optimizer": training,
         "activations": args.pack_tokens * kept_floats * width + logits + mask,
         "checkpoints": 2 * trainable * (12 + width),

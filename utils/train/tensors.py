@@ -50,6 +50,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return result.to(ctx.dtype), None
 
 
+def weighted_nll(logits: torch.Tensor, target_ids: torch.Tensor, target_weight: torch.Tensor) -> torch.Tensor:
+    """-sum_t w_t log p(y_t), () fp32, nats; shapes as in `token_logprobs`, weights (T,) fp32."""
+    return -(target_weight * token_logprobs(logits, target_ids)).sum()
+
+
 def sample_sums(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Sums of consecutive parts.
 

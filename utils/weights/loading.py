@@ -70,7 +70,9 @@ def keep_packing(model: torch.nn.Module) -> None:
 BARE_OUT_PROJ = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
-def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str) -> torch.nn.Module:
+def add_lora(
+    model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str, embeddings: bool = False
+) -> torch.nn.Module:
     """Freezes a model and puts trainable low-rank matrices beside its linear layers (LoRA, arXiv 2106.09685).
 
     Args:
@@ -80,6 +82,7 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
         dropout: On the input of the low-rank matrices.
         target: "all-linear" (all but the output head, blocks of experts, and what PEFT refuses) or names of layers
             separated by commas.
+        embeddings: Whether embedding and output head are trained as a whole beside it.
 
     Raises:
         ValueError: if such layers cannot have any.
@@ -91,6 +94,10 @@ def add_lora(model: torch.nn.Module, r: int, alpha: int, dropout: float, target:
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
+    if embeddings:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        config.modules_to_save = [name for name, layer in model.named_modules() if layer in ends]
+        config.ensure_weight_tying = True
     taken = copy.deepcopy(config)
     convert_peft_config_for_transformers(taken, model, None)
     if taken.target_parameters:

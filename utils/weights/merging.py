@@ -183,11 +183,20 @@ def merged_weights(trained: ModelParts, dtype: torch.dtype, device: str) -> dict
 
 
 def untied(trained: ModelParts, layers: Mapping[str, torch.nn.Module]) -> set[str]:
-    """Of tied parameters those that are no longer what the other one is, since an adapter changes one of them."""
+    """Of tied parameters those that are no longer what the other one is, since an adapter changes one of them.
+
+    An adapter may hold both, and the same values for both.
+    """
+    saved = trained.modules_to_save
     changed = set(trained.modules_to_save) | {
         name for pair in trained.ties.items() for name in pair if name.rpartition(".")[0] in layers
     }
-    return {target for target, source in trained.ties.items() if {target, source} & changed}
+    return {
+        target for target, source in trained.ties.items()
+        if {target, source} & changed and not (
+            {target, source} <= saved.keys() and torch.equal(saved[target], saved[source])
+        )
+    }  # fmt: skip
 
 
 def split_lazy(name: str, merged: LazyTensor, trained: ModelParts) -> dict[str, LazyTensor]:
