@@ -47,7 +47,8 @@ def test_what_is_there_twice(script: ModuleType, tmp_path: Path) -> None:
 def test_lines_of_many_documents(script: ModuleType, tmp_path: Path) -> None:
     """A menu goes, a short line that recurs in dialogues and one that few have stay."""
     menu = "首页 新闻 体育 娱乐 财经 登录 注册"
-    texts = [f"{menu}\n{number}：{part}\n“嗯。”" for number, part in zip("甲乙丙丁戊己", [ONE, TWO, THREE] * 2, strict=True)]
+    parts = zip("甲乙丙丁戊己", [ONE, TWO, THREE] * 2, strict=True)
+    texts = [f"{menu}\n{number}：{part}\n“嗯。”" for number, part in parts]
     kept, report = prepared(script, tmp_path, texts, "--max_line_repeats", "5", "--max_repeats", "-1")
     assert kept == [text.removeprefix(f"{menu}\n") for text in texts]
     assert report["lines"] == [{"line": menu, "documents": 6}]
