@@ -10,8 +10,8 @@ keeps its token ids exactly. (Scripts that add all pieces of a Chinese model, wi
 `▁weather`.) Pieces that the merged tokenizer can never come to are left out.
 
 A new row of the embedding, and of the output head, is the mean of the rows of the tokens that the text took before, so
-that training does not start from nothing. They have to be trained: bash deepspeed_pt/run.sh --train_embeddings True,
-or run_full.sh.
+that training does not start from nothing. They have to be trained: bash deepspeed_pt/run.sh --data text/
+--train_embeddings new_rows (or True: the whole tables; or run_full.sh: all weights).
 
 Reads   <llama_tokenizer_dir>/, a model's folder, or a tokenizer's alone; <chinese_sp_model_file> or <train_on>.
 Writes  <save_path>/: the same folder with the larger vocabulary, README.md and run.json.
@@ -381,7 +381,7 @@ def card(name: str, base: Path, merged: Merged, counted: list[tuple[str, int, in
 
 {public_name(base)} with {len(merged.old_ids):,} more tokens for Chinese, from id {merged.first_id} on, by
 llm-train-playground. {made} All other weights are unchanged. **The new rows
-have to be trained before it is of use** (deepspeed_pt/run.sh --train_embeddings True, or run_full.sh).
+have to be trained before it is of use** (deepspeed_pt/run.sh --train_embeddings new_rows).
 
 | text | bytes a token before | now | tokens |
 |---|---|---|---|

@@ -65,8 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_size", type=float, default=0.01, help="part of each source that is held out")
     add_run_arguments(parser, "deepspeed_pt/output", LORA_LR, FULL_LR)
     parser.add_argument(
-        "--train_embeddings", type=boolean, default=False,
-        help="True: train embedding and output head as a whole beside LoRA, as new tokens need",
+        "--train_embeddings", type=embeddings, default="none", metavar="{False,True,new_rows}",
+        help="True: train embedding and output head as a whole beside LoRA; new_rows: the rows of the tokens that "
+        "merge_tokenizer.py has added, which takes far less memory",
     )  # fmt: skip
     parser.add_argument(
         "--embedding_lr", type=float,
@@ -76,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     # All of a pack's tokens go through the output head.
     parser.set_defaults(share_prefix=False, epochs=1, pack_tokens=1024)
     return parser
+
+
+def embeddings(text: str) -> str:
+    """Reads --train_embeddings: "none", "all" or "new_rows"."""
+    return text if text in ("none", "new_rows") else "all" if boolean(text) else "none"
 
 
 def source_of(text: str) -> Source:
@@ -102,7 +108,18 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--data: got shares of {shares}, expected numbers above 0.")
     if not 0 <= args.test_size < 1:
         problems.append(f"--test_size: got {args.test_size}, expected 0 or more and less than 1.")
-    if args.embedding_lr is not None and args.tuner == "lora" and not args.train_embeddings:
+    if args.train_embeddings == "new_rows":
+        from utils.data.vocabulary import new_rows
+
+        try:
+            new_rows(from_root(args.model_dir) / args.model_name)
+        except ValueError as error:
+            problems.append(f"--train_embeddings new_rows: {error}")
+        if args.zero_stage == 3:
+            problems.append("--train_embeddings new_rows: PEFT cannot take rows of a sharded table: --zero_stage 2.")
+    if args.tuner == "full" and args.train_embeddings != "none":
+        problems.append("--train_embeddings: --tuner full trains embeddings anyway. Leave it out.")
+    if args.embedding_lr is not None and args.tuner == "lora" and args.train_embeddings == "none":
         problems.append("--embedding_lr: LoRA leaves embeddings as they are. Train them: --train_embeddings True")
     if args.embedding_lr is not None and not args.embedding_lr > 0:
         problems.append(f"--embedding_lr: got {args.embedding_lr}, expected more than 0.")
@@ -210,7 +227,7 @@ def evaluate(run: Run, names: list[str], source: Any, size: Any) -> dict[str, fl
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and samples of text in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
-    if (args.tuner == "full" or args.train_embeddings) and args.embedding_lr is None:
+    if (args.tuner == "full" or args.train_embeddings != "none") and args.embedding_lr is None:
         args.embedding_lr = args.lr / 10
     from utils.train.forward import supervised_logits
     from utils.train.tensors import all_reduced, weighted_nll

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, adapter, distance, example_texts, launch, load_script, make_model, read_metrics, run, slow
+from safetensors.torch import load_file
 from test_deepspeed_ft import assert_same_numbers, assert_same_state, train_losses
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +26,11 @@ Build = Callable[..., list[str]]
 @pytest.fixture(scope="module")
 def pt() -> ModuleType:
     return load_script("deepspeed_pt/train.py")
+
+
+@pytest.fixture(scope="module")
+def merge() -> ModuleType:
+    return load_script("merge_tokenizer.py")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +218,36 @@ def test_embeddings_beside_lora_are_merged(
     assert not torch.equal(one.get_input_embeddings().weight, two.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True})], ids=str)
+def test_new_rows_alone_beside_lora(
+    pt: ModuleType, merge: ModuleType, args: Build, tokenizer: Any, root: Path, tmp_path: Path, tied: bool, flags: Any
+) -> None:
+    """After merge_tokenizer.py: rows of other tokens stay what they were, bit for bit; tied tables stay tied."""
+    base = tmp_path / "model/tiny/base"
+    make_model("qwen2", len(tokenizer), tie_word_embeddings=tied).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "zh.txt").write_text("\n".join(example_texts()), encoding="utf-8")
+    learn = ["--train_on", str(tmp_path / "zh.txt"), "--vocab_size", "400"]
+    merge.main(merge.build_parser().parse_args(["--llama_tokenizer_dir", str(base), *learn]))
+    model = {"model_dir": tmp_path / "model", "model_name": "tiny/base-zh"}
+    run(pt, args(str(tmp_path / "zh.txt"), **model, train_embeddings="new_rows", **flags))
+    convert = load_script("convert_model.py")
+    (folder,) = (tmp_path / "output/DS-tiny").iterdir()
+    asked = ["--zero_model", str(folder), "--org_model", f"{base}-zh", "--save_model", "pt", "--t", "1"]
+    convert.main(convert.build_parser().parse_args(asked))
+    one, two = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{base}-zh", root / "output_hf/pt"))
+    first = len(tokenizer)
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = (getattr(model, layer)().weight for model in (one, two))
+        assert torch.equal(before[:first], after[:first])
+        assert (before[first:] != after[first:]).any(1).float().mean() > 0.5
+    assert (two.lm_head.weight is two.get_input_embeddings().weight) == tied
+    trained = load_file(next(folder.glob("1/adapter/adapter_model.safetensors")))
+    sizes = [len(tensor) for name, tensor in trained.items() if "lora_" not in name]
+    assert sizes == [len(after) - first] * (1 if tied else 2), "no more than these rows are trained and kept"
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "said"),
     [
@@ -222,6 +258,9 @@ def test_embeddings_beside_lora_are_merged(
         (["{text}:nan"], {}, "expected numbers above 0"),
         (["{text}"], {"test_size": 1}, "--test_size: got 1"),
         (["{text}"], {"test_mode": True}, "--test_mode: there are no questions"),
+        (["{text}"], {"train_embeddings": "new_rows"}, "merge_tokenizer.py has not made it"),
+        (["{text}"], {"train_embeddings": "new_rows", "zero_stage": 3}, "--zero_stage 2"),
+        (["{text}"], {"train_embeddings": True, "tuner": "full"}, "Leave it out"),
         (["{text}"], {"embedding_lr": 0.1}, "Train them: --train_embeddings True"),
         (["{text}"], {"embedding_lr": -1, "tuner": "full"}, "--embedding_lr: got -1"),
         (["{empty}"], {}, "there is no text in it"),

@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}, False),
     "all biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, False),
     "saved block": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, False),
-    "tied tokens": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 9]}, True),
+    "tied tokens": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 9]}, False),
     "some tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 9, 20]}, False),
     "some layers": ("mistral", {"target_modules": ["down_proj"], "layers_to_transform": [1]}, False),
 }

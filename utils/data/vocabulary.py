@@ -15,6 +15,8 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.files import read_json, shown
+
 # Code points of Chinese characters: with their extensions and compatibility forms, and 〇.
 CHINESE = (
     (0x3007, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F), (0x30000, 0x323AF)
@@ -352,3 +354,16 @@ def token_bytes(tokenizer: Any) -> Any:
     for token, id in tokenizer.get_vocab().items():
         found[id] = size(token, id)
     return found
+
+
+def new_rows(path: Path) -> range:
+    """The tokens that merge_tokenizer.py has added to a model.
+
+    Raises:
+        ValueError: if it has added none.
+    """
+    try:
+        added = read_json(path / "run.json")["vocabulary"]
+        return range(added["first_new_id"], added["first_new_id"] + added["new_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{shown(path)} has no new tokens: merge_tokenizer.py has not made it.") from error

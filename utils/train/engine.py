@@ -75,6 +75,7 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
     """
     from safetensors import SafetensorError
 
+    from utils.data.vocabulary import new_rows
     from utils.weights.loading import add_lora
 
     model = load_base(path, args.model_name, precision, quant_bits(args), device, args.trust_remote_code)
@@ -90,7 +91,8 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
             fail(f"--adapter {adapter} does not fit {shown(path)}: {error}")
     elif args.tuner == "lora":
         try:
-            embeddings = getattr(args, "train_embeddings", False)
+            asked = getattr(args, "train_embeddings", "none")
+            embeddings = new_rows(path) if asked == "new_rows" else asked == "all"
             model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target, embeddings)
         except ValueError as error:
             fail(f"--lora_target {args.lora_target}: {error}")

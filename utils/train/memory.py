@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from utils.cli import GIB
+from utils.data.vocabulary import new_rows
 from utils.weights.loading import NF4_BYTES
 
 
@@ -33,10 +34,10 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     in_linear = sum(layer.weight.numel() for layer in linear)
     width = 4 if precision == "fp32" else 2
     trainable = total if args.tuner == "full" else sum(args.lora_r * (m.in_features + m.out_features) for m in linear)
-    saved = 0
-    if args.tuner == "lora" and getattr(args, "train_embeddings", False):  # Beside the frozen ones.
+    asked, saved = getattr(args, "train_embeddings", "none"), 0
+    if args.tuner == "lora" and asked != "none":  # Beside the frozen ones.
         ends = {model.get_input_embeddings().weight, head.weight}
-        saved = sum(weight.numel() for weight in ends)
+        saved = sum(weight.shape[1] * (len(weight) if asked == "all" else len(new_rows(path))) for weight in ends)
         trainable += saved
     weights = total * width if quant_bits is None else int((total - in_linear) * width + in_linear * NF4_BYTES)
     # AdamW: two fp32 moments, and in 16-bit training fp32 master weights and fp32 gradients beside the 16-bit ones.

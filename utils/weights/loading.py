@@ -71,7 +71,7 @@ BARE_OUT_PROJ = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def add_lora(
-    model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str, embeddings: bool = False
+    model: torch.nn.Module, r: int, alpha: int, dropout: float, target: str, embeddings: bool | range = False
 ) -> torch.nn.Module:
     """Freezes a model and puts trainable low-rank matrices beside its linear layers (LoRA, arXiv 2106.09685).
 
@@ -82,7 +82,7 @@ def add_lora(
         dropout: On the input of the low-rank matrices.
         target: "all-linear" (all but the output head, blocks of experts, and what PEFT refuses) or names of layers
             separated by commas.
-        embeddings: Whether embedding and output head are trained as a whole beside it.
+        embeddings: Whether embedding and output head are trained beside it, as a whole or some tokens' rows.
 
     Raises:
         ValueError: if such layers cannot have any.
@@ -94,10 +94,13 @@ def add_lora(
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
-    if embeddings:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        config.modules_to_save = [name for name, layer in model.named_modules() if layer in ends]
-        config.ensure_weight_tying = True
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = embeddings and ends[0].weight is ends[1].weight
+    names = [name for name, layer in model.named_modules() if layer in ends]
+    if isinstance(embeddings, range):  # Of tied ones PEFT takes the rows of the second by itself.
+        config.trainable_token_indices = {name: [*embeddings] for name in names[: 1 if tied else 2]}
+    elif embeddings:
+        config.modules_to_save, config.ensure_weight_tying = names, tied
     taken = copy.deepcopy(config)
     convert_peft_config_for_transformers(taken, model, None)
     if taken.target_parameters:

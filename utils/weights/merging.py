@@ -185,18 +185,21 @@ def merged_weights(trained: ModelParts, dtype: torch.dtype, device: str) -> dict
 def untied(trained: ModelParts, layers: Mapping[str, torch.nn.Module]) -> set[str]:
     """Of tied parameters those that are no longer what the other one is, since an adapter changes one of them.
 
-    An adapter may hold both, and the same values for both.
+    An adapter may hold both, and the same values for both; and PEFT ties the rows of single tokens.
     """
     saved = trained.modules_to_save
+
+    def tied(target: str, source: str) -> bool:
+        if {target, source} <= saved.keys():
+            return torch.equal(saved[target], saved[source])
+        owners = [layers.get(name.rpartition(".")[0]) for name in (target, source)]
+        return any(getattr(owner, "tied_adapter", None) in owners for owner in owners if owner is not None)
+
     changed = set(trained.modules_to_save) | {
         name for pair in trained.ties.items() for name in pair if name.rpartition(".")[0] in layers
     }
-    return {
-        target for target, source in trained.ties.items()
-        if {target, source} & changed and not (
-            {target, source} <= saved.keys() and torch.equal(saved[target], saved[source])
-        )
-    }  # fmt: skip
+    pairs = ((target, source) for target, source in trained.ties.items() if {target, source} & changed)
+    return {target for target, source in pairs if not tied(target, source)}
 
 
 def split_lazy(name: str, merged: LazyTensor, trained: ModelParts) -> dict[str, LazyTensor]:
