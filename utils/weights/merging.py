@@ -192,8 +192,8 @@ def untied(trained: ModelParts, layers: Mapping[str, torch.nn.Module]) -> set[st
     def tied(target: str, source: str) -> bool:
         if {target, source} <= saved.keys():
             return torch.equal(saved[target], saved[source])
-        owners = [layers.get(name.rpartition(".")[0]) for name in (target, source)]
-        return any(getattr(owner, "tied_adapter", None) in owners for owner in owners if owner is not None)
+        owners = [layers[owner] for name in (target, source) if (owner := name.rpartition(".")[0]) in layers]
+        return any(getattr(owner, "tied_adapter", None) in owners for owner in owners)
 
     changed = set(trained.modules_to_save) | {
         name for pair in trained.ties.items() for name in pair if name.rpartition(".")[0] in layers
