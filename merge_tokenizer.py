@@ -46,7 +46,6 @@ SENTENCE = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -282,8 +281,11 @@ def write_weights(base: Path, merged: Merged, args: argparse.Namespace, folder: 
 
 def copy_others(base: Path, folder: Path) -> None:
     """Copies what is neither weights nor tokenizer: settings of generation, code, licences."""
+    from utils.export.model_folder import WEIGHTS as ENDINGS
+
+    written = (*TOKENIZER_FILES, "README.md", "run.json")
     for file in sorted(base.iterdir()):
-        taken = file.name in (*TOKENIZER_FILES, "README.md", "run.json") or file.name.endswith(WEIGHT_ENDINGS)
+        taken = file.name in written or file.name.endswith((*ENDINGS, ".index.json"))
         if file.is_file() and not taken and not (folder / file.name).exists() and is_own(base, file):
             shutil.copy(file, folder)
 
@@ -405,7 +407,9 @@ def main(args: argparse.Namespace) -> None:
     base = from_root(args.llama_tokenizer_dir)
     target = from_root(args.save_path or f"{base}-zh")
     check_arguments(args, base, target)
-    from utils.export.model_folder import write_record
+    from utils.export.model_folder import check_links, write_record
+
+    check_links(base)
     with exclusive_lock(target):
         merged = merge(args, base)
         file = args.chinese_sp_model_file

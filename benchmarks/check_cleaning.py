@@ -26,7 +26,7 @@ from utils.evaluate.intervals import Interval
 from utils.evaluate.texts import normalised
 from utils.files import from_root, read_json
 
-WAYS = {"uncleaned": ["False"], "cleaned": ["True"]}
+WAYS = {"uncleaned": "False", "cleaned": "True"}
 MEASURES = ("likelihood", "reading", "fitting", "noticed")
 REPLIES = 14  # Of a thread, and one answer to one of them.
 # Counted in a crawl of study-advice videos; the others are made up.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import ArgumentParser
-from utils.data.cleaning import MACROS, has_contact, masked
+from utils.data.cleaning import MACROS, has_contact, masked, sql_text
 from utils.files import atomic_writes, explained, from_root, shown, write_problem
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def prepare(args: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
             FROM documents JOIN verdicts USING (id) WHERE reason IS NULL ORDER BY id""")
         report = make_report(con, lines)
         with atomic_writes([output_dir / "text.jsonl", output_dir / "report.json"]) as (texts, facts):
-            con.execute(f"COPY (SELECT id, source, text FROM kept ORDER BY id) TO '{texts}' (FORMAT json)")
+            con.execute(f"COPY (SELECT id, source, text FROM kept ORDER BY id) TO {sql_text(str(texts))} (FORMAT json)")
             facts.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     return report
 

@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--embedding_lr", type=float,
-        help="peak learning rate of embeddings and output head in full training (default: a tenth of --lr)",
+        help="peak learning rate of embeddings and output head, where they are trained (default: a tenth of --lr)",
     )  # fmt: skip
     # Documents have nothing in common that would be worth computing once, and are mixed well.
     # All of a pack's tokens go through the output head.

@@ -21,9 +21,10 @@ def prepared(script: ModuleType, folder: Path, texts: list[str], *more: str) -> 
     """The texts that are left, and the report."""
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    script.main(script.build_parser().parse_args(["--data", str(path), "--output_dir", str(folder / "out"), *more]))
-    lines = (folder / "out/text.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines], json.loads((folder / "out/report.json").read_text())
+    output = folder / "it's here"
+    script.main(script.build_parser().parse_args(["--data", str(path), "--output_dir", str(output), *more]))
+    lines = (output / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines], json.loads((output / "report.json").read_text())
 
 
 ONE = "今天我们去了城外的植物园，看见了许多从来没有见过的花和树，孩子们都很高兴。"

@@ -206,6 +206,14 @@ def test_a_model_with_images(script: ModuleType, base: Path, tokenizer: Any) -> 
     assert len(model.get_input_embeddings().weight) == saved["text_config"]["vocab_size"]
 
 
+def test_links_out_of_the_folder(script: ModuleType, base: Path, root: Path) -> None:
+    """What they lead to could get into a folder that is published."""
+    (root / "private.json").write_text("{}")
+    (base / "settings.json").symlink_to(root / "private.json")
+    with pytest.raises(SystemExit, match="is a link to a file outside of its folder"):
+        merge(script, base, *LEARN)
+
+
 def test_metas_own_files(script: ModuleType, base: Path) -> None:
     (base / "config.json").unlink()
     with pytest.raises(SystemExit, match="no config.json.*merge_qlora.py --base_model model/tiny/base"):

@@ -103,8 +103,9 @@ def read_texts(path: Path) -> Iterator[Text]:
             yield from _read_blocks(file)
             continue
         for number, record in enumerate(read_records(file)):
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str) and not (isinstance(record, dict) and "text" in record and text is None):
+            has_text = isinstance(record, dict) and "text" in record
+            text = record["text"] if has_text else None
+            if not has_text or not isinstance(text, str | None):
                 there = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise DataError(f"{shown(file)}, record {number}: expected a field `text` with text, there is {there}.")
             if text and text.strip():

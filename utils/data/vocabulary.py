@@ -206,17 +206,16 @@ def learn_merges(backend: dict[str, Any], texts: Iterable[str], vocab_size: int)
     found = _whole_characters(backend, words, vocab_size)
     model, letters = _model_of(backend, found), {}
 
-    def written() -> Iterator[str]:
-        for word, count in words.items():
-            tokens = (token.value for token in model.tokenize(_mapped(word)))
-            own = "".join(letters.setdefault(token, chr(PRIVATE + len(letters))) for token in tokens)
-            yield from repeat(own, count)
+    def written(word: str) -> str:
+        tokens = (token.value for token in model.tokenize(_mapped(word)))
+        return "".join(letters.setdefault(token, chr(PRIVATE + len(letters))) for token in tokens)
 
-    for _ in written():  # Each token that occurs counts as one of the vocabulary there.
-        pass
+    counted = [(written(word), count) for word, count in words.items()]
+    # Each token that occurs counts as one of the vocabulary there.
     size = len(letters) + vocab_size - len(found.tokens)
     learner = Tokenizer(models.BPE())
-    learner.train_from_iterator(written(), trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
+    several = (word for own, count in counted for word in repeat(own, count))
+    learner.train_from_iterator(several, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
     tokens = {letter: token for token, letter in letters.items()}
     for pair in json.loads(learner.to_str())["model"]["merges"]:
         _add_merge(found, backend, *("".join(tokens[letter] for letter in part) for part in pair))
