@@ -30,7 +30,7 @@ from utils.serve.capacity import PAGE_TOKENS, Capacity
 from utils.serve.generate import IncrementalDetokenizer, end_ids, use_adapter
 from utils.serve.limits import Refused
 from utils.serve.paged_attention import NAME, plan_step
-from utils.serve.routes import Answers, Delta, Sampling, Served, collect
+from utils.serve.routes import Delta, Sampling, Served, collect
 from utils.serve.sampling import SamplingParams, sample_tokens
 
 PATIENCE_SEC = 5
@@ -157,28 +157,32 @@ def check_engine(engine: "TransformersEngine") -> None:
     """
     name, text = engine.models[0].name, "1 2 3 4 5 6 7 8 9 10 " * 20
 
-    async def answers() -> Answers:
+    async def answers() -> list[str]:
+        """Of two at once: requests that write together have an attention of their own."""
         ids = (await engine.prompt_ids([{"role": "user", "content": text}]))[: engine.max_model_len - 8]
-        expected.append(engine.greedy(ids, 8, name))
+        asked = [ids, ids[:-3]]
+        expected.extend(engine.greedy(one, 8, name) for one in asked)
         sampling = Sampling(temperature=0, max_tokens=8)
-        return await collect(engine.generate(ids, sampling, name), 1)
+        found = await asyncio.gather(*(collect(engine.generate(one, sampling, name), 1) for one in asked))
+        return [answer.texts[0] for answer in found]
 
     expected: list[str] = []
     log = logging.getLogger("ContinuousBatchingLogger")
     log.disabled = True  # A traceback would stand above the sentence.
     try:
-        found = asyncio.run(answers()).texts[0]
+        found = asyncio.run(answers())
     except Refused as refusal:
         raise ValueError(
             f"transformers' continuous batching does not run this model ({refusal}). vLLM may: requirements_vllm.txt"
         ) from refusal
     finally:
         log.disabled = False
-    if found != expected[0]:
-        raise ValueError(
-            f"transformers' continuous batching writes {found!r} where the model writes {expected[0]!r}. Serve it with "
-            "vLLM: requirements_vllm.txt"
-        )
+    for text, of_model in zip(found, expected, strict=True):
+        if text != of_model:
+            raise ValueError(
+                f"transformers' continuous batching writes {text!r} where the model writes {of_model!r}. Serve it with "
+                "vLLM: requirements_vllm.txt"
+            )
 
 
 class TransformersEngine:
