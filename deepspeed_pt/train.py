@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import ArgumentParser, boolean, fail
-from utils.files import from_root
-from utils.train.arguments import add_run_arguments, check_and_start
+from utils.files import explained, from_root, read_json
+from utils.train.arguments import adapter_problems, add_run_arguments, adopt_adapter, check_and_start
 from utils.train.run import SHOWN_REPLIES, Run
 
 PANELS = {"loss": "loss (nats a token)", "bits_per_byte": "bits a byte of held-out text"}
@@ -70,8 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
         "merge_tokenizer.py has added, which takes far less memory",
     )  # fmt: skip
     parser.add_argument(
+        "--train_only", choices=["new_rows"],
+        help="train these rows and nothing else, before LoRA joins in (--adapter with this run's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", default="", help="folder of a LoRA adapter to go on with; what it trains, rank and dropout stay"
+    )
+    parser.add_argument(
         "--embedding_lr", type=float,
-        help="peak learning rate of embeddings and output head, where they are trained (default: a tenth of --lr)",
+        help="peak learning rate of embeddings and output head, where they are trained (default: a tenth of --lr; with "
+        "--train_only --lr)",
     )  # fmt: skip
     # Documents have nothing in common that would be worth computing once, and are mixed well.
     # All of a pack's tokens go through the output head.
@@ -97,6 +105,7 @@ def own_problems(args: argparse.Namespace) -> list[str]:
     """Finds what is wrong with this script's own arguments."""
     sources = [source_of(text) for text in args.data]
     problems = [f"--data: no {path}." for path, _ in sources if not path.exists()]
+    problems += adapter_problems(args)
     if not all(text.strip() for text in args.data):
         problems.append("--data: got an empty name, expected a file or a folder of text.")
     shares = [share for _, share in sources if share is not None]
@@ -108,18 +117,21 @@ def own_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--data: got shares of {shares}, expected numbers above 0.")
     if not 0 <= args.test_size < 1:
         problems.append(f"--test_size: got {args.test_size}, expected 0 or more and less than 1.")
-    if args.train_embeddings == "new_rows":
+    if args.adapter and (args.train_only or args.train_embeddings != "none"):
+        problems.append("--adapter: what it has is trained on. Leave out --train_only and --train_embeddings.")
+    if args.train_only and args.train_embeddings == "all":
+        problems.append("--train_only new_rows: got --train_embeddings True, which trains all rows. Leave one out.")
+    if "new_rows" in (args.train_embeddings, args.train_only):
         from utils.data.vocabulary import new_rows
 
         try:
             new_rows(from_root(args.model_dir) / args.model_name)
         except ValueError as error:
-            problems.append(f"--train_embeddings new_rows: {error}")
-        if args.zero_stage == 3:
-            problems.append("--train_embeddings new_rows: PEFT cannot take rows of a sharded table: --zero_stage 2.")
-    if args.tuner == "full" and args.train_embeddings != "none":
-        problems.append("--train_embeddings: --tuner full trains embeddings anyway. Leave it out.")
-    if args.embedding_lr is not None and args.tuner == "lora" and args.train_embeddings == "none":
+            problems.append(f"{'--train_only' if args.train_only else '--train_embeddings'} new_rows: {error}")
+    if args.tuner == "full" and (args.train_only or args.train_embeddings != "none"):
+        problems.append("--train_embeddings, --train_only: --tuner full trains all weights. Leave them out.")
+    leaves = args.tuner == "lora" and args.train_embeddings == "none" and not args.train_only and not args.adapter
+    if args.embedding_lr is not None and leaves:
         problems.append("--embedding_lr: LoRA leaves embeddings as they are. Train them: --train_embeddings True")
     if args.embedding_lr is not None and not args.embedding_lr > 0:
         problems.append(f"--embedding_lr: got {args.embedding_lr}, expected more than 0.")
@@ -224,20 +236,38 @@ def evaluate(run: Run, names: list[str], source: Any, size: Any) -> dict[str, fl
     return found
 
 
+def take_over_adapter(args: argparse.Namespace, model_path: Path) -> dict[str, str]:
+    """Takes the settings of --adapter into the arguments; returns its hash as `adopt_adapter` does."""
+    from utils.data.vocabulary import new_rows
+
+    if args.train_only:
+        args.train_embeddings = "new_rows"
+    if args.adapter:
+        config = read_json(from_root(args.adapter) / "adapter_config.json")
+        rows, whole = config.get("trainable_token_indices"), config.get("modules_to_save")
+        args.train_embeddings = "new_rows" if rows else "all" if whole else "none"
+        if rows:
+            with explained(f"--adapter {args.adapter} has rows of new tokens"):
+                new_rows(model_path)
+    return adopt_adapter(args)
+
+
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and samples of text in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
+    adapter = take_over_adapter(args, model_path)
     if (args.tuner == "full" or args.train_embeddings != "none") and args.embedding_lr is None:
-        args.embedding_lr = args.lr / 10
+        args.embedding_lr = args.lr if args.train_only else args.lr / 10
     from utils.train.forward import supervised_logits
     from utils.train.tensors import all_reduced, weighted_nll
 
     measure = partial(evaluate, run, *load_data(run))
+    run.data_facts["files"] |= adapter
     # The estimate for all methods takes it that a quarter of the tokens is learnt.
     width = 4 if run.precision == "fp32" else 2
     logits = args.pack_tokens * 3 // 4 * len(run.chat.tokenizer) * (width + 4)
     run.open(Path(__file__).with_name("ds_config.json"), PANELS, {"logits of all tokens": logits})
-    run.load_model()
+    run.load_model(args.adapter)
     run.make_engine()
     run.resume_or_evaluate(measure)
     for step in run.steps():

@@ -5,7 +5,8 @@ python -m pytest tests/test_deepspeed_pt.py
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -153,6 +154,22 @@ def test_two_ranks_equal_one(pt: ModuleType, args: Build, tmp_path: Path, zero_s
     assert bits[0] == pytest.approx(bits[1], rel=1e-5)
 
 
+@contextmanager
+def stopping_at(last: int) -> Iterator[None]:
+    """What is run inside is stopped as by Ctrl-C, before this step."""
+
+    def stopping(steps: range, *_: Any, **__: Any) -> Any:
+        for step in steps:
+            if step == last:
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.train.run.progress_bar", stopping)
+        with pytest.raises(SystemExit, match="130"):
+            yield
+
+
 @pytest.mark.parametrize(
     "flags",
     [{"zero_stage": 2}, *map(slow, [{"train_bnb_enabled": True}, {"tuner": "full", "zero_stage": 0}])]
@@ -168,16 +185,8 @@ def test_resume_equals_a_straight_run(pt: ModuleType, args: Build, text: Path, t
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(pt, args(*data, output_dir=straight, max_steps=5, **flags))
 
-    def stopping(steps: range, *_: Any, **__: Any) -> Any:
-        for step in steps:
-            if step == 4:
-                raise KeyboardInterrupt
-            yield step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.train.run.progress_bar", stopping)
-        with pytest.raises(SystemExit, match="130"):
-            run(pt, args(*data, output_dir=stopped, max_steps=5, **flags))
+    with stopping_at(4):
+        run(pt, args(*data, output_dir=stopped, max_steps=5, **flags))
     run(pt, args(*data, output_dir=stopped, max_steps=5, resume=True, **flags))
     assert_same_state(straight, stopped)
     rates = [line["train/lr"] for line in read_metrics(straight) if "train/lr" in line]
@@ -248,6 +257,61 @@ def test_new_rows_alone_beside_lora(
     assert sizes == [len(after) - first] * (1 if tied else 2), "no more than these rows are trained and kept"
 
 
+@pytest.fixture
+def merged_model(merge: ModuleType, tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
+    """Arguments that name a model with new tokens."""
+    base = tmp_path / "model/tiny/base"
+    make_model("qwen2", len(tokenizer), tie_word_embeddings=True).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "zh.txt").write_text("\n".join(example_texts()), encoding="utf-8")
+    learn = ["--train_on", str(tmp_path / "zh.txt"), "--vocab_size", "400"]
+    merge.main(merge.build_parser().parse_args(["--llama_tokenizer_dir", str(base), *learn]))
+    return {"model_dir": tmp_path / "model", "model_name": "tiny/base-zh"}
+
+
+def test_new_rows_first_and_lora_after(
+    pt: ModuleType, args: Build, merged_model: Any, tokenizer: Any, root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """What the rows alone have learnt is where LoRA and rows go on; a run that is continued is the straight one."""
+    text, parts = str(tmp_path / "zh.txt"), []
+    rows_alone = merged_model | {"train_only": "new_rows", "lr": 0.01, "save_steps": 1}
+    run(pt, args(text, **rows_alone))
+    said = capsys.readouterr().out
+    assert "Samples are packed" in said
+    with stopping_at(3):
+        run(pt, args(text, **rows_alone, output_dir=tmp_path / "two"))
+    run(pt, args(text, **rows_alone, output_dir=tmp_path / "two", resume=True))
+    for place in ("output", "two"):
+        (folder,) = (tmp_path / place / "DS-tiny").iterdir()
+        parts.append(load_file(folder / "1-last/adapter/adapter_model.safetensors"))
+    first, again = parts
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(tensor.any() for name, tensor in first.items() if "lora_B" in name), "LoRA is not trained"
+    (rows,) = (name for name in first if "lora_" not in name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model/tiny/base-zh").get_input_embeddings().weight
+    new = base[len(tokenizer) :]
+    assert first[rows].shape == new.shape and not torch.equal(first[rows], new)
+    adapter = tmp_path / "output/DS-tiny/base-zh/1-last/adapter"
+    run(pt, args(text, **merged_model, adapter=adapter, lr=1e-9, embedding_lr=1e-9, output_dir=tmp_path / "three"))
+    (folder,) = (tmp_path / "three/DS-tiny").iterdir()
+    after = load_file(folder / "1-last/adapter/adapter_model.safetensors")
+    assert torch.allclose(after[rows], first[rows], atol=1e-6) and not torch.equal(after[rows], first[rows])
+    assert all(tensor.any() for name, tensor in after.items() if "lora_B" in name), "LoRA is trained"
+    convert = load_script("convert_model.py")
+    asked = ["--zero_model", str(folder), "--org_model", f"{tmp_path}/model/tiny/base-zh", "--save_model", "pt"]
+    convert.main(convert.build_parser().parse_args([*asked, "--t", "1"]))
+    merged = AutoModelForCausalLM.from_pretrained(root / "output_hf/pt").get_input_embeddings().weight
+    assert torch.allclose(merged[len(tokenizer) :], first[rows], atol=1e-6)
+    assert torch.equal(merged[: len(tokenizer)], base[: len(tokenizer)])
+
+
+def test_rows_of_new_tokens_and_sharded_tables(
+    pt: ModuleType, args: Build, merged_model: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="--zero_stage 2"):
+        run(pt, args(str(tmp_path / "zh.txt"), **merged_model, train_only="new_rows", zero_stage=3))
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "said"),
     [
@@ -259,8 +323,11 @@ def test_new_rows_alone_beside_lora(
         (["{text}"], {"test_size": 1}, "--test_size: got 1"),
         (["{text}"], {"test_mode": True}, "--test_mode: there are no questions"),
         (["{text}"], {"train_embeddings": "new_rows"}, "merge_tokenizer.py has not made it"),
-        (["{text}"], {"train_embeddings": "new_rows", "zero_stage": 3}, "--zero_stage 2"),
-        (["{text}"], {"train_embeddings": True, "tuner": "full"}, "Leave it out"),
+        (["{text}"], {"train_only": "new_rows"}, "--train_only new_rows: .*merge_tokenizer.py has not made it"),
+        (["{text}"], {"train_only": "new_rows", "train_embeddings": True}, "which trains all rows"),
+        (["{text}"], {"train_embeddings": True, "tuner": "full"}, "Leave them out"),
+        (["{text}"], {"adapter": "nowhere"}, "--adapter: no adapter_config.json"),
+        (["{text}"], {"adapter": "nowhere", "train_embeddings": True}, "what it has is trained on"),
         (["{text}"], {"embedding_lr": 0.1}, "Train them: --train_embeddings True"),
         (["{text}"], {"embedding_lr": -1, "tuner": "full"}, "--embedding_lr: got -1"),
         (["{empty}"], {}, "there is no text in it"),

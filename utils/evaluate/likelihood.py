@@ -102,7 +102,7 @@ class Reader:
     @torch.no_grad()
     def _reads_alike(self) -> bool:
         """Tries whether answers are as likely with a cache as without: not every model's code takes one as given."""
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = self.model.config.get_text_config().vocab_size
         prompt, *answers = np.random.default_rng(0).integers(0, vocab_size, (3, 12)).tolist()
         whole = [nats for _, nats in sorted(self._likelihoods([(prompt, ids) for ids in answers], []))]
         try:

@@ -96,6 +96,9 @@ def build_model(args: argparse.Namespace, path: Path, precision: str, device: st
             model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target, embeddings)
         except ValueError as error:
             fail(f"--lora_target {args.lora_target}: {error}")
+    if getattr(args, "train_only", None):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_" not in name)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -185,6 +188,8 @@ def make_ds_config(args: argparse.Namespace, default_file: Path, precision: str)
         zero |= {"offload_param": {"device": "cpu"}} if args.offload == "param" else {}
         config["zero_optimization"] = zero
     stage, offloaded = zero["stage"], "offload_optimizer" in zero
+    if stage == 3 and getattr(args, "train_embeddings", "none") == "new_rows":
+        fail("Rows of new tokens: PEFT cannot take rows of a sharded table. Use --zero_stage 2.")
     if ("offload_param" in zero and stage != 3) or (offloaded and stage == 0):
         fail(f"Offloading weights needs --zero_stage 3, offloading the optimizer 1 or more; got stage {stage}.")
     compiled = offloaded and all(map(shutil.which, ("c++", "ninja")))

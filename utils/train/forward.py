@@ -206,7 +206,7 @@ def _format_error(model: Any, form: PackFormat, depth: int) -> float:
     That of the sample that fares worse, at its last places: a model may see what is padded, and forget it later.
     """
     random = np.random.default_rng(0)
-    vocab_size = getattr(model, "module", model).get_input_embeddings().num_embeddings
+    vocab_size = getattr(model, "module", model).config.get_text_config().vocab_size
     trunk, *branches = (random.integers(0, vocab_size, length).astype(np.int32) for length in (depth, 8, 11))
     together = form.way == "shared"
     texts = [np.concatenate([trunk[: depth * together], branches[0]]), np.concatenate([trunk, branches[1]])]
