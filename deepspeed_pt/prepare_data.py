@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,7 +151,7 @@ def drop_lines(con: "DuckDBPyConnection", most: int) -> list[tuple[str, int]]:
 
 def judge(con: "DuckDBPyConnection", args: argparse.Namespace) -> None:
     """Fills the table `verdicts` (id, reason), in the order of `REASONS`; no reason: it stays."""
-    from utils.data.near_repeats import near_repeats
+    from utils.data.near_documents import near_documents
 
     dropped = has_contact("text") if args.contacts == "drop" else "false"
     chinese = "regexp_replace(letters, '[^\\p{Han}]+', '', 'g')"
@@ -165,11 +166,11 @@ def judge(con: "DuckDBPyConnection", args: argparse.Namespace) -> None:
     left = "FROM folded JOIN verdicts USING (id) WHERE reason IS NULL"
     con.execute(f"""
         UPDATE verdicts SET reason = 'repeat' WHERE id IN (SELECT id {left}
-            QUALIFY row_number() OVER (PARTITION BY letters ORDER BY id) > {args.max_repeats});
-        CREATE TABLE texts AS SELECT id, letters {left} AND length(letters) >= 6 ORDER BY id""")
-    found = near_repeats(con, args.max_repeats)
-    near = "SELECT id FROM texts WHERE rowid IN (SELECT unnest($1))"
-    con.execute(f"UPDATE verdicts SET reason = 'near_repeat' WHERE id IN ({near})", [found])
+            QUALIFY row_number() OVER (PARTITION BY letters ORDER BY id) > {args.max_repeats})""")
+    rows = con.cursor().execute(f"SELECT id, letters {left} ORDER BY id")
+    documents = (row for batch in iter(partial(rows.fetchmany, BATCH_DOCUMENTS), []) for row in batch)
+    found = near_documents(documents, args.max_repeats)
+    con.execute("UPDATE verdicts SET reason = 'near_repeat' WHERE id IN (SELECT unnest($1::BIGINT[]))", [found])
 
 
 def make_report(con: "DuckDBPyConnection", lines: list[tuple[str, int]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ THREE = "发动机的工作原理并不复杂：燃料在气缸里燃烧，推�
 def test_what_is_there_twice(script: ModuleType, tmp_path: Path) -> None:
     """Other punctuation and width, and small changes, make no other document; the first one stays."""
     same = "今天我们去了城外的植物园 看见了许多从来没有见过的花和树 孩子们都很高兴！！"
-    near = ONE.replace("城外", "城里").replace("高兴", "开心")
+    near = ONE.replace("高兴", "开心")
     kept, report = prepared(script, tmp_path, [ONE, TWO, same, near, THREE])
     assert kept == [ONE, TWO, THREE]
     counts = {reason: found["documents"] for reason, found in report["dropped"].items()}

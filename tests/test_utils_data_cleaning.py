@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_prepare_data import Record, answer, comment, prepare, prompt, quick_plot, video, write_json  # noqa: F401
 
 from utils.data import near_repeats
 from utils.data.cleaning import MACROS, REASONS, has_contact, masked
 from utils.data.contacts import MASK, NAMES, NUMBERS
-from utils.data.near_repeats import alike, are_near, fingerprints, grouped
+from utils.data.near_repeats import alike, are_near, fingerprints, grouped, pairs_of
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,23 @@ def test_what_is_near() -> None:
     assert are_near("甲乙丙丁戊", "甲乙丙丁己") and not are_near("甲乙丙丁戊", "甲乙丙己庚")  # 3 of 5, 2 of 6.
     long = "甲乙丙丁戊己庚辛壬癸"  # 9 pairs.
     assert are_near(long, "甲乙丙丁戊己庚子丑寅") and not are_near(long, "甲乙丙丁戊己子丑寅卯")  # 6 of 12, 5 of 13.
+
+
+def test_what_is_near_with_an_alphabet() -> None:
+    """Long texts have most pairs of 26 letters in common, whatever they say; runs of five they have not."""
+    assert pairs_of("看abcdef吧") == {"看a", "abcde", "bcdef", "cdef吧", "f吧"} and pairs_of("abcd") == set()
+    assert pairs_of("甲乙丙") == {"甲乙", "乙丙"}
+    text = re.sub(r"[^a-z]", "", (ROOT / "README.md").read_text(encoding="utf-8").lower())
+    parts = [text[start : start + 600] for start in range(0, 12_000, 600)]
+    pairs = [jaccard({*pairwise(one)}, {*pairwise(two)}) for one, two in itertools.combinations(parts, 2)]
+    assert np.mean(np.array(pairs) > near_repeats.NEAR_PAIRS) > 0.5, "by pairs they would be near"
+    assert not any(are_near(one, two) for one, two in itertools.combinations(parts, 2))
+    assert are_near(parts[0], parts[0][:300] + "another" + parts[0][310:])
+    prints = fingerprints(parts)
+    for at, part in enumerate(parts):
+        assert (fingerprints([part]).bitmaps[:, 0] == prints.bitmaps[:, at]).all()
+    mixed = fingerprints(["abcd", "看abcdef吧", "abcde"]).bitmaps
+    assert np.bitwise_count(mixed).sum(0).tolist() == [0, 5, 1]
 
 
 def jaccard(one: set[Any], two: set[Any]) -> float:

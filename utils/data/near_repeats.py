@@ -3,6 +3,8 @@
 Shapes: T texts.
 """
 
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 RUN_LETTERS = 4  # Texts that may be near have the smallest hash of such runs in common (MinHash, Broder 1997).
 HASHES = 4
+# Long texts with an alphabet have nearly all pairs of its letters in common, whatever they say: instead of a pair of
+# such letters the run of five that begins with it counts.
+FIRST_WITHOUT_ALPHABET, ALPHABET_RUN = 0x2E80, 5
+ALPHABET_PAIR = re.compile(f"[^{chr(FIRST_WITHOUT_ALPHABET)}-{chr(sys.maxunicode)}]{{2}}")
 NEAR_PAIRS = 0.4  # Jaccard similarity of near texts' pairs of neighbouring letters,
 NEAR_PAIRS_SHORT, SHORT_PAIRS = 0.6, 9  # and of texts with fewer than so many pairs.
 BITMAP_WORDS = 4  # Of 64 bits, one for each pair by its hash: what is not near by these is not compared in full.
@@ -107,8 +113,15 @@ def _fingerprints(texts: list[str]) -> Prints:
         mixed[beyond] = np.iinfo(np.uint32).max
         hashes.append(np.minimum.reduceat(mixed, starts))
     place = mixed_runs(2) >> np.uint32(32 - 8)
+    alphabet = letters < FIRST_WITHOUT_ALPHABET
+    alphabet[:-1] &= alphabet[1:]
+    alphabet[ends - 1] = False
+    if alphabet.any():
+        place[alphabet] = mixed_runs(ALPHABET_RUN)[alphabet] >> np.uint32(32 - 8)
     bit, word = np.uint64(1) << (place & np.uint32(63)).astype(np.uint64), place >> np.uint32(6)
     bit[ends - 1] = 0
+    last = (ends[:, None] - np.arange(2, ALPHABET_RUN)).ravel()  # No text is shorter than a run of four.
+    bit[last[alphabet[last]]] = 0
     bitmaps = [np.bitwise_or.reduceat(np.where(word == number, bit, 0), starts) for number in range(BITMAP_WORDS)]
     return Prints(np.stack(hashes), np.stack(bitmaps))
 
@@ -203,6 +216,20 @@ def beyond(group: list[int], texts: Mapping[int, str], bitmaps: np.ndarray, most
 
 def are_near(one: str, two: str) -> bool:
     """Whether enough pairs of neighbouring letters of two texts are the same."""
-    mine, others = {*map("".join, pairwise(one))}, {*map("".join, pairwise(two))}
+    mine, others = pairs_of(one), pairs_of(two)
     needed = NEAR_PAIRS_SHORT if min(len(mine), len(others)) < SHORT_PAIRS else NEAR_PAIRS
     return len(mine & others) >= needed * len(mine | others)
+
+
+def pairs_of(text: str) -> set[str]:
+    """A text's pairs of neighbouring letters; of those of an alphabet runs of `ALPHABET_RUN`."""
+    if not ALPHABET_PAIR.search(text):
+        return {*map("".join, pairwise(text))}
+    last, first = len(text) - ALPHABET_RUN, chr(FIRST_WITHOUT_ALPHABET)
+    found = set()
+    for place, (one, two) in enumerate(pairwise(text)):
+        if one >= first or two >= first:
+            found.add(one + two)
+        elif place <= last:
+            found.add(text[place : place + ALPHABET_RUN])
+    return found
