@@ -7,8 +7,8 @@ Reads   text as deepspeed_pt/train.py does (a .txt is a document, of other files
         data_train.json of prepare_data.py: a video's title, its description and the comments, in one document. Held-out
         videos stay held out.
 Writes into --output_dir
-    text.jsonl     {"id", "source", "text"}, a document a line
-    report.json    what was read, dropped (with examples) and changed
+    text.jsonl                 {"id", "source", "text"}, a document a line
+    report.json, report.png    what was read, dropped (with examples) and changed, and how long the documents are
 """
 
 import argparse
@@ -28,11 +28,13 @@ from utils.data.cleaning import MACROS, has_contact, masked, sql_text
 from utils.files import atomic_writes, explained, from_root, shown, write_problem
 
 if TYPE_CHECKING:
+    import numpy as np
     from duckdb import DuckDBPyConnection
 
 BATCH_DOCUMENTS = 1000  # So many go to the database at once.
 EXAMPLES, EXAMPLE_CHARS = 3, 200
 LINE_LETTERS = 6  # Shorter lines recur in any text: "嗯。"
+QUANTILES = {"half": 0.5, "90 %": 0.9, "longest": 1.0}
 REASONS = {
     "short": "fewer letters and digits than --min_chars",
     "language": "fewer Chinese letters than others (--language)",
@@ -186,11 +188,13 @@ def make_report(con: "DuckDBPyConnection", lines: list[tuple[str, int]]) -> dict
             f"ORDER BY id LIMIT {EXAMPLES}", [reason]).fetchall()] for reason in counts
     }  # fmt: skip
     names = ("source", "documents", "kept", "characters")
+    (found,) = con.execute(f"SELECT quantile_disc(length(text), {[*QUANTILES.values()]}) FROM kept").fetchone()
     return {
         "sources": [dict(zip(names, map(int_or_text, row), strict=True)) for row in sources],
         "dropped": {reason: {"documents": counts[reason], "examples": examples[reason]} for reason in REASONS
                     if reason in counts},
         "masked": con.execute("SELECT count(*) FROM kept WHERE masked").fetchone()[0],
+        "lengths": dict(zip(QUANTILES, found or [], strict=False)),
         "lines": [{"line": line, "documents": n} for line, n in lines],
     }  # fmt: skip
 
@@ -217,10 +221,36 @@ def prepare(args: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
                 {has_contact("text") if masks else "false"} masked
             FROM documents JOIN verdicts USING (id) WHERE reason IS NULL ORDER BY id""")
         report = make_report(con, lines)
-        with atomic_writes([output_dir / "text.jsonl", output_dir / "report.json"]) as (texts, facts):
+        names = ("text.jsonl", "report.json", "report.png")
+        with atomic_writes([output_dir / name for name in names]) as (texts, facts, picture):
             con.execute(f"COPY (SELECT id, source, text FROM kept ORDER BY id) TO {sql_text(str(texts))} (FORMAT json)")
             facts.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+            plot_report(report, con.execute("SELECT length(text) n FROM kept").fetchnumpy()["n"], picture)
     return report
+
+
+def plot_report(report: dict[str, Any], lengths: "np.ndarray", path: Path) -> None:
+    """Draws how long the kept documents are, and what became of all."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.15, wspace=0.45)
+    if len(lengths):
+        # From a text to a book: each bar is as many times longer than the one before.
+        bins = np.geomspace(lengths.min(), lengths.max() + 1, 40)
+        left.hist(lengths, bins=bins, histtype="stepfilled", color="#4c72b0")
+    left.set(title="kept documents", xlabel="characters", ylabel="documents", xscale="log")
+    bars = {"kept": sum(source["kept"] for source in report["sources"])}
+    bars |= {reason.replace("_", " "): found["documents"] for reason, found in report["dropped"].items()}
+    drawn = right.barh([*bars], [*bars.values()], color=["#55a868"] + ["#c44e52"] * len(report["dropped"]))
+    right.bar_label(drawn, fmt="{:,.0f}", fontsize=8, padding=2)
+    right.invert_yaxis()
+    right.margins(x=0.2)
+    read = sum(source["documents"] for source in report["sources"])
+    right.set(title=f"{read:,} documents read", xlabel="documents")
+    figure.savefig(path, format="png", dpi=100)
 
 
 def say(report: dict[str, Any], output_dir: Path) -> None:
@@ -235,7 +265,10 @@ def say(report: dict[str, Any], output_dir: Path) -> None:
         print(f"  lines of many documents are left out, such as {first['line'][:40]!r} ({first['documents']:,})")
     if report["masked"]:
         print(f"  contact details masked in {report['masked']:,} documents")
-    print(f"Written to {shown(output_dir)}: text.jsonl, report.json")
+    if report["lengths"]:
+        half, most, longest = report["lengths"].values()
+        print(f"Length of a document: half up to {half:,} characters, 90 % up to {most:,}, longest {longest:,}.")
+    print(f"Written to {shown(output_dir)}: text.jsonl, report.json, report.png")
     print(f"Next: bash deepspeed_pt/run.sh --data {shown(output_dir / 'text.jsonl')}")
 
 

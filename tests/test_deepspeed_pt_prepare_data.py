@@ -41,6 +41,10 @@ def test_what_is_there_twice(script: ModuleType, tmp_path: Path) -> None:
     counts = {reason: found["documents"] for reason, found in report["dropped"].items()}
     assert counts == {"repeat": 1, "near_repeat": 1}
     assert report["dropped"]["repeat"]["examples"] == [same]
+    lengths = sorted(map(len, kept))
+    assert report["lengths"] == {"half": lengths[1], "90 %": lengths[2], "longest": lengths[2]}
+    assert (tmp_path / "it's here/report.png").read_bytes().startswith(b"\x89PNG")
+    assert prepared(script, tmp_path, ["太短了。"])[1]["lengths"] == {}
     assert prepared(script, tmp_path, [ONE, same, near], "--max_repeats", "-1")[0] == [ONE, same, near]
     assert len(prepared(script, tmp_path, [ONE, same, near], "--max_repeats", "2")[0]) == 2
 
