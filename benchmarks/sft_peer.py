@@ -2,7 +2,8 @@
 
     python benchmarks/sft_peer.py --trainer plain --work_dir DIR --model DIR --max_tokens 1024 --pack_tokens 2048 ...
 
-Reads DIR/messages.jsonl and writes the adapter and result.json, {"seconds": of the training loop}, into --output_dir.
+Reads DIR/messages.jsonl, or with --trainer trl_text the plain text of DIR/text.jsonl, and writes the adapter and
+result.json, {"seconds": of the training loop}, into --output_dir.
 Also measures the held-out loss of an adapter: --trainer none --adapter DIR, {"held_out": nats a token}.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trainer", choices=["plain", "trl", "trl_packing", "none"], required=True)
+    parser.add_argument("--trainer", choices=["plain", "trl", "trl_packing", "trl_text", "none"], required=True)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder with messages.jsonl and held_out.jsonl")
     parser.add_argument("--model", required=True, help="folder of the base model")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -99,23 +100,28 @@ def train_plain(args: argparse.Namespace) -> float:
 
 
 def train_trl(args: argparse.Namespace) -> float:
-    """TRL's SFTTrainer, padded or packed. Returns seconds of the loop."""
+    """TRL's SFTTrainer, padded or packed, on comments or plain text. Returns seconds of the loop."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    packing = args.trainer == "trl_packing"
-    records = [record["messages"] for record in read_lines(args.work_dir / "messages.jsonl")]
+    packing, plain = args.trainer != "trl", args.trainer == "trl_text"
+    if plain:
+        rows = read_lines(args.work_dir / "text.jsonl")
+    else:
+        records = [record["messages"] for record in read_lines(args.work_dir / "messages.jsonl")]
+        rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in records]
     config = SFTConfig(
         output_dir=str(args.output_dir),
         # Packed rows hold several samples: fewer of them make an update of about as many samples.
         per_device_train_batch_size=1 if packing else args.batch_size,
         gradient_accumulation_steps=4 if packing else args.grad_accum,
         packing=packing,
+        packing_strategy="wrapped" if plain else "bfd",  # One behind another: the other way cuts long documents off.
         max_length=args.pack_tokens if packing else args.max_tokens,
         learning_rate=args.lr,
         lr_scheduler_type="constant",
         num_train_epochs=1,
-        completion_only_loss=True,
+        completion_only_loss=not plain,
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
@@ -126,7 +132,7 @@ def train_trl(args: argparse.Namespace) -> float:
     trainer = SFTTrainer(
         model=args.model,
         args=config,
-        train_dataset=Dataset.from_list([{"prompt": rows[:-1], "completion": rows[-1:]} for rows in records]),
+        train_dataset=Dataset.from_list(rows),
         peft_config=lora_config(args),
     )
     seconds = trainer.train().metrics["train_runtime"]
