@@ -267,6 +267,10 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
     width = 4 if run.precision == "fp32" else 2
     logits = args.pack_tokens * 3 // 4 * len(run.chat.tokenizer) * (width + 4)
     run.open(Path(__file__).with_name("ds_config.json"), PANELS, {"logits of all tokens": logits})
+    if args.train_embeddings == "all" and run.rank == 0:
+        from utils.train.memory import report_embeddings
+
+        print(report_embeddings(model_path, args.trust_remote_code, run.precision))
     run.load_model(args.adapter)
     run.make_engine()
     run.resume_or_evaluate(measure)

@@ -4,6 +4,8 @@ python -m pytest tests/test_utils_train_memory.py
 """
 
 import argparse
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from utils.train.memory import needed_bytes, report_needs
+from utils.train.memory import needed_bytes, report_embeddings, report_needs
 from utils.weights.loading import add_lora, count_parameters, load_model
 
 KINDS = ("llama", "qwen2", "gemma3", "mistral")
@@ -113,3 +115,26 @@ def test_report_needs(tmp_path: Path) -> None:
     assert "~4.00 GiB" in report_needs(needs, tmp_path, ranks=4, ds_config={"zero_optimization": {"stage": 3}})
     with pytest.raises(SystemExit, match="--output_dir"):
         report_needs({**needs, "checkpoints": 2**60}, tmp_path, ranks=1, ds_config={"zero_optimization": {"stage": 0}})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_whole_embeddings_take(
+    model_dir: Path, needs_args: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, precision: str
+) -> None:
+    """The line says by how much the estimate with them is larger, tied or not, and offers the new rows if there are."""
+    path = tmp_path / "model"
+    shutil.copytree(model_dir / "tiny" / kind, path)
+
+    def more(asked: str) -> int:
+        args = [needs_args(train_embeddings=one, train_only=None) for one in ("none", asked)]
+        needs = [needed_bytes(path, one, None, precision) for one in args]
+        return sum(needs[1][name] - needs[0][name] for name in ("weights", "gradients and optimizer"))
+
+    whole = more("all")
+    monkeypatch.setattr("utils.train.memory.GIB", 1)
+    assert report_embeddings(path, False, precision) == f"Of it ~{whole:.2f} GiB for embedding and output head."
+    made = {"vocabulary": {"first_new_id": 700, "new_tokens": 100}}
+    (path / "run.json").write_text(json.dumps(made), encoding="utf-8")
+    rows, line = more("new_rows"), report_embeddings(path, False, precision)
+    assert f"~{whole:.2f} GiB" in line and f"100 new tokens' rows alone: ~{rows:.2f} GiB" in line

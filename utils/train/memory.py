@@ -63,6 +63,28 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     }
 
 
+def report_embeddings(path: Path, trust_remote_code: bool, precision: str) -> str:
+    """A line on what it costs to train embedding and output head as a whole beside LoRA, and what new rows alone would.
+
+    Args:
+        path: The model's folder.
+        trust_remote_code: Whether code in it may be run.
+        precision: "bf16", "fp16" or "fp32".
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    # As in `needed_bytes`, and the copy beside the frozen table.
+    row = text.hidden_size * (1 if config.tie_word_embeddings else 2) * (16 if precision == "fp32" else 20)
+    line = f"Of it ~{row * text.vocab_size / GIB:.2f} GiB for embedding and output head"
+    try:
+        rows = len(new_rows(path))
+    except ValueError:
+        return f"{line}."
+    return f"{line}; the {rows:,} new tokens' rows alone: ~{row * rows / GIB:.2f} GiB (--train_embeddings new_rows)."
+
+
 def report_needs(needs: dict[str, int], output_dir: Path, ranks: int, ds_config: dict[str, Any]) -> str:
     """A line on what a run will need and what is free; estimates carry a tilde.
 
