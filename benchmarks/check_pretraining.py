@@ -11,11 +11,13 @@ rows of these tokens, with each seed as many updates:
     old vocabulary   with replay too, but the model as it was before merge_tokenizer.py: LoRA alone
 
 Held out are the same documents in all of them, a tenth of each file. Bits a byte can be compared between vocabularies.
-What is done already is not done again: a killed check goes on. Prints a markdown table and a JSON line.
+What is done already in --work_dir is not done again: a killed check goes on, and other settings want another folder.
+Prints a markdown table and a JSON line.
 """
 
 import argparse
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -66,8 +68,9 @@ def measure(args: argparse.Namespace, work: Path, way: str, seed: int) -> tuple[
     flags |= {"batch_size": 4, "grad_accum": 1, "gradient_checkpointing": False, "max_new_tokens": 1}
     flags |= {name: getattr(args, name) for name in ("max_steps", "max_tokens", "lr", "eval_samples")}
     metrics = place / f"DS-{model.name}/metrics.jsonl"
-    if not metrics.is_file() or f'"step": {args.max_steps}' not in metrics.read_text(encoding="utf-8"):
-        place.mkdir(exist_ok=True)
+    if not metrics.is_file() or f'"step": {args.max_steps},' not in metrics.read_text(encoding="utf-8"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
         run("deepspeed_pt/train.py", flags, place / "train.log")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [lines[0], lines[-1]], sum(line.get("train/step_sec", 0) for line in lines)

@@ -295,7 +295,7 @@ def train(args: argparse.Namespace, model_path: Path) -> None:
 
     run.load_data(pair_files(args), pair, PAIR, args.columns)
     resolve(args)
-    run.data_facts["files"] |= adopt_adapter(args)
+    run.data_facts["files"] |= adopt_adapter(args, run.model_path)
     run.open(Path(__file__).with_name("ds_config.json"), PANELS)
     run.load_model(args.adapter)
     if keeps_adapter(args):

@@ -160,7 +160,7 @@ def judge(con: "DuckDBPyConnection", args: argparse.Namespace) -> None:
     con.execute(f"""
         CREATE TABLE folded AS SELECT id, text, fold(text) letters FROM documents ORDER BY id;
         CREATE TABLE verdicts AS SELECT id, CASE
-            WHEN length(letters) + length(digits_of(text)) < {args.min_chars} THEN 'short'
+            WHEN length(letters) + length(digits_of(text)) < {max(args.min_chars, 1)} THEN 'short'
             WHEN {args.language == "zh"} AND 2 * length({chinese}) < length(letters) THEN 'language'
             WHEN {dropped} THEN 'contact' END reason FROM folded""")
     if args.max_repeats < 0:

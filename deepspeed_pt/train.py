@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import ArgumentParser, boolean, fail
-from utils.files import explained, from_root, read_json
+from utils.files import from_root
 from utils.train.arguments import adapter_problems, add_run_arguments, adopt_adapter, check_and_start
 from utils.train.run import SHOWN_REPLIES, Run
 
@@ -236,27 +236,16 @@ def evaluate(run: Run, names: list[str], source: Any, size: Any) -> dict[str, fl
     return found
 
 
-def take_over_adapter(args: argparse.Namespace, model_path: Path) -> dict[str, str]:
-    """Takes the settings of --adapter into the arguments; returns its hash as `adopt_adapter` does."""
-    from utils.data.vocabulary import new_rows
-
-    if args.train_only:
-        args.train_embeddings = "new_rows"
-    if args.adapter:
-        config = read_json(from_root(args.adapter) / "adapter_config.json")
-        rows, whole = config.get("trainable_token_indices"), config.get("modules_to_save")
-        args.train_embeddings = "new_rows" if rows else "all" if whole else "none"
-        if rows:
-            with explained(f"--adapter {args.adapter} has rows of new tokens"):
-                new_rows(model_path)
-    return adopt_adapter(args)
-
-
 def train(args: argparse.Namespace, model_path: Path) -> None:
     """Trains, and leaves checkpoints, metrics and samples of text in the run's folder."""
     run = Run(args, model_path, LORA_LR, FULL_LR)
-    adapter = take_over_adapter(args, model_path)
-    if (args.tuner == "full" or args.train_embeddings != "none") and args.embedding_lr is None:
+    adapter = adopt_adapter(args, model_path)
+    if args.train_only:
+        args.train_embeddings = "new_rows"
+    trained = args.tuner == "full" or args.train_embeddings != "none"
+    if not trained and args.embedding_lr is not None:
+        fail(f"--embedding_lr: {args.adapter} leaves embeddings as they are. Leave it out.")
+    if trained and args.embedding_lr is None:
         args.embedding_lr = args.lr if args.train_only else args.lr / 10
     from utils.train.forward import supervised_logits
     from utils.train.tensors import all_reduced, weighted_nll

@@ -274,18 +274,21 @@ def test_new_rows_first_and_lora_after(
 ) -> None:
     """What the rows alone have learnt is where LoRA and rows go on; a run that is continued is the straight one."""
     text, parts = str(tmp_path / "zh.txt"), []
-    rows_alone = merged_model | {"train_only": "new_rows", "lr": 0.01, "save_steps": 1}
+    rows_alone = merged_model | {"train_only": "new_rows", "lr": 0.01, "save_steps": 1, "zero_stage": 0}
+    rows_alone |= {"max_grad_norm": 0.01, "eval_steps": 1}
     run(pt, args(text, **rows_alone))
     said = capsys.readouterr().out
     assert "Samples are packed" in said
     with stopping_at(3):
         run(pt, args(text, **rows_alone, output_dir=tmp_path / "two"))
     run(pt, args(text, **rows_alone, output_dir=tmp_path / "two", resume=True))
-    for place in ("output", "two"):
+    run(pt, args(text, **rows_alone | {"eval_samples": 0}, output_dir=tmp_path / "unmeasured"))
+    for place in ("output", "two", "unmeasured"):
         (folder,) = (tmp_path / place / "DS-tiny").iterdir()
         parts.append(load_file(folder / "1-last/adapter/adapter_model.safetensors"))
-    first, again = parts
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    first, *others = parts
+    for again in others:
+        assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     assert not any(tensor.any() for name, tensor in first.items() if "lora_B" in name), "LoRA is not trained"
     (rows,) = (name for name in first if "lora_" not in name)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model/tiny/base-zh").get_input_embeddings().weight
@@ -329,6 +332,7 @@ def test_rows_of_new_tokens_and_sharded_tables(
         (["{text}"], {"adapter": "nowhere"}, "--adapter: no adapter_config.json"),
         (["{text}"], {"adapter": "nowhere", "train_embeddings": True}, "what it has is trained on"),
         (["{text}"], {"embedding_lr": 0.1}, "Train them: --train_embeddings True"),
+        (["{text}"], {"embedding_lr": 0.1, "adapter": "{lora}"}, "leaves embeddings as they are. Leave it out"),
         (["{text}"], {"embedding_lr": -1, "tuner": "full"}, "--embedding_lr: got -1"),
         (["{empty}"], {}, "there is no text in it"),
         (["{binary}"], {}, "is not UTF-8"),
@@ -339,7 +343,11 @@ def test_user_errors(
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    names = {"text": text, "empty": tmp_path / "empty.txt", "binary": tmp_path / "binary.txt"}
+    lora = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "lora_dropout": 0.5, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(lora))
+    (tmp_path / "adapter_model.safetensors").touch()
+    names = {"text": text, "empty": tmp_path / "empty.txt", "binary": tmp_path / "binary.txt", "lora": tmp_path}
+    flags = {name: value.format(**names) if isinstance(value, str) else value for name, value in flags.items()}
     with pytest.raises(SystemExit, match=said):
         run(pt, args(*[one.format(**names) for one in data], **flags))
 

@@ -45,6 +45,8 @@ def test_what_is_there_twice(script: ModuleType, tmp_path: Path) -> None:
     assert report["lengths"] == {"half": lengths[1], "90 %": lengths[2], "longest": lengths[2]}
     assert (tmp_path / "it's here/report.png").read_bytes().startswith(b"\x89PNG")
     assert prepared(script, tmp_path, ["太短了。"])[1]["lengths"] == {}
+    empty = ["--min_chars", "0", "--max_repeats", "-1", "--max_line_repeats", "1"]
+    assert prepared(script, tmp_path, [ONE, TWO, TWO], *empty)[0] == [ONE], "nothing is left of a line that recurs"
     assert prepared(script, tmp_path, [ONE, same, near], "--max_repeats", "-1")[0] == [ONE, same, near]
     assert len(prepared(script, tmp_path, [ONE, same, near], "--max_repeats", "2")[0]) == 2
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, example_texts, load_script, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -531,6 +531,30 @@ def test_a_dead_engine_ends_the_server(model: Path, tmp_path: Path) -> None:
             os.kill(number, signal.SIGKILL)
     assert server.process.wait(60) == 1
     assert "\nvLLM's engine has ended; its log says why.\n" in server.said
+    kill_all(server)
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_a_merged_vocabulary(model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """What merge_tokenizer.py has made: prompts have the new tokens, and replies are those of transformers."""
+    (tmp_path / "zh.txt").write_text("\n".join(example_texts()), encoding="utf-8")
+    merge, merged = load_script("merge_tokenizer.py"), tmp_path / "merged"
+    asked = ["--llama_tokenizer_dir", str(model), "--train_on", str(tmp_path / "zh.txt"), "--vocab_size", "300"]
+    merge.main(merge.build_parser().parse_args([*asked, "--save_path", str(merged)]))
+    chat, plain = make_chat(load_tokenizer(merged)), AutoModelForCausalLM.from_pretrained(merged)
+    server, prompts = Server(tmp_path / "log", merged), []
+    for question in [*QUESTIONS, *example_texts()[:3]]:
+        ids = chat.prompt_ids(user(question))
+        status, answer = server.post(CHAT, greedy("merged", messages=user(question), return_token_ids=True))
+        assert status == 200 and answer["prompt_token_ids"] == ids
+        given = torch.tensor([ids])
+        options = {"max_new_tokens": N_NEW, "do_sample": False, "eos_token_id": [0, chat.stop_id], "pad_token_id": 0}
+        out = plain.generate(given, attention_mask=torch.ones_like(given), **options)[0, len(ids) :]
+        text = chat.tokenizer.decode(out, skip_special_tokens=True).rstrip("\ufffd")
+        assert answer["choices"][0]["message"]["content"] == text
+        prompts += ids
+    assert max(prompts) >= len(tokenizer)
     kill_all(server)
 
 

@@ -37,7 +37,7 @@ def test_a_run_is_named_after_its_model(changes: dict[str, Any], name: str) -> N
 
 
 def test_an_adapter_to_go_on_with(tmp_path: Path) -> None:
-    assert adapter_problems(arguments()) == [] and adopt_adapter(arguments()) == {}
+    assert adapter_problems(arguments()) == [] and adopt_adapter(arguments(), tmp_path) == {}
     args = arguments(adapter=str(tmp_path))
     (problem,) = adapter_problems(args)
     assert "no adapter_config.json and no adapter_model.safetensors" in problem and "<run>/<ckpt_id>/adapter" in problem
@@ -45,10 +45,35 @@ def test_an_adapter_to_go_on_with(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     assert adapter_problems(args) == []
-    known = adopt_adapter(args)
+    known = adopt_adapter(args, tmp_path)
     assert (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target) == (3, 7, 0.5, "a,b")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"others")
-    assert [*known] == ["adapter"] and adopt_adapter(args) != known, "known by its contents"
+    assert [*known] == ["adapter"] and adopt_adapter(args, tmp_path) != known, "known by its contents"
     assert "--tuner full trains all weights" in adapter_problems(arguments(adapter=str(tmp_path), tuner="full"))[0]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     assert "of the kind LOHA, expected LORA" in adapter_problems(args)[0]
+
+
+def test_what_an_adapter_trains_besides(tmp_path: Path) -> None:
+    """Whole tables, or rows of new tokens, which have to be those of the model."""
+    args = arguments(adapter=str(tmp_path), train_embeddings="none")
+    (tmp_path / "adapter_model.safetensors").touch()
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "lora_dropout": 0.5, "target_modules": ["a"]}
+
+    def trained(**more: Any) -> str:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | more))
+        adopt_adapter(args, tmp_path)
+        return args.train_embeddings
+
+    assert trained() == "none" and trained(modules_to_save=["lm_head"]) == "all"
+    with pytest.raises(SystemExit, match="has no new tokens"):
+        trained(trainable_token_indices={"embed_tokens": [5, 6, 7]})
+    (tmp_path / "run.json").write_text(json.dumps({"vocabulary": {"first_new_id": 5, "new_tokens": 3}}))
+    assert trained(trainable_token_indices={"embed_tokens": [5, 6, 7]}) == "new_rows"
+    assert trained(trainable_token_indices=[5, 6, 7]) == "new_rows"
+    for others in ({"embed_tokens": [5, 6, 7], "lm_head": [4, 5, 6]}, [5, 6]):
+        with pytest.raises(SystemExit, match="it has rows of other tokens"):
+            trained(trainable_token_indices=others)
+    config.pop("r")
+    with pytest.raises(SystemExit, match="cannot be used"):
+        trained()

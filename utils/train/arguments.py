@@ -171,18 +171,34 @@ def adapter_problems(args: argparse.Namespace) -> list[str]:
     return [] if kind == "LORA" else [f"--adapter: {args.adapter} is an adapter of the kind {kind}, expected LORA."]
 
 
-def adopt_adapter(args: argparse.Namespace) -> dict[str, str]:
+def adopt_adapter(args: argparse.Namespace, model_path: Path) -> dict[str, str]:
     """Takes the settings of --adapter into the arguments, for run.json.
+
+    Args:
+        args: Of the run.
+        model_path: The base model's folder.
 
     Returns:
         "adapter": the hash of its weights; nothing without --adapter.
+
+    Raises:
+        SystemExit: if it has not the settings of one, or rows of other tokens than the model's new ones.
     """
+    from utils.data.vocabulary import new_rows
+
     if not args.adapter:
         return {}
-    lora = read_json(from_root(args.adapter) / "adapter_config.json")
-    args.lora_r, args.lora_alpha, args.lora_dropout = lora["r"], lora["lora_alpha"], lora["lora_dropout"]
-    targets = lora["target_modules"] or []
-    args.lora_target = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    with explained(f"--adapter: {args.adapter} cannot be used"):
+        lora = read_json(from_root(args.adapter) / "adapter_config.json")
+        args.lora_r, args.lora_alpha, args.lora_dropout = lora["r"], lora["lora_alpha"], lora["lora_dropout"]
+        targets, rows = lora["target_modules"] or [], lora.get("trainable_token_indices")
+        args.lora_target = targets if isinstance(targets, str) else ",".join(sorted(targets))
+        if lora.get("modules_to_save"):
+            args.train_embeddings = "all"
+        if rows:
+            args.train_embeddings, there = "new_rows", [*new_rows(model_path)]
+            if any(ids != there for ids in (rows.values() if isinstance(rows, dict) else [rows])):
+                raise ValueError(f"it has rows of other tokens than the new ones of {shown(model_path)}.")
     return {"adapter": sha256(from_root(args.adapter) / "adapter_model.safetensors")}
 
 

@@ -286,10 +286,10 @@ def _gathered_adapter(engine: Any) -> dict[str, Any]:
     # A tied output head under its own name as well, as PEFT looks for it.
     named = engine.module.named_parameters(remove_duplicate=False)
     # Where rows of new tokens are trained alone, LoRA's frozen matrices belong to the adapter all the same.
-    weights = {name: weight for name, weight in named if weight.requires_grad or "lora_" in name}
+    own = {name: weight for name, weight in named if weight.requires_grad or ("lora_" in name and ".default" in name)}
     sharded = engine.zero_optimization_partition_weights()
-    with deepspeed.zero.GatheredParameters(list(weights.values()), enabled=sharded):
-        return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    with deepspeed.zero.GatheredParameters(list(own.values()), enabled=sharded):
+        return {name: weight.detach().cpu().clone() for name, weight in own.items()}
 
 
 def _write_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:

@@ -38,7 +38,7 @@ def needed_bytes(path: Path, args: Any, quant_bits: int | None, precision: str) 
     if args.tuner == "lora" and asked != "none":  # Beside the frozen ones.
         ends = {model.get_input_embeddings().weight, head.weight}
         saved = sum(weight.shape[1] * (len(weight) if asked == "all" else len(new_rows(path))) for weight in ends)
-        trainable = saved + (0 if args.train_only else trainable)
+        trainable = saved + (0 if getattr(args, "train_only", None) else trainable)
     weights = total * width if quant_bits is None else int((total - in_linear) * width + in_linear * NF4_BYTES)
     # AdamW: two fp32 moments, and in 16-bit training fp32 master weights and fp32 gradients beside the 16-bit ones.
     training = trainable * (12 if width == 4 else 18)

@@ -321,6 +321,8 @@ class Run:
             tqdm.write(f"step {step}: held-out {measured}")
         # What a new adapter changes is nothing yet: the first step need not wait for the replies, which take longest.
         can_wait = step == 0 and self.args.tuner == "lora" and not getattr(self.args, "adapter", "")
+        # Switching an adapter off and on would make LoRA's matrices trainable.
+        can_wait = can_wait and not getattr(self.args, "train_only", None)
         if self._replies_wait:
             with self.engine.module.disable_adapter():
                 self._show_replies(0)
