@@ -18,7 +18,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Odd.
 
 
 def near_documents(documents: Iterable[tuple[int, str]], most: int) -> list[int]:
-    """Finds documents that are like `most` earlier ones that stay.
+    """Finds documents that are like `most` earlier ones that stay. Each that stays takes 9 KB.
 
     Args:
         documents: Their numbers and letters, folded. Those with less than `RUN_LETTERS` are like none.
