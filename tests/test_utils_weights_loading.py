@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.weights.loading import add_lora, attention_windows, count_parameters, scale_early
+from utils.weights.loading import add_lora, attention_windows, count_parameters, keep_rows_apart, scale_early
 
 KINDS = ("llama", "qwen2", "gemma3", "mistral")
 
@@ -136,3 +137,55 @@ def test_scale_early_changes_no_function(changes: dict[str, bool], variants: set
             model.merge_and_unload()
 
 
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.found.add(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_stand_apart_change_no_function(kind: str, tied: bool) -> None:
+    """Against PEFT's own forward; in the middle of the table, with scaled embeddings, a head with a bias, adapter off.
+
+    A copy of a table, or a gradient of one, is never made.
+    """
+    first, count = 650, 100
+    model = make_model(kind, 800, tie_word_embeddings=tied)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)  # PEFT forgets it.
+    model = add_lora(model, 4, 8, 0.0, "q_proj,v_proj", range(first, first + count))
+    for name, weight in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.tensor([[3, 649, 650, 700, 749, 750, 799, 0]])
+
+    def outcome() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        return logits.detach(), [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    logits, gradients = outcome()
+    with model.disable_adapter(), torch.no_grad():
+        base = model(input_ids=ids).logits
+    keep_rows_apart(model)
+    with Shapes() as shapes:
+        ours, own_gradients = outcome()
+    bias = 0 if head.bias is None else head.bias.detach()
+    torch.testing.assert_close(ours - bias, logits, rtol=1e-4, atol=1e-5)
+    if head.bias is None:
+        torch.testing.assert_close(own_gradients, gradients, rtol=1e-4, atol=1e-7)
+    table = tuple(model.get_input_embeddings().weight.shape)
+    assert table not in shapes.found and (count, table[1]) in shapes.found
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, base)

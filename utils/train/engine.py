@@ -268,9 +268,10 @@ def make_engine(model: Any, args: argparse.Namespace, ds_config: dict[str, Any],
     import torch
     from transformers import get_scheduler
 
-    from utils.weights.loading import scale_early
+    from utils.weights.loading import keep_rows_apart, scale_early
 
     scale_early(model)
+    keep_rows_apart(model)
     names = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
     name, warmup_steps = names.get(args.lr_scheduler, args.lr_scheduler), round(args.warmup_ratio * total_steps)
     decay_steps = min(max(round(WSD_DECAY * total_steps), 1), total_steps - warmup_steps)

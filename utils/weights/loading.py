@@ -2,10 +2,12 @@
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import embedding, linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NF4 with double quantisation: 4 bits a weight and 0.127 bits a weight of scales (QLoRA, arXiv 2305.14314, section 3).
@@ -147,6 +149,38 @@ def scale_early(model: torch.nn.Module) -> None:
         if isinstance(module, LoraLayer):
             plain = [name for name in module.lora_A if name not in module.lora_variant and not module.lora_bias[name]]
             module.lora_variant |= dict.fromkeys(plain, ScaledEarly())
+
+
+def keep_rows_apart(model: torch.nn.Module) -> None:
+    """Lets trained rows of embedding and output head stand beside the frozen tables.
+
+    PEFT writes them into a copy of the table in every pass, and gets the gradient of all of its rows: with 75,000
+    tokens of a 7B model that is more than a gigabyte a table. The same function and gradients; rows that are not one
+    behind another are left to PEFT.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            ids = layer.token_indices["default"]
+            if [*ids] == [*range(ids[0], ids[0] + len(ids))]:
+                layer.forward = partial(_forward_with_rows, layer, ids[0])
+
+
+def _forward_with_rows(layer: Any, first: int, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """Looks rows up, or multiplies with them, where a token is `first` or one of those behind it."""
+    base = layer.base_layer
+    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+        return type(layer).forward(layer, x, *args, **options)
+    rows = layer.trainable_tokens_delta["default"].to(base.weight.dtype)
+    end = first + len(rows)
+    if isinstance(base, torch.nn.Embedding):
+        found, scale = embedding((x - first).clamp(0, len(rows) - 1), rows), layer._get_embed_scale()
+        found = found if scale is None else found * scale.to(found.dtype)
+        return torch.where(((x >= first) & (x < end))[..., None], found, base(x))
+    parts = [linear(x, base.weight[:first]), linear(x, rows), linear(x, base.weight[end:])]
+    out = torch.cat(parts, dim=-1)
+    return out if base.bias is None else out + base.bias
 
 
 def choose_device(asked: str) -> str:
