@@ -5,8 +5,8 @@
 All train LoRA on all linear layers for one pass over the first documents of a file, fp32, with the same learning rate
 and rows of --max_tokens, in turn, --rounds times. Ours packs documents and keeps them apart; at the peers' documents
 stand one behind another, see one another, and are cut where a row is full. Updates are of 16 documents or 4 rows.
-Seconds are those of the training loop, without loading; memory is the process's peak; tokens are all of the text. The
-environments are bench_sft.py's.
+Seconds are those of the training loop, without loading; memory is the process's peak; tokens are all of the text, of
+which LLaMA-Factory leaves out those of the last row, if it is not full. The environments are bench_sft.py's.
 
 Prints a markdown table and a JSON line.
 """
@@ -92,13 +92,16 @@ def main(args: argparse.Namespace) -> None:
             print(f"round {number}: {name} ...", flush=True)
             python = environment(CONTENDERS[name], place)
             _, peak_gb = measured(command(name, python, args, model, work, output))
-            results[name].append({"seconds": loop_seconds(name, output), "peak_gb": peak_gb})
+            learnt = tokens // args.max_tokens * args.max_tokens if name == "LLaMA-Factory" else tokens
+            seconds = loop_seconds(name, output)
+            results[name].append({"seconds": seconds, "tokens_per_sec": learnt / seconds, "peak_gb": peak_gb})
             print(f"    {results[name][-1]}", flush=True)
     print(f"\n{args.documents} documents, {tokens:,} tokens, {os.cpu_count()} cores\n")
     print("| | tokens/s | ours is faster by | peak memory, GB |\n|---|---|---|---|")
     for name, runs in results.items():
-        speeds = sorted(tokens / run["seconds"] for run in runs)
-        ratios = sorted(run["seconds"] / ours["seconds"] for run, ours in zip(runs, results["ours"], strict=True))
+        speeds = sorted(run["tokens_per_sec"] for run in runs)
+        pairs = zip(runs, results["ours"], strict=True)
+        ratios = sorted(ours["tokens_per_sec"] / run["tokens_per_sec"] for run, ours in pairs)
         middle, peak = len(runs) // 2, max(run["peak_gb"] for run in runs)
         spread = f"{ratios[middle]:.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"| {name} | {speeds[middle]:.0f} | {spread} | {peak:.2f} |")
