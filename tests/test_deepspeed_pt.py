@@ -227,20 +227,14 @@ def test_embeddings_beside_lora_are_merged(
     assert not torch.equal(one.get_input_embeddings().weight, two.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("merged_model", "tied"), [(True, True), (False, False)], indirect=["merged_model"])
 @pytest.mark.parametrize("flags", [{}, slow({"train_bnb_enabled": True})], ids=str)
 def test_new_rows_alone_beside_lora(
-    pt: ModuleType, merge: ModuleType, args: Build, tokenizer: Any, root: Path, tmp_path: Path, tied: bool, flags: Any
+    pt: ModuleType, args: Build, merged_model: Any, tokenizer: Any, root: Path, tmp_path: Path, tied: bool, flags: Any
 ) -> None:
     """After merge_tokenizer.py: rows of other tokens stay what they were, bit for bit; tied tables stay tied."""
     base = tmp_path / "model/tiny/base"
-    make_model("qwen2", len(tokenizer), tie_word_embeddings=tied).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    (tmp_path / "zh.txt").write_text("\n".join(example_texts()), encoding="utf-8")
-    learn = ["--train_on", str(tmp_path / "zh.txt"), "--vocab_size", "400"]
-    merge.main(merge.build_parser().parse_args(["--llama_tokenizer_dir", str(base), *learn]))
-    model = {"model_dir": tmp_path / "model", "model_name": "tiny/base-zh"}
-    run(pt, args(str(tmp_path / "zh.txt"), **model, train_embeddings="new_rows", **flags))
+    run(pt, args(str(tmp_path / "zh.txt"), **merged_model, train_embeddings="new_rows", **flags))
     convert = load_script("convert_model.py")
     (folder,) = (tmp_path / "output/DS-tiny").iterdir()
     asked = ["--zero_model", str(folder), "--org_model", f"{base}-zh", "--save_model", "pt", "--t", "1"]
@@ -258,10 +252,10 @@ def test_new_rows_alone_beside_lora(
 
 
 @pytest.fixture
-def merged_model(merge: ModuleType, tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
-    """Arguments that name a model with new tokens."""
+def merged_model(request: Any, merge: ModuleType, tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
+    """Arguments that name a model with new tokens; its tables are tied, unless the parameter is False."""
     base = tmp_path / "model/tiny/base"
-    make_model("qwen2", len(tokenizer), tie_word_embeddings=True).save_pretrained(base)
+    make_model("qwen2", len(tokenizer), tie_word_embeddings=getattr(request, "param", True)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "zh.txt").write_text("\n".join(example_texts()), encoding="utf-8")
     learn = ["--train_on", str(tmp_path / "zh.txt"), "--vocab_size", "400"]

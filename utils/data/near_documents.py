@@ -1,7 +1,7 @@
 """Documents that are nearly the same: most of their runs of letters are in both.
 
 MinHash (Broder 1997) with locality-sensitive hashing, by datasketch, as corpora are cleaned (arXiv 2107.06499, appendix
-A). Comments have their own way (near_repeats.py): pairs of letters, of which long documents have all in common.
+A). Comments have their own way (near_repeats.py): pairs of characters, of which long documents have many in common.
 """
 
 from collections.abc import Iterable
